@@ -1,0 +1,194 @@
+"""
+GPT with multi-head latent attention (MLA), in one file: only what differs from model.py.
+
+MHA caches every head's keys and values: 2C numbers per token and layer. MLA squeezes the input into one small latent
+of r numbers, shared by all heads, and makes keys and values from it. Only the latent is cached.
+
+    symbol  here             what it is
+    C       n_embd           width of the residual stream
+    H, d    n_head, C/H      heads, and the size of one
+    r       n_latent         size of the latent c_kv, shared by all heads, for keys and values
+    R       n_rope           dimensions of each query and key that carry the position (decoupled RoPE; 0: none)
+    r_q     n_latent_q       size of the queries' own latent c_q (0: queries straight from x)
+    W_D     c_kv_down        down-projection, C -> r (+ R for the shared position key)
+    W_K,W_V c_kv_up          up-projection, r -> keys and values of all heads
+    W_Q     c_q              queries of all heads
+    W_O     c_proj           output projection
+
+The equations are numbered as in DeepSeek-V2 (arXiv:2405.04434, section 2.1); its h_t is our x. With n_rope = 0 (the
+default) positions are learned embeddings, as in GPT-2, and equations 14 to 17 fall away.
+
+Why the latent alone is enough to decode. For head h, with keys k_j = W_K c_j + b_K and values v_j = W_V c_j + b_V:
+
+    q . k_j         = (W_K^T q) . c_j + q . b_K          the last term is the same for all j: softmax drops it
+    sum_j p_j v_j   = W_V (sum_j p_j c_j) + b_V          because the p_j sum to 1
+
+So a query can be carried into latent space once (W_K^T q), be compared with the cached latents there, and the weighted
+sum of latents be carried out once (W_V): "absorbed" attention, T r numbers of work per head instead of T keys rebuilt.
+The scale stays 1/sqrt(d), since the scores are the same numbers. A long prompt is cheaper the other way, rebuilding
+keys and values ("decompressed"); `absorbing_pays` has the rule.
+
+Multiply-adds per token and layer at context T (fewest in the cache column win memory, the other column wins time):
+
+                             arithmetic            cached numbers
+    MHA                      4C^2 + 2TC            2C
+    MLA, decompressed        2C^2 + rC + 2rCT + 2TC    r (+ R)
+    MLA, absorbed            2C^2 + 3rC + 2THr     r (+ R)
+
+Parameters per layer: 4C^2 against 2C^2 + 3rC, equal at r = 2C/3. (Biases, norms and small terms left out.)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from model import GPT, GPTConfig, apply_rope, attend
+
+
+@dataclass
+class MLAConfig(GPTConfig):
+    """GPTConfig and the sizes of the latents. Raises ValueError when the numbers do not fit together."""
+
+    n_latent: int = 0  # r; 0: half of n_embd
+    n_latent_q: int = 0  # r_q; 0: queries are not compressed
+    n_rope: int = 0  # R; with pos='rope' only, 0: half of the head size
+    latent_norm: bool = False  # RMSNorm on the latents, as DeepSeek-V2 has
+
+    def __post_init__(self):
+        self.n_latent = self.n_latent or max(1, self.n_embd // 2)
+        if self.pos == 'rope':
+            self.n_rope = self.n_rope or self.head_size // 2
+        elif self.n_rope:
+            raise ValueError(f"n_rope={self.n_rope} needs pos='rope': decoupled RoPE takes the place of learned positions")
+        super().__post_init__()
+        if not 1 <= self.n_latent <= self.n_embd:
+            raise ValueError(f'n_latent={self.n_latent} is outside 1 to n_embd={self.n_embd}; above, nothing is gained')
+        if not 0 <= self.n_latent_q <= self.n_embd:
+            raise ValueError(f'n_latent_q={self.n_latent_q} is outside 0 to n_embd={self.n_embd}')
+        if self.n_rope >= self.head_size:
+            raise ValueError(f'n_rope={self.n_rope} leaves nothing for content in a head of size {self.head_size}')
+
+    @property
+    def rope_size(self):
+        return self.n_rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434), causal. Takes CausalSelfAttention's place in a Block."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_embd, self.head_size = config.n_head, config.n_embd, config.head_size
+        self.n_latent, self.n_rope = config.n_latent, config.n_rope
+        self.n_nope = self.head_size - config.n_rope  # dimensions of a query that compare content, not position
+        self.dropout, self.flash = config.dropout, config.flash
+        self.scale = 1 / math.sqrt(self.head_size)  # the whole query's size, position part included
+        C, bias = config.n_embd, config.bias
+        if config.n_latent_q:
+            self.c_q_down = nn.Linear(C, config.n_latent_q, bias=bias)
+            self.q_norm = RMSNorm(config.n_latent_q) if config.latent_norm else nn.Identity()
+            self.c_q = nn.Linear(config.n_latent_q, C, bias=bias)
+        else:
+            self.c_q = nn.Linear(C, C, bias=bias)
+        self.c_kv_down = nn.Linear(C, config.n_latent + config.n_rope, bias=bias)
+        self.kv_norm = RMSNorm(config.n_latent) if config.latent_norm else nn.Identity()
+        self.c_kv_up = nn.Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
+        self.c_proj = nn.Linear(C, C, bias=bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    @staticmethod
+    def cache_shapes(config):
+        """One kind is cached: the latent, with the shared position key behind it where there is RoPE."""
+        return ((config.n_latent + config.n_rope,),)
+
+    def queries(self, x, rope=None):
+        """Queries (B, H, T, d) of x (B, T, C): content first, then the n_rope turned dimensions."""
+        B, T, _ = x.shape
+        c_q = self.q_norm(self.c_q_down(x)) if hasattr(self, 'c_q_down') else x  # eq. 12
+        q = self.c_q(c_q).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # eq. 13
+        if rope is None:
+            return q
+        q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
+        return torch.cat((q_nope, apply_rope(q_rope, rope)), dim=-1)  # eq. 14, 16
+
+    def latent(self, x, rope=None):
+        """What is cached of x (B, T, C): the latent c_kv, and behind it the shared, turned key: (B, T, r + R)."""
+        c_kv = self.c_kv_down(x)  # eq. 9
+        if rope is None:
+            return self.kv_norm(c_kv)
+        c_kv, k_rope = c_kv.split((self.n_latent, self.n_rope), dim=-1)
+        return torch.cat((self.kv_norm(c_kv), apply_rope(k_rope, rope)), dim=-1)  # eq. 15: not normed, one for all heads
+
+    def decompress(self, latent):
+        """Every head's keys and values, each (B, H, S, d), rebuilt from the latents (B, S, r + R)."""
+        c_kv, k_rope = latent.split((self.n_latent, self.n_rope), dim=-1)
+        k, v = self.c_kv_up(c_kv).split((self.n_head * self.n_nope, self.n_embd), dim=-1)  # eq. 10, 11 in one product
+        k = k.unflatten(-1, (self.n_head, self.n_nope)).transpose(1, 2)
+        v = v.unflatten(-1, (self.n_head, self.head_size)).transpose(1, 2)
+        if self.n_rope:
+            k = torch.cat((k, k_rope.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)  # eq. 17
+        return k, v
+
+    def qkv(self, x, rope=None):
+        """Queries, keys and values, each (B, H, T, d), of the layer's normed input x (B, T, C)."""
+        return self.queries(x, rope), *self.decompress(self.latent(x, rope))
+
+    def up_weights(self):
+        """The up-projections per head: W_K (H, d - R, r), W_V (H, d, r), and W_V's bias (H, d) or None."""
+        split = self.n_head * self.n_nope
+        w_k = self.c_kv_up.weight[:split].unflatten(0, (self.n_head, self.n_nope))
+        w_v = self.c_kv_up.weight[split:].unflatten(0, (self.n_head, self.head_size))
+        b_v = None if self.c_kv_up.bias is None else self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))
+        return w_k, w_v, b_v
+
+    def absorbing_pays(self, T):
+        """Whether T queries are cheaper in latent space than rebuilding all keys and values for them."""
+        r, d = self.n_latent, self.head_size
+        return r <= d or T * (r - d) < r * d
+
+    def absorbed(self, q, latent):
+        """Attention in latent space: q (B, H, T, d) over latents (B, S, r + R) -> (B, H, T, d). No keys, no values."""
+        w_k, w_v, b_v = self.up_weights()
+        q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
+        q = torch.cat((torch.matmul(q_nope, w_k), q_rope), dim=-1)  # W_K^T q, (B, H, T, r + R)
+        kv = latent.unsqueeze(1).to(q.dtype)  # keys and values in one: (B, 1, S, r + R)
+        if q.size(2) == 1:
+            # one query per head, one memory for all heads: the heads become the rows of one matrix
+            o = attend(q.transpose(1, 2), kv, kv, self.scale, causal=False).transpose(1, 2)
+        else:
+            kv = kv.expand(-1, self.n_head, -1, -1)
+            o = attend(q, kv, kv, self.scale, flash=self.flash)
+        y = torch.matmul(o[..., : self.n_latent], w_v.transpose(-2, -1))
+        return y if b_v is None else y + b_v[:, None]
+
+    def forward(self, x, rope=None, cache=None):
+        """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose latents it holds."""
+        q, latent = self.queries(x, rope), self.latent(x, rope)
+        if cache is not None:
+            (latent,) = cache.append(self.layer, latent)
+        if cache is not None and not self.training and self.absorbing_pays(q.size(2)):
+            y = self.absorbed(q, latent)
+        else:
+            k, v = self.decompress(latent)
+            y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash)  # eq. 18
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # eq. 19
+
+
+class MLAGPT(GPT):
+    """GPT with multi-head latent attention. Everything but the attention is model.py's."""
+
+    attention = MultiHeadLatentAttention
