@@ -342,6 +342,12 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def window_losses(self, idx, targets):
+        """Mean loss of each row, in nats per scored token: idx and targets (B, T; -1 is not scored) -> float32 (B,)."""
+        logits = self.lm_head(self.hidden(idx)).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
+        return losses.view(targets.shape).sum(1) / (targets != -1).sum(1).clamp(min=1)
+
     def init_cache(self, batch_size, max_tokens=None, dtype=None):
         """An empty Cache for `batch_size` sequences of up to `max_tokens` (block_size at most, and by default)."""
         weight = self.lm_head.weight
@@ -388,11 +394,16 @@ class GPT(nn.Module):
             hf_config = AutoConfig.from_pretrained(model_type)
             if hf_config.model_type != 'gpt2':
                 raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
-            # transformers keeps the dtype on disk unless told otherwise
-            hf_model = AutoModelForCausalLM.from_pretrained(model_type, dtype=torch.float32)
+            # transformers keeps the dtype on disk unless told otherwise, and makes up what the disk does not hold
+            hf_model, report = AutoModelForCausalLM.from_pretrained(
+                model_type, dtype=torch.float32, output_loading_info=True
+            )
         except OSError as error:
             raise ValueError(f"'{model_type}' can't be loaded ({str(error).splitlines()[0]}); check the name, the folder "
                              'and the network') from error
+        wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
+        if wrong:
+            raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
         model = cls(gpt2_config(hf_config, override_args.get('dropout', 0.0)))
         model.load_gpt2_state(hf_model.state_dict())
         return model
@@ -496,6 +507,16 @@ def gpt2_config(hf_config, dropout=0.0):
     gelus = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
     if hf_config.activation_function not in gelus:
         raise ValueError(f"this GPT-2 uses '{hf_config.activation_function}'; only GELU is known here")
+    expected = dict(
+        n_inner=(None, 4 * hf_config.n_embd),
+        layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        tie_word_embeddings=(True,),
+    )
+    for name, values in expected.items():
+        if getattr(hf_config, name) not in values:
+            raise ValueError(f'this GPT-2 has {name}={getattr(hf_config, name)}; only {values[-1]} is known here')
     return GPTConfig(
         block_size=hf_config.n_positions,
         vocab_size=hf_config.vocab_size,

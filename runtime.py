@@ -7,8 +7,15 @@ Notable features:
 - a user's mistake ends in one line on stderr and exit code 2, never in a traceback
 """
 
+import contextlib
+import datetime
+import hashlib
 import os
+import signal
 import sys
+from dataclasses import dataclass
+
+import torch
 
 
 class UserError(Exception):
@@ -33,3 +40,179 @@ def notice(text):
     """Print `text` on stderr, once for all processes. Results go to stdout; this is for everything else."""
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
+
+
+# ---- device, number format, threads ----------------------------------------------------------------------------------
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def pick_device(device='auto'):
+    """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there; others are checked. UserError if it is not there."""
+    if device == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"device '{device}' can't be used here; try --device=cpu, or --device=auto for the best there is") from error
+    return device
+
+
+def pick_dtype(dtype, device, n_embd=0):
+    """
+    The number format of matrix products: 'float32', 'bfloat16' or 'float16'.
+
+    'auto': on CUDA bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where AMX multiplies it and the
+    model is wide enough (n_embd) to gain, else float32. A rule, not a measurement: a resumed run must choose the same.
+    """
+    if dtype == 'auto':
+        if device.startswith('cuda'):
+            return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        return 'bfloat16' if device == 'cpu' and n_embd >= 256 and cpu_has_amx() else 'float32'
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}")
+    if dtype == 'float16' and not device.startswith('cuda'):
+        raise UserError(f'dtype=float16 needs a CUDA GPU, and the device is {device}; use --dtype=bfloat16 or float32')
+    return dtype
+
+
+def cpu_has_amx():
+    """Whether this CPU multiplies bfloat16 tiles in hardware (Intel AMX)."""
+    return bool(getattr(torch.cpu, '_is_amx_tile_supported', bool)())
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in `dtype`; for float32 one that changes nothing."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.split(':')[0], dtype=DTYPES[dtype])
+
+
+def set_threads(threads=0):
+    """
+    CPU threads for arithmetic; returns their number. 0: the cores this process may use, shared with its neighbours.
+
+    OMP_NUM_THREADS is obeyed. More threads than free cores is much slower than fewer, so containers' quotas count.
+    """
+    if not threads:
+        threads = torch.get_num_threads()
+        if 'OMP_NUM_THREADS' not in os.environ or 'LOCAL_WORLD_SIZE' in os.environ:
+            threads = min(available_cores(), os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    torch.set_num_threads(max(1, threads))
+    return max(1, threads)
+
+
+def available_cores():
+    """Cores that this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try:
+        with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
+            quota, period = file.read().split()
+        return cores if quota == 'max' else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+# Dense peak rates in TFLOP/s, from the makers' data sheets: (bfloat16 or float16 tensor cores, TF32 or else float32).
+# The first name found in the device's name counts.
+PEAK_TFLOPS = (
+    ('H100 PCIe', 756, 378),
+    ('H100 NVL', 835, 418),
+    ('H100', 989, 495),
+    ('H200', 989, 495),
+    ('A100', 312, 156),
+    ('L4', 121, 60),
+    ('4090', 165, 83),
+    ('3090', 71, 36),
+    ('V100', 125, 15.7),
+    ('T4', 65, 8.1),
+    ('MI300X', 1307, 654),
+)
+
+
+def peak_flops(device, dtype):
+    """Peak FLOP/s of a GPU for products in `dtype`, or None where it is not known (CPUs among them)."""
+    if not device.startswith('cuda'):
+        return None
+    words = torch.cuda.get_device_name(device).replace('-', ' ').split()
+    for name, half, single in PEAK_TFLOPS:
+        if all(part in words for part in name.split()):
+            return 1e12 * (single if dtype == 'float32' else half)
+    return None
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Processes:
+    """This process among those that torchrun started; a single process is rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    def sum(self, tensor):
+        """The sum of a CPU tensor over all processes, in every one of them."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether `flag` holds in at least one process; every process gets the same answer."""
+        return bool(self.sum(torch.tensor(int(bool(flag)))).item())
+
+    def close(self):
+        """Leave the process group."""
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def join_processes(device, backend='nccl'):
+    """
+    Join the process group that torchrun describes in the environment, if it does. Returns (Processes, device).
+
+    Each process gets a GPU of its own. NCCL serves GPUs, gloo CPU tensors (and all of a CPU run, whatever `backend`).
+    """
+    if 'RANK' not in os.environ:
+        return Processes(), device
+    ranks = Processes(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
+    if device == 'cuda':
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UserError(f'process {ranks.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; '
+                            'lower --nproc_per_node, or use --device=cpu')  # fmt: skip
+        device = f'cuda:{ranks.local_rank}'
+        torch.cuda.set_device(device)
+    if ranks.world_size > 1:
+        backends = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
+        torch.distributed.init_process_group(backends, timeout=datetime.timedelta(minutes=10))
+    return ranks, device
+
+
+# ---- randomness and signals ------------------------------------------------------------------------------------------
+
+
+def seed_dropout(seed, iteration, micro_step, rank):
+    """Make the dropout masks of one forward pass a function of these numbers, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f'{seed}:{iteration}:{micro_step}:{rank}'.encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+
+
+PREEMPTED = 85  # exit code of a run that was asked to stop, has saved, and can be resumed
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step and save. A second SIGINT stops at once."""
+
+    def __init__(self):
+        self.signal = None
+        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._remember)
+
+    def _remember(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.signal = signal.Signals(number).name

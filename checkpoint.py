@@ -1,0 +1,204 @@
+"""
+Checkpoints: what one holds, writing it so that a crash never leaves a broken one, and reading one back into a model.
+
+Notable features:
+- nanoGPT's keys, so that its sample.py reads our MHA checkpoints and its checkpoints are read here
+- only tensors and plain values, loaded with `weights_only=True`: opening a checkpoint never runs code
+- written beside, flushed to disk, then renamed: at every moment the name holds a whole checkpoint, old or new
+- a checkpoint says itself which attention it has, which tokens it speaks and which corpus it was trained on
+"""
+
+import contextlib
+import os
+import threading
+from dataclasses import fields
+
+import torch
+
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+from runtime import UserError
+
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+KINDS = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
+
+
+def attention_of(model):
+    """'mha' or 'mla'."""
+    return 'mla' if isinstance(model, MLAGPT) else 'mha'
+
+
+def model_args(config):
+    """nanoGPT's seven keys, and beyond them only what nanoGPT can't express: a plain dict."""
+    args = {name: getattr(config, name) for name in NANOGPT_ARGS}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        # `flash` chooses how to compute, not what; n_latent's default depends on n_embd, so it is always written
+        if field.name not in args and field.name != 'flash' and (value != field.default or field.name == 'n_latent'):
+            args[field.name] = value
+    return args
+
+
+def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, val_loss=None, tokenizer=None, corpus='',
+             scaler=None, wandb_run_id=None):  # fmt: skip
+    """
+    The dict that a checkpoint file holds.
+
+    model: a GPT or MLAGPT, unwrapped; config: the run's keys and values; tokenizer: the data set's meta;
+    corpus: one line that says what was trained on; val_loss: the last measured, in nats per token.
+    """
+    return {
+        'model': model.state_dict(),
+        'optimizer': optimizer.state_dict() if optimizer is not None else None,
+        'model_args': model_args(model.config),
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'config': config,
+        'attention': attention_of(model),
+        'tokenizer': {k: v for k, v in (tokenizer or {}).items() if k != 'sha256'},
+        'corpus': corpus,
+        'val_loss': val_loss,
+        'scaler': scaler.state_dict() if scaler is not None else None,
+        'wandb_run_id': wandb_run_id,
+    }
+
+
+def save(path, checkpoint):
+    """Write the dict `checkpoint` to `path`: whole or not at all. UserError where the disk refuses; the old file stays."""
+    beside = f'{path}.writing'
+    try:
+        with open(beside, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        flush_folder(os.path.dirname(path))
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
+        raise UserError(f"{path} can't be written ({error}); free some disk space or choose another --out_dir; "
+                        'the previous checkpoint is as it was') from error  # fmt: skip
+
+
+def flush_folder(folder):
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    with contextlib.suppress(OSError, AttributeError):
+        handle = os.open(folder or '.', os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def link(path, other):
+    """Give the file `path` a second name `other`, in place of what had that name; a copy where links don't exist."""
+    beside = f'{other}.writing'
+    with contextlib.suppress(OSError):
+        os.remove(beside)
+    try:
+        os.link(path, beside)
+    except OSError:
+        save(other, torch.load(path, map_location='cpu', weights_only=True))
+        return
+    os.replace(beside, other)
+    flush_folder(os.path.dirname(other))
+
+
+class Writer:
+    """Saves in the background: training waits only while tensors are copied. An error shows at the next call."""
+
+    def __init__(self):
+        self.thread, self.error = None, None
+
+    def save(self, path, checkpoint, best_path=None):
+        """Copy `checkpoint` now and write it to `path` (and name it `best_path` too) while the caller goes on."""
+        self.wait()
+        snapshot = copy_tensors(checkpoint)
+        self.thread = threading.Thread(target=self._write, args=(path, snapshot, best_path))
+        self.thread.start()
+
+    def _write(self, path, snapshot, best_path):
+        try:
+            save(path, snapshot)
+            if best_path:
+                link(path, best_path)
+        except Exception as error:
+            self.error = error
+
+    def wait(self):
+        """Return when the last save is on disk; raises what went wrong with it."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+def copy_tensors(value, copies=None):
+    """A copy of nested dicts and lists whose tensors are CPU copies; a tensor that stands twice is copied once."""
+    copies = {} if copies is None else copies
+    if isinstance(value, torch.Tensor):
+        key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else id(value)
+        if key not in copies:
+            copies[key] = value.detach().to('cpu', copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {k: copy_tensors(v, copies) for k, v in value.items()}
+    if isinstance(value, list):
+        return [copy_tensors(v, copies) for v in value]
+    return value
+
+
+def find(path):
+    """The checkpoint file that `path` means: the file itself, or ckpt.pt in a folder. UserError if there is none."""
+    file = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise UserError(f"there is no checkpoint {file}; train one first, or name its folder with --out_dir")
+    return file
+
+
+def load(path, device='cpu'):
+    """
+    The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
+
+    Raises UserError where there is none, where it is cut short or not a checkpoint, and where it holds anything but
+    tensors and plain values.
+    """
+    file = find(path)
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        # a file cut short fails in many ways, all of which mean the same to the reader
+        if 'weights_only' in str(error) or 'Unsupported' in str(error):
+            raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
+                            'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
+        raise UserError(f'{file} is cut short or is not a checkpoint; use ckpt_best.pt beside it or an older copy') from error
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
+        raise UserError(f"{file} is no checkpoint of a GPT: it lacks 'model' or 'model_args'; name a file that train.py wrote")
+    return checkpoint
+
+
+def build_model(checkpoint, **overrides):
+    """
+    The GPT or MLAGPT that a loaded checkpoint holds, with its weights, on the CPU.
+
+    overrides: model_args to replace (dropout, flash). Raises UserError naming the tensors or arguments that don't fit.
+    """
+    state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
+    guess = 'mla' if any('.c_kv_down.' in name for name in state) else 'mha'
+    kind = checkpoint.get('attention', guess)
+    if kind not in KINDS:
+        raise UserError(f"the checkpoint's attention is '{kind}'; only {' and '.join(KINDS)} are known")
+    model_class, config_class = KINDS[kind]
+    try:
+        model = model_class(config_class(**{**checkpoint['model_args'], **overrides}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_args don't make a model: {error}") from error
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        first = ' '.join(str(error).split('\n')[1:3])
+        raise UserError(f"the checkpoint's tensors don't fit its model_args: {' '.join(first.split())}") from error
+    return model

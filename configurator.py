@@ -1,0 +1,281 @@
+# Reads config files and flags into a script's block of `name = value  # comment` lines. A script executes this file
+# right after the block, in its own globals, as nanoGPT does:
+#
+#     exec(open('configurator.py', encoding='utf-8').read())
+#
+#     $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile false
+#
+# Notable features:
+# - the script's globals whose value is an int, float, bool or str, and whose name has no leading '_', are its keys
+# - config files (Python) and flags (--key=value or --key value) apply strictly from left to right
+# - a key keeps the type of its default: an unknown key or another type ends in one clear line, in files as in flags
+# - --help prints the script's docstring and every key with its value at that point and its comment
+# - it leaves behind one new name, `config`: a dict of every key, to be stored with what the script makes
+#
+# This head is a comment because a docstring executed here would replace the script's own.
+
+
+class _Configurator:
+    """Holds the keys while the arguments are read: `defaults` decide the types, `values` are what holds so far."""
+
+    WORDS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
+
+    @classmethod
+    def configure(cls, script):
+        """Override the keys of the namespace `script` by sys.argv; returns {key: value}. UserError for bad arguments."""
+        import sys
+
+        import runtime
+
+        sys.excepthook = runtime.report_user_errors
+        keys = [k for k, v in script.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+        self = cls()
+        self.script_file = script.get('__file__')
+        # The keys leave the namespace while the code here runs, because it is the namespace of this code as well: a
+        # key called `compile` or `input` would hide the built-in.
+        self.defaults = {key: script.pop(key) for key in keys}
+        self.values = dict(self.defaults)
+        try:
+            self.read(sys.argv[1:])
+        finally:
+            script.update(self.values)
+        return self.values
+
+    def read(self, arguments):
+        """Apply the command line, a list of str, from left to right."""
+        import runtime
+
+        flags = []
+        while arguments:
+            argument = arguments.pop(0)
+            if argument in ('-h', '--help'):
+                self.print_help()
+                raise SystemExit(0)
+            if argument.startswith('--'):
+                flags.append(self.read_flag(argument, arguments))
+            else:
+                flags = self.say_flags(flags)
+                changed = self.read_file(argument)
+                runtime.notice(f'{argument} sets {", ".join(changed)}' if changed else f'{argument} changes nothing')
+        self.say_flags(flags)
+
+    def say_flags(self, flags):
+        """Name the keys of a group of flags, a list of key, with their values; returns the next group: []."""
+        import runtime
+
+        if flags:
+            settings = (f'{key}={self.values[key]!r}' for key in dict.fromkeys(flags))
+            runtime.notice(f'command line sets {", ".join(settings)}')
+        return []
+
+    def error(self, text):
+        """The exception to raise for a mistake of the user's."""
+        import runtime
+
+        return runtime.UserError(text)
+
+    # ---- flags
+
+    def read_flag(self, flag, rest):
+        """Apply '--key=value', or '--key' and the value in front of `rest`, which it takes from there; returns key."""
+        key, equals, text = flag[2:].partition('=')
+        if key not in self.values:
+            raise self.error(f'unknown key --{key}: {self.suggestion(key)}')
+        if not equals:
+            if not rest or rest[0].startswith('--') or rest[0] == '-h':
+                example = 'True' if isinstance(self.defaults[key], bool) else self.defaults[key]
+                raise self.error(f'--{key} needs a value, for example --{key}={example!s}')
+            text = rest.pop(0)
+        self.values[key] = self.checked(key, self.parsed(key, text), f'--{key}')
+        return key
+
+    def parsed(self, key, text):
+        """What `text` means for this key: a bool, int, float or str. Text that means nothing is returned as it is."""
+        default = self.defaults[key]
+        if isinstance(default, bool):
+            return self.WORDS.get(text.lower(), text)
+        if isinstance(default, str):
+            return text.lower() == 'true' if self.is_auto_switch(default, text) else self.unquoted(text)
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                pass
+        return text
+
+    def is_auto_switch(self, default, text):
+        """Whether the text says yes or no to a key that otherwise chooses by itself."""
+        return default == 'auto' and text.lower() in ('true', 'false')
+
+    def unquoted(self, text):
+        """The text, or what it stands for where it is a quoted Python string: '"a\\n"' is the letter and a newline."""
+        import ast
+        import warnings
+
+        if text.strip()[-1:] in ('"', "'"):
+            try:
+                with warnings.catch_warnings(action='ignore'):
+                    literal = ast.literal_eval(text)
+            except (SyntaxError, ValueError, MemoryError, RecursionError):
+                return text
+            return literal if isinstance(literal, str) else text
+        return text
+
+    # ---- config files
+
+    def read_file(self, path):
+        """Run a config file in a copy of the keys and take over what it changed; returns the changed keys."""
+        import types
+
+        namespace, lines = self.run_file(path)
+        changed = []
+        for name, value in namespace.items():
+            if name.startswith('_'):
+                continue
+            place = f'{path}:{lines[name]}' if name in lines else path
+            if name in self.values:
+                value = self.checked(name, value, f'{place}: {name}')
+                if (type(value), value) != (type(self.values[name]), self.values[name]):
+                    changed.append(name)
+                    self.values[name] = value
+            elif not isinstance(value, types.ModuleType) and not callable(value):
+                hint = f'{self.suggestion(name)} (a helper of the file needs a leading underscore: _{name})'
+                raise self.error(f'{place}: unknown key {name}: {hint}')
+        return changed
+
+    def run_file(self, path):
+        """Returns what a config file leaves in its namespace, and {name: the last line that assigns to it}."""
+        import ast
+
+        source = self.file_text(path)
+        namespace = dict(self.values, __name__='__main__', __file__=path)
+        try:
+            tree = ast.parse(source, path)
+            exec(compile(tree, path, 'exec'), namespace)
+        except Exception as error:
+            raise self.error(self.described(error, path)) from error
+        return namespace, self.assigned(tree)
+
+    def described(self, error, path):
+        """'file:line: what went wrong' for an exception that a config file raised."""
+        import traceback
+
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        text = f'{type(error).__name__}: {error}'
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines, text = [error.lineno], f'{type(error).__name__}: {error.msg}'
+        return ':'.join([path, *map(str, lines[-1:])]) + f': {text}'
+
+    def file_text(self, path):
+        """The text of a config file; UserError that names the nearest file in config/ where there is none."""
+        if not path.endswith('.py'):
+            raise self.error(self.misplaced(path))
+        try:
+            with open(path, encoding='utf-8-sig') as file:
+                return file.read()
+        except FileNotFoundError as error:
+            raise self.error(f"config file '{path}' does not exist; {self.near_file(path)}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.error(f"config file '{path}' can't be read: {error}") from error
+
+    def misplaced(self, argument):
+        """The message for an argument that is neither a flag nor a config file."""
+        if argument.startswith('-'):
+            return f"unknown option '{argument}': a key is set by --key=value; --help lists every key"
+        text = f"unexpected argument '{argument}': a config file ends in .py, and a key is set by --key=value"
+        key, equals, _ = argument.partition('=')
+        if equals:
+            return f'{text}; did you mean --{argument}?' if key in self.values else f'{text}; {self.suggestion(key)}'
+        return f'{text}; {self.near_file(argument)}' if argument else text
+
+    # ---- what both share
+
+    def checked(self, key, value, label):
+        """The value in the type of the key's default; UserError, under that label, if it is of another type."""
+        fitting = self.fitting(self.defaults[key], value)
+        if fitting is None:
+            default = self.defaults[key]
+            expected = {bool: 'True or False (bool)', int: 'a whole number (int)', float: 'a number (float)'}
+            wanted = expected.get(type(default), 'a string' + (', True or False' if default == 'auto' else ''))
+            got = repr(value)
+            got = got if len(got) <= 60 else got[:57] + '...'
+            raise self.error(f'{label} must be {wanted}, got {got}')
+        return fitting
+
+    def fitting(self, default, value):
+        """The value as an int, float, bool or str, whichever the default is, or None if it can't be one."""
+        if isinstance(default, bool):
+            return value if isinstance(value, bool) else None
+        if isinstance(default, str):
+            if default == 'auto' and isinstance(value, bool):
+                return value
+            return str(value) if isinstance(value, str) else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        if isinstance(default, int):
+            return int(value) if isinstance(value, int) or value.is_integer() else None
+        is_float = value == value if isinstance(value, float) else value.bit_length() <= 1023
+        return float(value) if is_float else None
+
+    def assigned(self, tree):
+        """{name: the last line that assigns to it} of a syntax tree."""
+        import ast
+
+        stores = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        return {node.id: node.lineno for node in sorted(stores, key=lambda node: node.lineno)}
+
+    def suggestion(self, name):
+        """'did you mean --key?' for the key nearest to a name that is none."""
+        import difflib
+
+        near = difflib.get_close_matches(name.replace('-', '_').lower(), self.values, n=1)
+        return f'did you mean --{near[0]}?' if near else '--help lists every key'
+
+    def near_file(self, path):
+        """'did you mean config/name.py?' for the config file whose name is nearest."""
+        import difflib
+        import glob
+        import os
+
+        files = {os.path.basename(file): file for file in sorted(glob.glob(os.path.join('config', '*.py')))}
+        name = os.path.basename(path)
+        near = difflib.get_close_matches(name if name.endswith('.py') else name + '.py', files, n=1)
+        return f'did you mean {files[near[0]]}?' if near else 'give its path from here, or see the folder config/'
+
+    # ---- --help
+
+    def print_help(self):
+        """Print the script's docstring and a table of the keys on stdout."""
+        docstring, comments = self.read_script()
+        if docstring:
+            print(docstring + '\n')
+        print('Keys, with their values here. Set them by --key=value or in a config file; what comes later wins.\n')
+        widths = [max(map(len, column), default=0) for column in (self.values, map(repr, self.values.values()))]
+        for key, value in self.values.items():
+            print(f'  --{key:{widths[0]}}  {value!r:{widths[1]}}  {comments.get(key, "")}'.rstrip())
+
+    def read_script(self):
+        """The docstring of the script and {name: comment} of its block, which ends where this file is executed."""
+        import ast
+        import io
+        import tokenize
+
+        if self.script_file is None:
+            return None, {}
+        with open(self.script_file, encoding='utf-8-sig') as file:
+            source = file.read()
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        notes = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
+        comments = {}
+        tree = ast.parse(source)
+        for node in tree.body:
+            if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node) and isinstance(node.value, ast.Call):
+                break
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                note = next((notes[n] for n in range(node.lineno, node.end_lineno + 1) if n in notes), '')
+                comments.update(dict.fromkeys(self.assigned(node), note))
+        return ast.get_docstring(tree), comments
+
+
+config = _Configurator.configure(globals())
+del _Configurator

@@ -1,0 +1,182 @@
+"""
+Train a GPT with multi-head attention (MHA) and one with multi-head latent attention (MLA) on the same batches, then lay
+them side by side: a table, two samples, a picture (comparison.png) and every number in it (comparison.json).
+
+$ python data/shakespeare_char/prepare.py
+$ python test_shakespeare_quick.py
+
+The setting follows the machine: nanoGPT's baby GPT where there is a GPU, a smaller one on a CPU. A comparison that was
+interrupted goes on where it stopped. Any of the keys below can be changed for both models alike:
+$ python test_shakespeare_quick.py --max_iters=500 --out_dir=out-quick-500
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from runtime import UserError
+from tokens import TokenData, load_tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+out_dir = 'out-quick'  # gets a folder for each model, comparison.png and comparison.json
+overwrite = False  # start anew even where out_dir holds a comparison with other settings
+dataset = 'shakespeare_char'
+data_dir = 'data'
+size = 'auto'  # 'gpu' (nanoGPT's baby GPT, 2000 iterations), 'cpu' (two minutes a model on two cores), by the machine
+max_iters = 0  # 0: as `size` has it
+n_latent = 0  # size of MLA's latent; 0: half of n_embd
+start = '\n'  # what the samples go on from
+sample_tokens = 400
+device = 'auto'
+dtype = 'auto'
+compile = 'auto'
+threads = 0
+seed = 1337
+exec(open('configurator.py').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3,
+                min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
+    'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, dropout=0.0, learning_rate=2e-3,
+                min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
+}  # fmt: skip
+device = runtime.pick_device(device)
+size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
+if size not in SIZES:
+    raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
+setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
+               log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip
+setting['max_iters'] = max_iters or setting['max_iters']
+setting['lr_decay_iters'] = max(setting['max_iters'], setting['warmup_iters'])
+data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
+
+# ---- train both, with the same arguments -------------------------------------------------------------------------------
+models = {'mha': 'train.py', 'mla': 'train_mla.py'}
+own_arguments = {'mha': {}, 'mla': {'n_latent': n_latent}}
+for name in models:
+    folder = os.path.join(out_dir, name)
+    ckpt = os.path.join(folder, 'ckpt.pt')
+    if os.path.exists(ckpt) and not overwrite:
+        earlier = checkpoints.load(ckpt)['config']
+        changed = [key for key, value in {**setting, **own_arguments[name]}.items() if earlier.get(key) != value]
+        if changed:
+            raise UserError(f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or give it up with '
+                            '--overwrite=True')  # fmt: skip
+for name, script in models.items():
+    arguments = {**setting, **own_arguments[name], 'out_dir': os.path.join(out_dir, name)}
+    arguments.update(overwrite=True) if overwrite else arguments.update(init_from='auto')
+    runtime.notice(f'---- {script}: {name.upper()} ----')
+    command = [sys.executable, script, *(f'--{key}={value}' for key, value in arguments.items())]
+    done = subprocess.run(command)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+# ---- read back what was saved ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def mean_loss(model, split):
+    """Mean loss over the split's fixed windows, in nats per token, and its standard error."""
+    starts = data.eval_windows(split, setting['eval_iters'] * setting['batch_size'])
+    parts = []
+    for first in range(0, len(starts), setting['batch_size']):
+        x, y = data.windows(split, starts[first : first + setting['batch_size']])
+        with runtime.autocast(device, number_format):
+            parts.append(model.window_losses(x.to(device), y.to(device)))
+    losses = torch.cat(parts).double()
+    return losses.mean().item(), (losses.std() / len(losses) ** 0.5).item()
+
+
+def read_log(folder):
+    """log.csv as a list of rows."""
+    with open(os.path.join(folder, 'log.csv'), encoding='utf-8', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows, name):
+    """Iterations and values of the rows in which `name` was measured."""
+    pairs = [(int(row['iter']), float(row[name])) for row in rows if row[name]]
+    return [n for n, _ in pairs], [value for _, value in pairs]
+
+
+runtime.set_threads(threads)
+number_format = runtime.pick_dtype(dtype, device, setting['n_embd'])
+tokenizer = load_tokenizer(data.meta)
+results, logs = {}, {}
+for name in models:
+    folder = os.path.join(out_dir, name)
+    saved = checkpoints.load(folder)
+    model = checkpoints.build_model(saved).to(device).eval()
+    logs[name] = read_log(folder)
+    step_times = column(logs[name], 'ms_per_iter')[1]
+    step_time = statistics.median(step_times[1:] or step_times)  # the first holds the warm-up
+    train_loss, train_error = mean_loss(model, 'train')
+    val_loss, val_error = mean_loss(model, 'val')
+    prompt = torch.tensor([tokenizer.encode(start)], device=device)
+    torch.manual_seed(seed)
+    ids = model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
+    results[name] = dict(
+        iterations=saved['iter_num'],
+        parameters=model.get_num_params(),
+        attention_parameters=model.num_attention_params(),
+        flops_per_token=model.flops_per_token(),
+        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[number_format]).bytes_per_token,
+        ms_per_iter=step_time,
+        tokens_per_s=1000 * setting['batch_size'] * setting['block_size'] / step_time,
+        train_loss=train_loss,
+        train_stderr=train_error,
+        val_loss=val_loss,
+        val_stderr=val_error,
+        sample=tokenizer.decode(ids.tolist()),
+    )
+mha, mla = results['mha'], results['mla']
+
+# ---- the table ---------------------------------------------------------------------------------------------------------
+ROWS = (
+    ('parameters', 'parameters', '{:,.0f}'),
+    ('in attention', 'attention_parameters', '{:,.0f}'),
+    ('training FLOPs per token', 'flops_per_token', '{:,.0f}'),
+    (f'cache bytes per token ({number_format})', 'cache_bytes_per_token', '{:,.0f}'),
+    ('ms per iteration (median)', 'ms_per_iter', '{:,.1f}'),
+    ('training tokens/s', 'tokens_per_s', '{:,.0f}'),
+)
+print(f'\nMHA against MLA after {mha["iterations"]} iterations on {data.corpus}\n')
+print(f'{"":36}{"MHA":>18}{"MLA":>18}{"MLA / MHA":>12}')
+for label, key, form in ROWS:
+    print(f'{label:36}{form.format(mha[key]):>18}{form.format(mla[key]):>18}{mla[key] / mha[key]:>12.2f}')
+for split in ('train', 'val'):
+    cells = [f'{r[f"{split}_loss"]:.4f} +- {r[f"{split}_stderr"]:.4f}' for r in (mha, mla)]
+    print(f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{mla[f"{split}_loss"] / mha[f"{split}_loss"]:>12.3f}')
+for name in models:
+    print(f'\n---- a sample of {name.upper()} ----\n{results[name]["sample"].strip()}')
+
+# ---- the picture -------------------------------------------------------------------------------------------------------
+import matplotlib  # noqa: E402  (slow to import, and of no use before)
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+LOOK = {'mha': dict(color='#1f3b73', marker='o'), 'mla': dict(color='#e07b39', marker='s')}  # differ in grey as well
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 1), layout='constrained')
+for name, rows in logs.items():
+    for split, line in (('train', '--'), ('val', '-')):
+        iterations, losses = column(rows, f'{split}_loss')
+        left.plot(iterations, losses, line, markersize=4, label=f'{name.upper()} {split}', **LOOK[name])
+left.set(xlabel='iteration', ylabel='loss (nats per token)', title=f'Same batches, same start: {data.corpus}')
+left.grid(alpha=0.3)
+left.legend()
+bars = right.bar(['MHA', 'MLA'], [r['cache_bytes_per_token'] for r in (mha, mla)], color=[LOOK[n]['color'] for n in models])
+right.bar_label(bars, fmt='{:,.0f}')
+right.set(ylabel='bytes', title=f'Cache per token ({number_format})')
+figure.savefig(os.path.join(out_dir, 'comparison.png'), dpi=130)
+with open(os.path.join(out_dir, 'comparison.json'), 'w', encoding='utf-8') as file:
+    json.dump(dict(corpus=data.corpus, setting=setting, device=device, dtype=number_format, torch=torch.__version__,
+                   results=results), file, indent=1)  # fmt: skip
+print(f'\npicture: {os.path.join(out_dir, "comparison.png")}   numbers: {os.path.join(out_dir, "comparison.json")}')

@@ -1,0 +1,390 @@
+"""
+Train a GPT, with multi-head attention or (through train_mla.py) multi-head latent attention. The only training loop.
+
+One process, a small run on a CPU:
+$ python train.py config/train_shakespeare_cpu.py
+
+One GPU, or as many processes as there are GPUs, on one node or several:
+$ python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
+$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/train_gpt2.py
+
+Go on with a run that stopped, for whatever reason (the same command line with --init_from=resume, or =auto from the start):
+$ python train.py config/train_shakespeare_cpu.py --init_from=resume
+"""
+
+import csv
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+import runtime
+from model import GPT
+from runtime import UserError
+from tokens import TokenData
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is written where
+out_dir = 'out'
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something), 'gpt2*' or a Hugging Face folder
+overwrite = False  # start anew even where out_dir holds another run
+eval_interval = 2000  # iterations between evaluations
+log_interval = 1  # iterations between rows of log.csv
+eval_iters = 200  # evaluation reads at most eval_iters * batch_size windows of each split, the same every time
+eval_only = False  # evaluate once and stop: trains nothing, writes nothing
+always_save_checkpoint = True  # save after every evaluation, not only where the validation loss is a new best
+checkpoint_interval = 0  # iterations between further saves; 0: only at evaluations
+# wandb
+wandb_log = False  # offline where there is no key
+wandb_project = 'gpt2mla'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'  # a folder of data_dir
+data_dir = 'data'
+gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, over all processes
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+# model
+attention = 'mha'  # 'mha' or 'mla'
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_latent = 0  # size of MLA's latent; 0: half of n_embd
+n_latent_q = 0  # size of MLA's latent for queries; 0: queries are not compressed
+n_rope = 0  # position dimensions in each of MLA's heads; 0 with pos='rope': half of the head
+latent_norm = False  # RMSNorm on MLA's latents
+pos = 'learned'  # 'learned' or 'rope'
+dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times
+bias = False  # biases in Linear and LayerNorm
+flash = True  # fused attention; False computes attention patterns in the open
+# AdamW
+learning_rate = 6e-4
+max_iters = 600000
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
+# learning rate: linear warm-up, then cosine decay
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters, as Chinchilla has it
+min_lr = 6e-5  # about a tenth of learning_rate
+# machine
+backend = 'nccl'  # between GPUs; CPUs always use gloo
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16' (with loss scaling)
+compile = 'auto'  # True, False, or on GPUs only
+threads = 0  # CPU threads; 0: the cores that this process may use
+seed = 1337  # initial values, batches and dropout are functions of it
+exec(open('configurator.py').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+stop_request = runtime.StopRequest()
+
+for ok, complaint in (
+    (attention in ('mha', 'mla'), f"attention is '{attention}'; it must be 'mha' or 'mla'"),
+    (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
+    (min(batch_size, block_size, eval_iters, eval_interval, log_interval, gradient_accumulation_steps) >= 1,
+     'batch_size, block_size, eval_iters, eval_interval, log_interval and gradient_accumulation_steps must be at least 1'),
+    (min(max_iters, checkpoint_interval, warmup_iters, threads, seed) >= 0,
+     'max_iters, checkpoint_interval, warmup_iters, threads and seed must not be negative'),
+    (learning_rate > 0 and min_lr >= 0, f'learning_rate={learning_rate} must be above 0, and min_lr={min_lr} not below'),
+    (not decay_lr or lr_decay_iters >= warmup_iters,
+     f'lr_decay_iters={lr_decay_iters} is less than warmup_iters={warmup_iters}; raise it to about max_iters'),
+    (0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must be at least 0 and below 1'),
+    (grad_clip >= 0 and weight_decay >= 0, f'grad_clip={grad_clip} and weight_decay={weight_decay} must not be negative'),
+    (attention == 'mla' or not (n_latent or n_latent_q or n_rope or latent_norm),
+     'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'),
+):  # fmt: skip
+    if not ok:
+        raise UserError(complaint)
+
+# ---- machine -----------------------------------------------------------------------------------------------------------
+device = runtime.pick_device(device)
+processes, device = runtime.join_processes(device, backend)
+threads = runtime.set_threads(threads)
+dtype = runtime.pick_dtype(dtype, device, n_embd)
+compile = device.startswith('cuda') if compile == 'auto' else compile
+torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
+autocast = runtime.autocast(device, dtype)
+if gradient_accumulation_steps % processes.world_size:
+    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be shared equally by '
+                    f'{processes.world_size} processes; make it a multiple of their number')  # fmt: skip
+micro_steps = gradient_accumulation_steps // processes.world_size
+rows_per_iter = gradient_accumulation_steps * batch_size
+tokens_per_iter = rows_per_iter * block_size
+
+# ---- data and the run so far -------------------------------------------------------------------------------------------
+ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
+log_path = os.path.join(out_dir, 'log.csv')
+data = TokenData(os.path.join(data_dir, dataset), block_size)
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+resumed = checkpoints.load(ckpt_path) if init_from == 'resume' else None
+if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_only:
+    raise UserError(f'{out_dir} holds another run; go on with it by --init_from=resume, choose another --out_dir, '
+                    'or give it up with --overwrite=True')  # fmt: skip
+
+# ---- wandb, before anything that takes long ------------------------------------------------------------------------------
+wandb_run = None
+if wandb_log and processes.rank == 0 and not eval_only:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError('wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False') from error
+    if not (os.environ.get('WANDB_MODE') or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
+        os.environ['WANDB_MODE'] = 'offline'
+        runtime.notice('wandb: no key found, so this run is logged offline; `wandb sync` uploads it later')
+    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=None,
+                           id=resumed.get('wandb_run_id') if resumed else None, resume='allow')  # fmt: skip
+
+# ---- model -------------------------------------------------------------------------------------------------------------
+iter_num, best_val_loss = 0, 1e9
+try:
+    if resumed:
+        raw_model = checkpoints.build_model(resumed, dropout=dropout, flash=flash)
+        if checkpoints.attention_of(raw_model) != attention:
+            script = 'train_mla.py' if attention == 'mha' else 'train.py'
+            raise UserError(f"{ckpt_path} holds a model with the other attention; go on with it by {script}")
+        iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
+    elif init_from == 'scratch':
+        model_class, config_class = checkpoints.KINDS[attention]
+        sizes = dict(block_size=block_size, vocab_size=data.padded_vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                     dropout=dropout, bias=bias, pos=pos, flash=flash)  # fmt: skip
+        if attention == 'mla':
+            sizes.update(n_latent=n_latent, n_latent_q=n_latent_q, n_rope=n_rope, latent_norm=latent_norm)
+        raw_model = model_class(config_class(**sizes), seed=seed)
+    else:
+        raw_model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    if block_size < raw_model.config.block_size:
+        raw_model.crop_block_size(block_size)
+except ValueError as error:
+    raise UserError(str(error)) from error
+if data.n_vocab > raw_model.config.vocab_size:
+    raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {raw_model.config.vocab_size}; '
+                    'use the data set that the model was made for')  # fmt: skip
+if block_size > raw_model.config.block_size:
+    raise UserError(f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}')
+raw_model.to(device)
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
+scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
+if resumed:
+    if resumed.get('optimizer'):
+        optimizer.load_state_dict(resumed['optimizer'])
+    if resumed.get('scaler'):
+        scaler.load_state_dict(resumed['scaler'])
+wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
+resumed = None  # its tensors would stay in memory
+model = torch.compile(raw_model) if compile else raw_model
+if processes.world_size > 1:
+    model = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith('cuda') else None)
+
+runtime.notice(
+    f'device={device} ({threads} CPU threads, {processes.world_size} process{"es" * (processes.world_size > 1)}), '
+    f'dtype={dtype}, compile={compile}; {attention}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
+    f'corpus: {data.corpus} ({data.tokens["train"]:,} training tokens); {tokens_per_iter:,} tokens per iteration'
+)
+
+
+# ---- the parts of an iteration -----------------------------------------------------------------------------------------
+def to_device(x, y):
+    """The batch on the training device; to a GPU from pinned memory, while it is still at work on the last one."""
+    if device.startswith('cuda'):
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
+
+
+def micro_batches(iteration):
+    """This process's micro-batches from `iteration` on, without end: (x, y), each (batch_size, block_size)."""
+    while True:
+        for micro_step in range(micro_steps):
+            first = (micro_step * processes.world_size + processes.rank) * batch_size
+            yield to_device(*data.batch(seed, iteration, rows_per_iter, slice(first, first + batch_size)))
+        iteration += 1
+
+
+def get_lr(iteration):
+    """Linear warm-up over warmup_iters, then a half cosine from learning_rate down to min_lr at lr_decay_iters."""
+    if not decay_lr:
+        return learning_rate
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    progress = min(1.0, (iteration - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(split):
+    """Mean loss over fixed windows of a split, in nats per token, and its standard error. Shared by all processes."""
+    raw_model.eval()
+    starts = data.eval_windows(split, eval_iters * batch_size)[processes.rank :: processes.world_size]
+    losses = []
+    for first in range(0, len(starts), batch_size):
+        x, y = to_device(*data.windows(split, starts[first : first + batch_size]))
+        with autocast:
+            losses.append(raw_model.window_losses(x, y))
+    raw_model.train()
+    losses = torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
+    count, total, squares = processes.sum(torch.stack((torch.tensor(float(len(losses)), dtype=torch.float64), losses.sum(),
+                                                       losses.square().sum()))).tolist()  # fmt: skip
+    mean = total / count
+    variance = max(0.0, squares / count - mean**2) * count / max(1.0, count - 1)
+    return mean, math.sqrt(variance / count)
+
+
+LOG_COLUMNS = ('iter', 'tokens', 'lr', 'loss', 'train_loss', 'val_loss', 'val_stderr', 'grad_norm', 'ms_per_iter',
+               'tokens_per_s', 'mfu')  # fmt: skip
+
+
+def open_log():
+    """log.csv, ready for the row of iter_num: of a resumed run's rows those past the checkpoint are cut."""
+    kept = []
+    if iter_num and os.path.exists(log_path):
+        with open(log_path, encoding='utf-8', newline='') as file:
+            kept = [row for row in csv.DictReader(file) if row['iter'].isdigit() and int(row['iter']) < iter_num]
+    with open(log_path + '.writing', 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(log_path + '.writing', log_path)
+    return open(log_path, 'a', encoding='utf-8', newline='', buffering=1)
+
+
+def log(row):
+    """A row into log.csv and to wandb; what was not measured stays empty."""
+    csv.DictWriter(log_file, LOG_COLUMNS, restval='').writerow(row)
+    if wandb_run is not None:
+        wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------------
+if eval_only:
+    for split in ('train', 'val'):
+        mean, error = evaluate(split)
+        if processes.rank == 0:
+            print(f'step {iter_num}: {split} loss {mean:.4f} +- {error:.4f}')
+    processes.close()
+    sys.exit(0)
+
+log_file = None
+if processes.rank == 0:
+    os.makedirs(out_dir, exist_ok=True)
+    if not iter_num:
+        for path in (ckpt_path, best_path):  # given up with --overwrite: --init_from=auto must not find it again
+            if os.path.exists(path):
+                os.remove(path)
+    log_file = open_log()
+saver = checkpoints.Writer()
+bar = tqdm(total=max_iters, initial=iter_num, unit='it', disable=None if processes.rank == 0 else True)
+val_loss = None
+first_bad = torch.full((), -1, device=device)  # the first iteration whose loss was not finite
+measured_from, measured_iters = time.perf_counter(), 0
+
+
+def save(best=False):
+    """Save iteration iter_num in the background; rank 0 alone writes."""
+    if processes.rank == 0:
+        state = checkpoints.contents(raw_model, config, optimizer=optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+                                     val_loss=val_loss, tokenizer=data.meta, corpus=data.corpus, scaler=scaler,
+                                     wandb_run_id=wandb_run_id)  # fmt: skip
+        saver.save(ckpt_path, state, best_path if best else None)
+
+
+def stop_if_not_finite():
+    """A loss that is not a number never recovers, and must not reach a checkpoint."""
+    if (bad := int(first_bad)) >= 0:
+        saver.wait()
+        raise UserError(f'the loss was not finite in iteration {bad}; the last checkpoint in {out_dir} is from before. '
+                        'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
+
+
+raw_model.train()
+batches = micro_batches(iter_num)
+x, y = next(batches)
+while True:
+    lr = get_lr(iter_num)
+    row = {}
+    if iter_num % eval_interval == 0 or iter_num == max_iters:
+        stop_if_not_finite()
+        started = time.perf_counter()
+        train_loss, _ = evaluate('train')
+        val_loss, val_stderr = evaluate('val')
+        row = dict(train_loss=f'{train_loss:.6f}', val_loss=f'{val_loss:.6f}', val_stderr=f'{val_stderr:.6f}')
+        if processes.rank == 0:
+            tqdm.write(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}', sys.stdout)
+        # not '<': a run killed between its two files is resumed here with the same loss, and names the best again
+        improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
+        if iter_num and (always_save_checkpoint or improved):
+            save(best=improved)
+        measured_from += time.perf_counter() - started
+    elif iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0:
+        stop_if_not_finite()
+        save()
+    if iter_num >= max_iters or processes.any(stop_request.signal):
+        break
+
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    loss = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        if dropout:
+            runtime.seed_dropout(seed, iter_num, micro_step, processes.rank)
+        # gradients are averaged over the processes once, in the last micro-step
+        alone = processes.world_size == 1 or micro_step == micro_steps - 1
+        with nullcontext() if alone else model.no_sync():
+            with autocast:
+                micro_loss = model(x, y)[1] / micro_steps
+            loss += micro_loss.detach()
+            x, y = next(batches)  # while a GPU is still busy with the forward pass
+            scaler.scale(micro_loss).backward()
+    grad_norm = None
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), iter_num, first_bad)
+    measured_iters += 1
+
+    if iter_num % log_interval == 0 or row:
+        mean_loss = processes.sum(loss.double().cpu()).item() / processes.world_size  # waits for the device
+        seconds = (time.perf_counter() - measured_from) / measured_iters
+        mfu = raw_model.estimate_mfu(rows_per_iter, seconds, (runtime.peak_flops(device, dtype) or 0) * processes.world_size)
+        row.update(iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}',
+                   grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}', ms_per_iter=f'{1000 * seconds:.2f}',
+                   tokens_per_s=f'{tokens_per_iter / seconds:.0f}', mfu='' if mfu is None else f'{mfu:.4f}')  # fmt: skip
+        if processes.rank == 0:
+            log(row)
+            bar.set_postfix_str(f'loss {mean_loss:.4f}, {tokens_per_iter / seconds:,.0f} tokens/s')
+            if bar.disable and iter_num % log_interval == 0:
+                shown = 'n/a' if mfu is None else f'{100 * mfu:.2f}%'
+                print(f'iter {iter_num}: loss {mean_loss:.4f}, time {1000 * seconds:.2f}ms, mfu {shown}', flush=True)
+        stop_if_not_finite()
+        measured_from, measured_iters = time.perf_counter(), 0
+    iter_num += 1
+    bar.update()
+
+# ---- the end: all done, or asked to stop -------------------------------------------------------------------------------
+bar.close()
+stopped_early = iter_num < max_iters
+if stopped_early:
+    stop_if_not_finite()
+    save()
+elif processes.rank == 0 and row:
+    log(dict(row, iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}'))
+saver.wait()
+if wandb_run is not None:
+    wandb_run.finish()
+processes.close()
+if stopped_early:
+    runtime.notice(f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
+                   'go on with --init_from=resume')  # fmt: skip
+    sys.exit(runtime.PREEMPTED)
