@@ -22,7 +22,7 @@ class _Configurator:
 
     @classmethod
     def configure(cls, script):
-        """Override the keys of the namespace `script` by sys.argv; returns {key: value}. UserError for bad arguments."""
+        """Override the keys in the namespace `script` by sys.argv; returns {key: value}. UserError if it can't."""
         import sys
 
         import runtime
@@ -269,7 +269,7 @@ class _Configurator:
         comments = {}
         tree = ast.parse(source)
         for node in tree.body:
-            if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node) and isinstance(node.value, ast.Call):
+            if isinstance(getattr(node, 'value', None), ast.Call) and 'configurator.py' in ast.unparse(node):
                 break
             if isinstance(node, (ast.Assign, ast.AnnAssign)):
                 note = next((notes[n] for n in range(node.lineno, node.end_lineno + 1) if n in notes), '')

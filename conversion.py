@@ -57,10 +57,10 @@ class Statistics:
         self.products.addmm_(x.t(), x)
 
     def moments(self, centred=True):
-        """Mean (C,) and covariance (C, C); uncentred: zeros and E[x x^T]. Raises ValueError when nothing was added."""
+        """Mean (C,) and covariance (C, C), uncentred: 0 and E[x x^T]; on the CPU. ValueError before the first `add`."""
         if not self.count:
             raise ValueError('there are no statistics yet; add some tokens first')
-        mean, second = self.total / self.count, self.products / self.count
+        mean, second = self.total.cpu() / self.count, self.products.cpu() / self.count
         return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
 
 
@@ -93,36 +93,50 @@ def collect_statistics(model, batches):
 
 def norm_moments(ln, centred=True):
     """Mean and covariance (uncentred: zeros, E[x x^T]) that ln's output has when its normed input is white."""
-    gain = ln.weight.detach().double()
-    mean = torch.zeros_like(gain) if ln.bias is None else ln.bias.detach().double()
+    gain = ln.weight.detach().to('cpu', torch.float64)
+    mean = torch.zeros_like(gain) if ln.bias is None else ln.bias.detach().to('cpu', torch.float64)
     covariance = torch.diag(gain**2) - torch.outer(gain, gain) / len(gain)
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
 def root(matrix):
-    """The symmetric square root of a covariance (C, C)."""
+    """The symmetric square root of a covariance (n, n)."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
 
 
-def factorize(w_k, w_v, mean, covariance, n_latent, balance=True):
+def reachable_root(ln, covariance):
     """
-    One latent for keys w_k x and values w_v x (each (C, C)), by the module's formula; x has `mean` and `covariance`.
+    A matrix (C, C - 1) whose product with its transpose is `covariance`, and RIDGE of what `norm_moments` would say.
 
-    Returns (down (r, C), up (2C, r), shift (2C,)), float64: [w_k; w_v] x is about up down x + shift.
+    Its columns span what LayerNorm `ln` can reach and nothing else, to the last bit: rounding in `covariance` would
+    otherwise pass for a direction of its own, and take the place of one that matters.
     """
-    half, size = root(covariance), len(w_k)
-    ratio = torch.linalg.matrix_norm(w_v @ half) / torch.linalg.matrix_norm(w_k @ half) if balance else 1.0
+    gain = ln.weight.detach().to('cpu', torch.float64)
+    basis, sizes, _ = torch.linalg.svd(torch.diag(gain) - gain[:, None] / len(gain))
+    kept = sizes > 1e-12 * sizes[0]
+    basis, sizes = basis[:, kept], sizes[kept]
+    inner = basis.t() @ covariance @ basis
+    return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
+
+
+def factorize(w_k, w_v, mean, half, n_latent, balance=True):
+    """
+    One latent for keys w_k x and values w_v x (each (C, C)), by the module's formula.
+
+    x has the mean `mean` (C,) and the covariance half half^T, half (C, n). Returns (down (r, C), up (2C, r), shift
+    (2C,)) in float64: [w_k; w_v] x is about up down x + shift.
+    """
+    norm = torch.linalg.matrix_norm
+    ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0
     if not 0 < ratio < float('inf'):
         ratio = 1.0  # keys or values are all zero: there is nothing to balance
     w = torch.cat((w_k * ratio, w_v))
-    up = torch.linalg.svd(w @ half, full_matrices=False).U[:, :n_latent]
+    up = torch.linalg.svd(w @ half).U[:, :n_latent]
     down = up.t() @ w
     shift = w @ mean - up @ (down @ mean)
-    up, shift = up.clone(), shift.clone()
-    up[:size] /= ratio
-    shift[:size] /= ratio
-    return down, up, shift
+    unscale = torch.cat((w.new_full((len(w_k),), 1 / ratio), w.new_ones(len(w_v))))
+    return down, up * unscale[:, None], shift * unscale
 
 
 @torch.no_grad()
@@ -138,39 +152,34 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
     if model.config.pos != 'learned':
         raise ValueError(
-            'this model has RoPE, which turns every key by its position: no latent without positions can stand for '
-            "them exactly or nearly. Train the MHA model with pos='learned' to convert it"
+            'this model has RoPE, which turns every key by its position, and no latent without positions can stand for '
+            "such keys; train the MHA model with pos='learned' to convert it"
         )
     if statistics is not None and len(statistics) != model.config.n_layer:
         raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
-    config = MLAConfig(**asdict(model.config), n_latent=n_latent)
     weight = model.lm_head.weight
-    new = MLAGPT(config).to(device=weight.device, dtype=weight.dtype)
-    shared = {name: value for name, value in model.state_dict().items() if '.attn.c_attn.' not in name}
-    missing, unexpected = new.load_state_dict(shared, strict=False)
-    assert not unexpected and all('.attn.c_' in name for name in missing)
+    new = MLAGPT(MLAConfig(**asdict(model.config), n_latent=n_latent)).to(device=weight.device, dtype=weight.dtype)
+    for name, value in new.state_dict().items():
+        if '.attn.' not in name or '.attn.c_proj.' in name:
+            value.copy_(model.state_dict()[name])
     for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
-        convert_layer(old, block, statistics[layer] if statistics else None, balance)
+        convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
     return new.train(model.training)
 
 
-def convert_layer(old, new, statistics, balance):
-    """Fill block `new`'s queries and latent from block `old`'s c_attn (see `to_mla`)."""
-    source, target = old.attn.c_attn, new.attn
-    centred = source.bias is not None
+def convert_layer(old, attention, statistics, balance):
+    """Fill the queries and the latent of `attention` from the block `old` (see `to_mla`)."""
+    weight, bias = old.attn.c_attn.weight, old.attn.c_attn.bias
+    w_q, w_k, w_v = weight.to('cpu', torch.float64).chunk(3)
+    centred = bias is not None
     mean, covariance = statistics.moments(centred) if statistics else norm_moments(old.ln_1, centred)
-    _, reachable = norm_moments(old.ln_1, centred=True)
-    scale = covariance.trace() / reachable.trace() if reachable.trace() > 0 else 1.0
-    covariance = covariance.to(source.weight.device) + RIDGE * scale * reachable
-    w_q, w_k, w_v = source.weight.chunk(3)
-    down, up, shift = factorize(
-        w_k.double(), w_v.double(), mean.to(source.weight.device), covariance, target.n_latent, balance
-    )
-    target.c_q.weight.copy_(w_q)
-    target.c_kv_down.weight.copy_(down)
-    target.c_kv_up.weight.copy_(up)
+    half = reachable_root(old.ln_1, covariance)
+    down, up, shift = factorize(w_k, w_v, mean, half, attention.n_latent, balance)
+    attention.c_q.weight.copy_(w_q)
+    attention.c_kv_down.weight.copy_(down)
+    attention.c_kv_up.weight.copy_(up)
     if centred:
-        b_q, b_kv = source.bias.split((len(w_q), 2 * len(w_q)))
-        target.c_q.bias.copy_(b_q)
-        target.c_kv_down.bias.zero_()
-        target.c_kv_up.bias.copy_(b_kv.double() + shift)
+        b_q, b_kv = bias.to('cpu', torch.float64).split((len(w_q), len(w_k) + len(w_v)))
+        attention.c_q.bias.copy_(b_q)
+        attention.c_kv_down.bias.zero_()
+        attention.c_kv_up.bias.copy_(b_kv + shift)

@@ -388,6 +388,7 @@ class GPT(nn.Module):
             raise ValueError(f'only dropout can be overridden in a pretrained model, not {sorted(override_args)}')
         if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
             raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -398,7 +399,7 @@ class GPT(nn.Module):
             hf_model, report = AutoModelForCausalLM.from_pretrained(
                 model_type, dtype=torch.float32, output_loading_info=True
             )
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"'{model_type}' can't be loaded ({str(error).splitlines()[0]}); check the name, the folder "
                              'and the network') from error
         wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))

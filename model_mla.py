@@ -155,6 +155,25 @@ class MultiHeadLatentAttention(nn.Module):
         b_v = None if self.c_kv_up.bias is None else self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))
         return w_k, w_v, b_v
 
+    def head_weights(self):
+        """
+        Per head, what it computes from the layer's normed input: W_Q, W_K, W_V (H, d, C) and W_O (H, C, d).
+
+        As CausalSelfAttention.head_weights, with the projections multiplied out and the latent norms' gains folded in;
+        what is left of a norm is one positive factor per token. W_K's last n_rope rows are the key all heads share.
+        """
+        w_k, w_v, _ = self.up_weights()
+        down, gain = self.c_kv_down.weight[: self.n_latent], getattr(self.kv_norm, 'weight', None)
+        if gain is not None:
+            down = gain[:, None] * down
+        shared = self.c_kv_down.weight[self.n_latent :].expand(self.n_head, -1, -1)
+        w_q = self.c_q.weight
+        if hasattr(self, 'c_q_down'):
+            gain = getattr(self.q_norm, 'weight', None)
+            w_q = (w_q if gain is None else w_q * gain) @ self.c_q_down.weight
+        w_o = self.c_proj.weight.unflatten(1, (self.n_head, self.head_size)).transpose(0, 1)
+        return w_q.unflatten(0, (self.n_head, self.head_size)), torch.cat((w_k @ down, shared), dim=1), w_v @ down, w_o
+
     def absorbing_pays(self, T):
         """Whether T queries are cheaper in latent space than rebuilding all keys and values for them."""
         r, d = self.n_latent, self.head_size

@@ -1,0 +1,44 @@
+# make quickstart    everything from an empty machine to the comparison of MHA and MLA
+# make test          the tests
+#
+# PYTHON=...   the Python (3.11 or later) that .venv is made with
+# INPUT=...    quickstart: a local copy of tinyshakespeare, or another text over its characters; nothing is downloaded
+# ARGS=...     more arguments for the script or the test runner, such as ARGS='--max_iters=200' or ARGS='-k tokens'
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(VENV)/.installed ## install, prepare the Shakespeare characters, train MHA and MLA, compare (INPUT=FILE, ARGS=...)
+	$(BIN)/python data/shakespeare_char/prepare.py $(if $(INPUT),--input="$(INPUT)")
+	$(BIN)/python test_shakespeare_quick.py $(ARGS)
+
+# One thread per process: the tests run side by side already, and more threads than cores is far slower than fewer.
+test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=...)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+
+lint: $(VENV)/.installed-test ## check style and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean: ## remove caches; runs (out*) and data stay
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache
+
+# The stamps are as old as the last complete install: a second run is instant, a changed pin is installed.
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this is Python " + \
+		sys.version.split()[0] + ", 3.11 or later is needed; try make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(BIN)/python -m pip install -r requirements-test.txt
+	@touch $@

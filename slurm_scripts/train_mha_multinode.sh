@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train a GPT-2 (124M) with multi-head attention on several nodes of 8 GPUs. From the repository's folder:
+#
+# $ sbatch slurm_scripts/train_mha_multinode.sh
+# $ sbatch --nodes=3 slurm_scripts/train_mha_multinode.sh --max_iters=100000 --out_dir=out-long
+#
+#SBATCH --partition=gpu  # 1. edit: a partition with GPUs (sinfo lists them)
+#SBATCH --account=my_account  # 2. edit: whose hours these are; delete the line where there are no accounts
+#SBATCH --job-name=train_mha_multinode
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm_logs/%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+source .venv/bin/activate # 3. edit: what makes Python with PyTorch available (module load ..., conda activate ...)
+# export NCCL_IB_DISABLE=1 # on a cluster without InfiniBand
+
+source slurm_scripts/launch.sh
+# 480 sequences per iteration, as on one node, in a number of micro-batches that 16 and 24 processes can share.
+launch train.py config/train_gpt2.py --batch_size=10 --gradient_accumulation_steps=48 "$@"

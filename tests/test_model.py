@@ -1,0 +1,158 @@
+"""model.py and model_mla.py: shapes, starting values, counts, and that the two differ in the attention alone."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, causal_mask, draw
+from model_mla import MLAGPT, MLAConfig
+
+SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+VARIANTS = {
+    'mha': (GPT, GPTConfig, {}),
+    'mha-rope-nobias': (GPT, GPTConfig, dict(pos='rope', bias=False)),
+    'mla': (MLAGPT, MLAConfig, {}),
+    'mla-small-nobias': (MLAGPT, MLAConfig, dict(n_latent=5, bias=False)),
+    'mla-published': (MLAGPT, MLAConfig, dict(pos='rope', n_latent_q=12, latent_norm=True)),
+}
+
+
+def make(variant, **changes):
+    model_class, config_class, extra = VARIANTS[variant]
+    return model_class(config_class(**{**SIZES, **extra, **changes})).eval()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_loss_is_the_cross_entropy_of_the_logits_and_the_future_is_not_seen(variant):
+    model, idx = make(variant).double(), torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
+    logits, loss = model(idx, idx)
+    assert logits.shape == (3, 16, 50)
+    picked = logits.log_softmax(-1).gather(-1, idx[..., None])
+    assert loss.item() == pytest.approx(-picked.mean().item(), abs=1e-12)
+    torch.testing.assert_close(model.window_losses(idx, idx).double(), -picked.mean((1, 2)), rtol=1e-6, atol=0)
+    changed = idx.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 50
+    torch.testing.assert_close(model(changed, idx)[0][:, :9], logits[:, :9], rtol=0, atol=1e-12)
+    assert not torch.allclose(model(changed, idx)[0][:, 9:], logits[:, 9:])
+    torch.testing.assert_close(model(idx)[0][:, 0], logits[:, -1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_plain_formula_gives_what_the_fused_kernel_gives(variant):
+    idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(1))
+    fused, plain = make(variant).double(), make(variant, flash=False).double()
+    torch.testing.assert_close(plain(idx, idx)[0], fused(idx, idx)[0], rtol=0, atol=1e-12)
+
+
+def test_masked_targets_are_not_scored():
+    model, idx = make('mha'), torch.arange(32).view(2, 16)
+    targets = idx.clone()
+    targets[:, :6] = -1
+    logits, loss = model(idx, targets)
+    picked = logits.log_softmax(-1).gather(-1, idx[..., None])[:, 6:]
+    assert loss.item() == pytest.approx(-picked.mean().item(), rel=1e-5)
+    torch.testing.assert_close(model.window_losses(idx, targets), -picked.mean((1, 2)))
+
+
+def test_tensors_that_both_models_have_start_equal_and_others_do_not():
+    mha, mla = make('mha').state_dict(), make('mla').state_dict()
+    shared = set(mha) & set(mla)
+    assert {n.split('attn.')[1] for n in set(mla) - shared} == {
+        f'{part}.{kind}' for part in ('c_q', 'c_kv_down', 'c_kv_up') for kind in ('weight', 'bias')
+    }
+    assert all(torch.equal(mha[name], mla[name]) for name in shared)
+    other = GPT(GPTConfig(**SIZES), seed=1).state_dict()
+    assert not torch.equal(other['transformer.wte.weight'], mha['transformer.wte.weight'])
+    first, second = (mha[f'transformer.h.{i}.mlp.c_fc.weight'] for i in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_starting_values_do_not_depend_on_what_was_drawn_before():
+    torch.manual_seed(0)
+    first = make('mla').state_dict()
+    torch.rand(100)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), make('mla').state_dict().values(), strict=True))
+
+
+def test_starting_scale_is_gpt2s():
+    state = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=128)).state_dict()
+    assert state['transformer.wte.weight'].std().item() == pytest.approx(0.02, rel=0.02)
+    assert state['transformer.h.0.mlp.c_proj.weight'].std().item() == pytest.approx(0.01, rel=0.02)
+    assert state['transformer.h.0.ln_1.weight'].unique().tolist() == [1]
+    assert state['transformer.h.0.attn.c_attn.bias'].unique().tolist() == [0]
+
+
+def test_parameter_counts():
+    assert GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124_439_808  # as published
+    mha, mla = make('mha', bias=False), make('mla', bias=False)
+    C, r, L = 32, 16, 2
+    assert mha.num_attention_params() == L * 4 * C * C
+    assert mla.num_attention_params() == L * (2 * C * C + 3 * r * C)
+    assert mha.get_num_params(non_embedding=False) - mha.get_num_params() == 16 * C
+
+
+def test_flops_follow_the_formula():
+    mha, mla = make('mha', bias=False), make('mla', bias=False)
+    L, C, T, V = 2, 32, 16, 50
+    assert mha.flops_per_token() == 6 * (V * C + L * 12 * C * C) + 12 * L * C * T
+    assert mla.flops_per_token() == 6 * (V * C + L * (10 * C * C + 3 * 16 * C)) + 12 * L * C * T
+    assert mha.estimate_mfu(8, 2.0, None) is None
+    assert mha.estimate_mfu(8, 2.0, 1e9) == pytest.approx(mha.flops_per_token() * T * 8 / 2.0 / 1e9)
+
+
+def test_parameter_order_and_names_are_nanogpts():
+    names = [name for name, _ in make('mha').named_parameters()]
+    assert names[:2] == ['transformer.wte.weight', 'transformer.wpe.weight']
+    block = ['ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj']
+    assert names[2:14] == [f'transformer.h.0.{part}.{kind}' for part in block for kind in ('weight', 'bias')]
+    assert 'lm_head.weight' in make('mha').state_dict()
+
+
+def test_matrices_decay_and_vectors_do_not():
+    optimizer = make('mla').configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    decayed, kept = optimizer.param_groups
+    assert decayed['weight_decay'] == 0.1 and {p.dim() for p in decayed['params']} == {2}
+    assert kept['weight_decay'] == 0.0 and {p.dim() for p in kept['params']} == {1}
+
+
+def test_cropping_keeps_what_short_inputs_give():
+    for variant in ('mha', 'mha-rope-nobias'):
+        model, idx = make(variant), torch.arange(8)[None]
+        before = model(idx)[0]
+        model.crop_block_size(8)
+        torch.testing.assert_close(model(idx)[0], before)
+        with pytest.raises(ValueError, match='block_size=8'):
+            model(torch.arange(9)[None])
+        with pytest.raises(ValueError, match='more than the 8'):
+            model.crop_block_size(9)
+
+
+@pytest.mark.parametrize(
+    ('config', 'changes', 'complaint'),
+    [
+        (GPTConfig, dict(n_embd=30), 'n_embd=30 is not a multiple of n_head=4'),
+        (GPTConfig, dict(n_layer=0), 'n_layer is 0'),
+        (GPTConfig, dict(dropout=1.0), 'dropout is 1.0'),
+        (GPTConfig, dict(gelu='relu'), "gelu is 'relu'"),
+        (GPTConfig, dict(pos='none'), "pos is 'none'"),
+        (GPTConfig, dict(pos='rope', n_embd=12), 'RoPE turns pairs'),
+        (MLAConfig, dict(n_latent=33), 'n_latent=33 is outside'),
+        (MLAConfig, dict(n_latent=-1), 'n_latent=-1 is outside'),
+        (MLAConfig, dict(n_latent_q=40), 'n_latent_q=40 is outside'),
+        (MLAConfig, dict(n_rope=4), "n_rope=4 needs pos='rope'"),
+        (MLAConfig, dict(pos='rope', n_rope=8), 'leaves nothing for content'),
+        (MLAConfig, dict(pos='rope', n_rope=3), 'RoPE turns pairs'),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        config(**{**SIZES, **changes})
+
+
+def test_causal_mask_is_aligned_at_the_lower_right():
+    assert causal_mask(2, 4, 'cpu').int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_draw_follows_the_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.2, 1e-9]).log().expand(20000, 4)
+    shares = torch.bincount(draw(logits, generator=torch.Generator().manual_seed(0)), minlength=4) / 20000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), rtol=0, atol=0.015)
