@@ -10,10 +10,11 @@
 set -euo pipefail
 
 max_requeues=${MAX_REQUEUES:-100}
+preempted=0
+step=
 
 launch() {
-    local head port step code=0
-    preempted=0
+    local head port code=0
     if ! command -v torchrun >/dev/null; then
         echo "error: torchrun was not found; edit the third of the lines marked 'edit' in the script you submitted" >&2
         return 1
@@ -49,7 +50,6 @@ launch() {
 
 preempt() {
     preempted=1
-    # Again and again: a trainer that is still starting up does not listen yet.
-    # shellcheck disable=SC2154 # launch's local variable
-    while kill -USR1 "$step"; do sleep 10; done 2>/dev/null &
+    # srun hands it to all processes of the step. A trainer that is not listening yet has nothing worth a requeue.
+    kill -USR1 "$step" 2>/dev/null || true
 }

@@ -2,7 +2,10 @@
 # Train a GPT-2 (124M) with multi-head attention on several nodes of 8 GPUs. From the repository's folder:
 #
 # $ sbatch slurm_scripts/train_mha_multinode.sh
-# $ sbatch --nodes=3 slurm_scripts/train_mha_multinode.sh --max_iters=100000 --out_dir=out-long
+# $ sbatch --nodes=4 slurm_scripts/train_mha_multinode.sh --batch_size=16 --gradient_accumulation_steps=32
+#
+# The processes share an iteration's micro-batches: 2 nodes of 8 GPUs have one each of the config's 16, and 4 nodes need
+# 32 (of half the size, for the same run).
 #
 #SBATCH --partition=gpu  # 1. edit: a partition with GPUs (sinfo lists them)
 #SBATCH --account=my_account  # 2. edit: whose hours these are; delete the line where there are no accounts
@@ -16,9 +19,9 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
+# shellcheck disable=SC1091 # it is the cluster user's own
 source .venv/bin/activate # 3. edit: what makes Python with PyTorch available (module load ..., conda activate ...)
 # export NCCL_IB_DISABLE=1 # on a cluster without InfiniBand
 
 source slurm_scripts/launch.sh
-# 480 sequences per iteration, as on one node, in a number of micro-batches that 16 and 24 processes can share.
-launch train.py config/train_gpt2.py --batch_size=10 --gradient_accumulation_steps=48 "$@"
+launch train.py config/train_gpt2.py "$@"

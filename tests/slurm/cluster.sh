@@ -47,7 +47,7 @@ write_conf() { # FIRST_PORT
         # A requeued job waits until the credentials of its last start have expired: 120 s by default.
         echo "AuthType=auth/munge"
         echo "CredType=cred/munge"
-        echo "AuthInfo=socket=$dir/munge.socket,cred_expire=5"
+        echo "AuthInfo=socket=$dir/munge.socket,cred_expire=10"
         echo "StateSaveLocation=$dir/state"
         echo "SlurmdSpoolDir=$dir/spool-%n"
         echo "SlurmctldPidFile=$dir/slurmctld.pid"
@@ -71,12 +71,11 @@ write_conf() { # FIRST_PORT
         echo "CompleteWait=0"
         echo "SlurmctldTimeout=60"
         echo "SlurmdTimeout=60"
-        # The nodes claim more than the machine has, so that they fit on one of two cores. The GPUs exist in the books
-        # alone: they let the scripts' --gpus-per-node stand.
+        # The nodes claim what the scripts ask for and the machine hasn't. Their GPUs are names for /dev/null.
         echo "SlurmdParameters=config_overrides"
         echo "GresTypes=gpu"
         for i in "${!nodes[@]}"; do
-            echo "NodeName=${nodes[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + 1 + i)) CPUs=8 Gres=gpu:8 State=UNKNOWN"
+            echo "NodeName=${nodes[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + 1 + i)) CPUs=64 Gres=gpu:8 State=UNKNOWN"
         done
         echo "PartitionName=gpu Nodes=$(IFS=,; echo "${nodes[*]}") Default=YES MaxTime=INFINITE State=UP"
     } >"$conf"

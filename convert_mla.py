@@ -1,0 +1,187 @@
+"""
+Turn a trained GPT with multi-head attention into one with multi-head latent attention, and say what that costs.
+
+From a checkpoint of train.py, whose data set is used again; half of n_embd is the latent's size unless told otherwise:
+$ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --n_latent=64
+$ python sample.py --out_dir=out-converted
+
+Loss against cache size, by every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
+$ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --sweep=96,64,48,32,16 --json=conversion.json
+
+OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
+$ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
+
+The algebra is in conversion.py. Fine-tuning takes back most of the loss: train_mla.py --init_from=out-converted.
+"""
+
+import os
+from json import dump
+
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from conversion import collect_statistics, to_mla
+from model import GPT, GPT2_SIZES
+from runtime import UserError
+from tokens import TokenData
+
+# ----------------------------------------------------------------------------------------------------------------------
+source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
+out_dir = 'out-converted'  # gets ckpt.pt, or a sweep's picture
+overwrite = False  # replace a checkpoint that out_dir holds
+n_latent = 0  # size of the latent; 0: half of n_embd. n_embd and n_embd - 1 are exact
+method = 'data'  # 'data': weigh directions by their part in real text; 'weights': look at the weights alone
+balance = True  # give keys and values the same weight, whichever is larger
+sweep = ''  # sizes to try, '384,192,96', by every method
+json = ''  # a file to write the numbers to
+dataset = ''  # a folder of data_dir, for statistics and losses; '': the one that the checkpoint was trained on
+data_dir = 'data'
+statistics_tokens = 65536  # tokens of the training split that the statistics are made from
+eval_tokens = 65536  # tokens of the validation split that losses are measured on
+batch_size = 16
+device = 'auto'
+dtype = 'float32'  # the rises to be measured are smaller than bfloat16's rounding
+threads = 0
+exec(open('configurator.py').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+if method not in ('data', 'weights'):
+    raise UserError(f"method is '{method}'; it must be data or weights")
+if min(statistics_tokens, eval_tokens, batch_size) < 1:
+    raise UserError('statistics_tokens, eval_tokens and batch_size must be at least 1')
+try:
+    sizes = [int(size) for size in sweep.split(',')] if sweep else [n_latent]
+except ValueError as error:
+    raise UserError(f"sweep is '{sweep}'; it must be sizes between commas, such as 384,192,96") from error
+target = os.path.join(out_dir, 'ckpt.pt')
+if os.path.exists(target) and not sweep and not overwrite:
+    raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
+
+# ---- the model and its text --------------------------------------------------------------------------------------------
+device = runtime.pick_device(device)
+runtime.set_threads(threads)
+dtype = runtime.pick_dtype(dtype, device)
+is_checkpoint = os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt'))
+if not is_checkpoint and source not in GPT2_SIZES and not os.path.isdir(source):
+    raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; set --source to one")
+saved = checkpoints.load(source) if is_checkpoint else {}
+try:
+    model = checkpoints.build_model(saved) if is_checkpoint else GPT.from_pretrained(source)
+except ValueError as error:
+    raise UserError(str(error)) from error
+model = model.to(device).eval()
+dataset = dataset or saved.get('config', {}).get('dataset', '')
+if not dataset and (sweep or method == 'data'):
+    raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
+data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
+if data and data.n_vocab > model.config.vocab_size:
+    raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; '
+                    'use the data set that the model was made for')  # fmt: skip
+
+
+def text(split, tokens):
+    """About `tokens` tokens of a split in batches (x, y), each (batch_size, block_size): the same ones every time."""
+    starts = data.eval_windows(split, max(1, tokens // model.config.block_size))
+    for first in range(0, len(starts), batch_size):
+        yield data.windows(split, starts[first : first + batch_size])
+
+
+@torch.no_grad()
+def losses(model):
+    """The model's loss on each window of the validation text, in nats per token: float64 (windows,)."""
+    with runtime.autocast(device, dtype):
+        parts = [model.window_losses(x.to(device), y.to(device)) for x, y in text('val', eval_tokens)]
+    return torch.cat(parts).double().cpu()
+
+
+def mean(values):
+    """Mean and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+# ---- convert and measure -----------------------------------------------------------------------------------------------
+def measured(name, model, before=None):
+    """A row of the table. The rise's standard error is that of the differences, window by window."""
+    row = dict(method=name, n_latent=getattr(model.config, 'n_latent', None))
+    row['cache_bytes_per_token'] = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+    row['cache_saved'] = 1 - row['cache_bytes_per_token'] / bytes_before
+    if data:
+        after = losses(model)
+        row['val_loss'], row['val_stderr'] = mean(after)
+        if before is not None:
+            row['rise'], row['rise_stderr'] = mean(after - before)
+    return row
+
+
+def shown(row):
+    """The row as a line of the printed table."""
+    size = '' if row['n_latent'] is None else str(row['n_latent'])
+    line = f'{row["method"]:18}{size:>8}{row["cache_bytes_per_token"]:>15,}{row["cache_saved"]:>9.1%}'
+    if 'val_loss' in row:
+        line += f'{row["val_loss"]:>12.4f} +- {row["val_stderr"]:.4f}'
+    return line + (f'{row["rise"]:>+12.5f} +- {row["rise_stderr"]:.5f}' if 'rise' in row else '')
+
+
+bytes_before = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
+if sweep:
+    methods = {'weights': (False, True), 'data, not balanced': (True, False), 'data': (True, True)}
+statistics = None
+if any(weighted for weighted, _ in methods.values()):
+    statistics = collect_statistics(model, (x for x, _ in text('train', statistics_tokens)))
+
+print(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters' + (f'; losses on {data.corpus}' if data else ''))
+print(f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}' + (f'{"val loss":>22}{"rise":>23}' if data else ''))
+before = losses(model) if data else None
+rows = [measured('MHA', model)]
+print(shown(rows[0]))
+for size in sizes:
+    for name, (weighted, balanced) in methods.items():
+        try:
+            converted = to_mla(model, size, statistics if weighted else None, balanced)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        rows.append(measured(name, converted, before))
+        print(shown(rows[-1]), flush=True)
+if json:
+    with open(json, 'w', encoding='utf-8') as file:
+        dump(dict(source=source, corpus=data and data.corpus, dtype=dtype, settings=config, rows=rows), file, indent=1)
+os.makedirs(out_dir, exist_ok=True)
+
+# ---- one size: a checkpoint --------------------------------------------------------------------------------------------
+if not sweep:
+    tokenizer = saved.get('tokenizer') or (data.meta if data else {'tokenizer': 'gpt2'})
+    corpus = saved.get('corpus') or f'{source}, as published'
+    contents = checkpoints.contents(converted, {**saved.get('config', {}), **config, 'dataset': dataset},
+                                    val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)  # fmt: skip
+    checkpoints.save(target, contents)
+    print(f'checkpoint: {target}')
+    raise SystemExit
+
+# ---- several: a picture ------------------------------------------------------------------------------------------------
+import matplotlib  # noqa: E402  (slow to import, and of no use before)
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+LOOK = {
+    'weights': dict(color='#b9b9b9', marker='^', linestyle=':'),
+    'data, not balanced': dict(color='#e07b39', marker='s', linestyle='--'),
+    'data': dict(color='#1f3b73', marker='o', linestyle='-'),
+}
+figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+for name in methods:
+    points = [row for row in rows if row['method'] == name]
+    axes.errorbar([p['cache_bytes_per_token'] for p in points], [p['rise'] for p in points],
+                  [p['rise_stderr'] for p in points], capsize=3, label=name, **LOOK[name])  # fmt: skip
+axes.axvline(bytes_before, color='black', linewidth=0.8)
+axes.annotate(' MHA', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top')
+axes.set_xscale('log', base=2)
+axes.set_yscale('symlog', linthresh=1e-3)
+axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation loss (nats per token)',
+         title=f'{source}, converted without fine-tuning\n{data.corpus}')  # fmt: skip
+axes.grid(alpha=0.3)
+axes.legend()
+figure.savefig(os.path.join(out_dir, 'conversion.png'), dpi=130)
+print(f'picture: {os.path.join(out_dir, "conversion.png")}')
