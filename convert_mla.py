@@ -6,7 +6,7 @@ $ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --n
 $ python sample.py --out_dir=out-converted
 
 Loss against cache size, by every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
-$ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --sweep=96,64,48,32,16 --json=conversion.json
+$ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
@@ -58,7 +58,7 @@ target = os.path.join(out_dir, 'ckpt.pt')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 
-# ---- the model and its text --------------------------------------------------------------------------------------------
+# ---- the model and its text ------------------------------------------------------------------------------------------
 device = runtime.pick_device(device)
 runtime.set_threads(threads)
 dtype = runtime.pick_dtype(dtype, device)
@@ -100,7 +100,7 @@ def mean(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-# ---- convert and measure -----------------------------------------------------------------------------------------------
+# ---- convert and measure ---------------------------------------------------------------------------------------------
 def measured(name, model, before=None):
     """A row of the table. The rise's standard error is that of the differences, window by window."""
     row = dict(method=name, n_latent=getattr(model.config, 'n_latent', None))
@@ -132,7 +132,8 @@ if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, (x for x, _ in text('train', statistics_tokens)))
 
 print(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters' + (f'; losses on {data.corpus}' if data else ''))
-print(f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}' + (f'{"val loss":>22}{"rise":>23}' if data else ''))
+heading = f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}'
+print(heading + (f'{"val loss":>22}{"rise":>23}' if data else ''))
 before = losses(model) if data else None
 rows = [measured('MHA', model)]
 print(shown(rows[0]))
@@ -149,7 +150,7 @@ if json:
         dump(dict(source=source, corpus=data and data.corpus, dtype=dtype, settings=config, rows=rows), file, indent=1)
 os.makedirs(out_dir, exist_ok=True)
 
-# ---- one size: a checkpoint --------------------------------------------------------------------------------------------
+# ---- one size: a checkpoint ------------------------------------------------------------------------------------------
 if not sweep:
     tokenizer = saved.get('tokenizer') or (data.meta if data else {'tokenizer': 'gpt2'})
     corpus = saved.get('corpus') or f'{source}, as published'
@@ -159,7 +160,7 @@ if not sweep:
     print(f'checkpoint: {target}')
     raise SystemExit
 
-# ---- several: a picture ------------------------------------------------------------------------------------------------
+# ---- several: a picture ----------------------------------------------------------------------------------------------
 import matplotlib  # noqa: E402  (slow to import, and of no use before)
 
 matplotlib.use('Agg')

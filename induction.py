@@ -341,7 +341,7 @@ def copying_tokens(model, ids, top=5, max_logits=2**23):
         hits = []
         for rows, own in zip(model.transformer.ln_f(out).split(step), own_id.split(step), strict=True):
             logits = model.lm_head(rows)
-            hits.append((logits > logits.gather(1, own[:, None])).sum(1) < top)
+            hits.append((logits >= logits.gather(1, own[:, None])).sum(1) <= top)  # itself among them; a tie is no hit
         shares.append(torch.cat(hits).view(-1, n_head).float().mean(0))
     return torch.stack(shares).cpu().numpy()
 

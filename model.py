@@ -111,13 +111,16 @@ def attention_pattern(q, k, scale):
     return scores.masked_fill(~visible, float('-inf')).softmax(dim=-1)
 
 
-def attend(q, k, v, scale, dropout=0.0, flash=True, causal=True):
+def attend(q, k, v, scale, dropout=0.0, flash=True, causal=True, visible=None):
     """
     Attention of T queries over S keys: q (..., T, size), k and v (..., S, size) -> (..., T, size).
 
-    causal: the queries are the last T of the S positions; else every query sees every key.
+    causal: the queries are the last T of the S positions; else every query sees every key. visible: a bool tensor
+    (T or 1, S) that says instead which keys a query sees.
     """
     T, S = q.size(-2), k.size(-2)
+    if visible is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     if causal and not flash:
         return F.dropout(attention_pattern(q, k, scale), dropout) @ v
     # SDPA's is_causal aligns the mask at the top left: right only where T equals S. A single query sees every key.
@@ -137,6 +140,7 @@ class Cache:
         self.layers = layers  # per layer a tuple of tensors (B, ..., max_tokens, size)
         self.max_tokens = max_tokens
         self.length = 0
+        self.position = None  # inside a FixedStep: where its token stands, a tensor (1,) instead of `length`
 
     @property
     def batch_size(self):
@@ -154,10 +158,18 @@ class Cache:
 
     def append(self, layer, *new):
         """Write `new` (each (B, ..., T, size)) behind what `layer` holds; returns views of all filled, new included."""
+        if self.position is not None:
+            return [t.index_copy_(-2, self.position, part) for t, part in zip(self.layers[layer], new, strict=True)]
         end = self.length + new[0].size(-2)
         for tensor, part in zip(self.layers[layer], new, strict=True):
             tensor[..., self.length : end, :] = part
         return [tensor[..., :end, :] for tensor in self.layers[layer]]
+
+    def visible(self):
+        """Which keys a query may see: None (all that `append` returned), or in a FixedStep a mask (1, max_tokens)."""
+        if self.position is None:
+            return None
+        return torch.arange(self.max_tokens, device=self.position.device)[None] <= self.position
 
     def repeat(self, times):
         """A cache in which every sequence stands `times` times, for several samples of one prompt."""
@@ -195,9 +207,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose keys and values it holds."""
         q, k, v = self.qkv(x, rope)
+        visible = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash)
+            (k, v), visible = cache.append(self.layer, k, v), cache.visible()
+        y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash, visible=visible)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def head_weights(self):
@@ -316,10 +329,11 @@ class GPT(nn.Module):
         start, T = (cache.length if cache else 0), idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens do not fit: the model was made for block_size={self.config.block_size}')
+        positions = slice(start, start + T) if cache is None or cache.position is None else cache.position
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
-            x = x + self.transformer.wpe.weight[start : start + T]
-        rope = None if self.rope is None else self.rope[:, start : start + T]
+            x = x + self.transformer.wpe.weight[positions]
+        rope = None if self.rope is None else self.rope[:, positions]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rope, cache)
@@ -440,7 +454,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, num_samples=1,
-                 stop_token=None, on_token=None, valid_ids=None, generator=None):  # fmt: skip
+                 stop_token=None, on_token=None, valid_ids=None, generator=None, fixed=None):  # fmt: skip
         """
         Continue idx (B, t) by max_new_tokens drawn tokens; returns (B * num_samples, t + new), prompt included.
 
@@ -450,9 +464,10 @@ class GPT(nn.Module):
         most recent half is read anew. num_samples: samples per prompt, which share its prefill. stop_token: end when
         every sample has drawn it (a sample that has goes on repeating it). on_token: called with each new column
         (B * num_samples,). valid_ids: ids at or above are never drawn (padded vocabularies). generator: a
-        torch.Generator on the model's device, for draws of your own.
+        torch.Generator on the model's device, for draws of your own. fixed: decode by a FixedStep (None: on CUDA).
         """
-        config, cache = self.config, None
+        config, cache, step = self.config, None, None
+        fixed = idx.is_cuda if fixed is None else fixed
         prompt = idx[:, -config.block_size :]
         if use_cache:
             cache = self.init_cache(idx.size(0), prompt.size(1) + max_new_tokens)
@@ -476,12 +491,61 @@ class GPT(nn.Module):
                 return out[:, : end + 1]
             if not use_cache:
                 logits, _ = self(out[:, max(0, end + 1 - config.block_size) : end + 1])
+            elif cache.length < cache.max_tokens and fixed:
+                step = step or FixedStep(self, cache)
+                logits = step(token[:, None])
             elif cache.length < cache.max_tokens:
-                logits, _ = self(out[:, end : end + 1], cache=cache)
+                logits, _ = self(token[:, None], cache=cache)
             else:
                 cache.length = 0
                 logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 2) : end + 1], cache=cache)
         return out
+
+
+class FixedStep:
+    """
+    A decode step whose shapes never change: the position is a tensor, and attention sees the whole buffer through a mask.
+
+    On a GPU it is captured as a CUDA graph and then replayed: one launch in place of hundreds. Elsewhere it runs as it
+    is written, which is slower than the ordinary step, since all of `max_tokens` is read; the numbers are the same.
+    """
+
+    def __init__(self, model, cache):
+        """cache: a Cache that is not full yet."""
+        self.model, self.cache, self.graph = model, cache, None
+        device = cache.layers[0][0].device
+        self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
+        self.position = torch.full((1,), cache.length, device=device)  # trial runs write there: the next step overwrites
+        if device.type == 'cuda':
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries set themselves up on first use, which can't be captured
+                    self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self.run()
+            self.graph = graph
+
+    def run(self):
+        """The logits (B, 1, V) for `token` at `position`; leaves the cache's length as it was."""
+        cache, length = self.cache, self.cache.length
+        cache.position = self.position
+        logits, _ = self.model(self.token, cache=cache)
+        cache.position, cache.length = None, length
+        return logits
+
+    def __call__(self, token):
+        """What `model(token, cache=cache)` returns first: token (B, 1) -> logits (B, 1, V), good until the next call."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        if self.graph is None:
+            self.logits = self.run()
+        else:
+            self.graph.replay()
+        self.cache.length += 1
+        return self.logits
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, valid_ids=None, generator=None):
@@ -490,17 +554,17 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, valid_ids=None, genera
         logits = logits[:, :valid_ids]
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits, ids = logits.float() / temperature, None
     if top_k is not None and top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float('-inf'))
+        logits, ids = logits.topk(top_k)
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what lies before a token already reaches p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float('-inf'))
     # the exponential race: argmax of p_i / e_i draws i with probability p_i, and unlike multinomial never waits
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+    winner = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
+    return (winner if ids is None else ids.gather(-1, winner)).squeeze(-1)
 
 
 def gpt2_config(hf_config, dropout=0.0):

@@ -179,28 +179,34 @@ class MultiHeadLatentAttention(nn.Module):
         r, d = self.n_latent, self.head_size
         return r <= d or T * (r - d) < r * d
 
-    def absorbed(self, q, latent):
-        """Attention in latent space: q (B, H, T, d) over latents (B, S, r + R) -> (B, H, T, d). No keys, no values."""
+    def absorbed(self, q, latent, visible=None):
+        """
+        Attention in latent space: q (B, H, T, d) over latents (B, S, r + R) -> (B, H, T, d). No keys, no values.
+
+        visible: for T = 1, which latents are filled, a mask (1, S); None where all are.
+        """
         w_k, w_v, b_v = self.up_weights()
         q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
-        q = torch.cat((torch.matmul(q_nope, w_k), q_rope), dim=-1)  # W_K^T q, (B, H, T, r + R)
+        # one product per head over all sequences; a broadcast matmul would copy the weights for each sequence
+        q = torch.cat((torch.einsum('bhtd,hdr->bhtr', q_nope, w_k), q_rope), dim=-1)  # W_K^T q, (B, H, T, r + R)
         kv = latent.unsqueeze(1).to(q.dtype)  # keys and values in one: (B, 1, S, r + R)
         if q.size(2) == 1:
             # one query per head, one memory for all heads: the heads become the rows of one matrix
-            o = attend(q.transpose(1, 2), kv, kv, self.scale, causal=False).transpose(1, 2)
+            o = attend(q.transpose(1, 2), kv, kv, self.scale, causal=False, visible=visible).transpose(1, 2)
         else:
             kv = kv.expand(-1, self.n_head, -1, -1)
             o = attend(q, kv, kv, self.scale, flash=self.flash)
-        y = torch.matmul(o[..., : self.n_latent], w_v.transpose(-2, -1))
+        y = torch.einsum('bhtr,hdr->bhtd', o[..., : self.n_latent], w_v)
         return y if b_v is None else y + b_v[:, None]
 
     def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose latents it holds."""
         q, latent = self.queries(x, rope), self.latent(x, rope)
+        visible = None
         if cache is not None:
-            (latent,) = cache.append(self.layer, latent)
+            (latent,), visible = cache.append(self.layer, latent), cache.visible()
         if cache is not None and not self.training and self.absorbing_pays(q.size(2)):
-            y = self.absorbed(q, latent)
+            y = self.absorbed(q, latent, visible)
         else:
             k, v = self.decompress(latent)
             y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash)  # eq. 18

@@ -44,7 +44,7 @@ def configured(monkeypatch, *arguments):
 
 def test_the_published_configs_are_there():
     names = {file.stem for file in FILES}
-    assert set(PAIRS) == {'train_gpt2', 'train_shakespeare_char', 'train_shakespeare_cpu'}
+    assert set(PAIRS) >= {'train_gpt2', 'train_shakespeare_char', 'train_shakespeare_cpu'}
     assert names >= {'finetune_shakespeare', 'eval_gpt2', 'eval_gpt2_medium', 'eval_gpt2_large', 'eval_gpt2_xl'}
 
 
@@ -55,6 +55,8 @@ def test_a_file_is_overrides_of_known_keys_after_a_comment(name, monkeypatch):
     config = configured(monkeypatch, name)
     for key, value in overrides(name).items():
         assert config[key] == value
+    if 'half of n_embd' in source:
+        assert config['n_latent'] == config['n_embd'] // 2
     head = source.split('\n\n')[0]
     assert all(line.startswith('#') for line in head.splitlines())
     command = re.search(r'\$.* (train\w*\.py) (config/\w+\.py)$', head, re.MULTILINE)
@@ -71,7 +73,7 @@ def test_pairs_differ_in_the_attention_alone(name, monkeypatch):
     assert different == {'out_dir', 'wandb_run_name', 'attention', 'n_latent'}
     config = configured(monkeypatch, '--attention=mla', '--out_dir=out-mla', f'{name}_mla')
     assert config['attention'] == 'mla' and config['out_dir'] == mla['out_dir'] != mha['out_dir']
-    assert config['n_latent'] == config['n_embd'] // 2
+    assert 0 < config['n_latent'] <= config['n_embd']
     assert configured(monkeypatch, name)['attention'] == 'mha'
 
 

@@ -150,7 +150,7 @@ def test_it_leaves_the_keys_and_config_and_nothing_else(configure):
     ('arguments', 'words'),
     [
         (['--batchsize=3'], ['--batchsize', 'did you mean --batch_size?']),
-        (['--batch-size=3'], ['did you mean --batch_size?']),
+        (['--BATCH-SIZE=3'], ['did you mean --batch_size?']),
         (['--qqqq=3'], ['unknown key --qqqq', '--help']),
         (['--=3'], ['unknown key']),
         (['--'], ['unknown key']),

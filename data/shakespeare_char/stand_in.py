@@ -36,8 +36,8 @@ WORDS = {
         mill barn market chapel forest island mountain meadow kitchen chamber coin grave pillow saddle cradle needle
         basket hammer anchor trumpet scroll feather goblet oar hearth cellar""",
     'wild': """moon star wind storm sea night horse hound wolf rose morning winter summer raven lamb owl fox swan
-        sparrow thorn oak willow apple evening midnight tempest cloud shadow flame falcon nightingale lion eagle serpent bee
-        stag lark toad lily violet""",
+        sparrow thorn oak willow apple evening midnight tempest cloud shadow flame falcon nightingale lion eagle serpent
+        bee stag lark toad lily violet""",
     'body': 'heart hand eye tongue face voice foot brow knee shoulder cheek finger',
     'mass': """love honour grief hope fear truth mercy sorrow fortune patience wisdom silence anger duty envy justice
         courage pride sleep shame gold blood bread wine salt honey death peace war time music thunder sunlight ivy
@@ -90,7 +90,7 @@ SHE = ['lady', 'queen', 'sister', 'mother', 'daughter', 'widow', 'nurse', 'mistr
 
 # Each sentence is one template whose <slots> are filled from left to right: <n> any noun, <ns> its plural, <the> a noun
 # phrase (singular), <it> the pronoun of the last noun, <who> one of the cast, then <he> <him> <his>, <you> how the
-# listener is addressed, <tv> and <iv> verbs with and without an object: .s third person, .h thou, .d past, .n participle.
+# listener is addressed, <tv> and <iv> verbs with and without object: .s third person, .h thou, .d past, .n participle.
 STATEMENTS = [
     'I <tv> <the>, and yet I <tv> <the>',
     'I <tv> <the> as <the> <tv.s> <the>',

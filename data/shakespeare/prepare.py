@@ -1,0 +1,40 @@
+"""
+Prepare Shakespeare in GPT-2's tokens, to fine-tune GPT-2 on: train.bin, val.bin and meta.json in this folder.
+
+Download tinyshakespeare (1.1 MB, once), or use a copy input.txt in this folder or in data/shakespeare_char:
+$ python data/shakespeare/prepare.py
+
+Use a local copy, or any other text:
+$ python data/shakespeare/prepare.py --input=FILE
+
+tiktoken downloads GPT-2's vocabulary once; without a network point TIKTOKEN_CACHE_DIR at a copy of its cache.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'shakespeare_char'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import corpus
+
+import tokens
+
+# ----------------------------------------------------------------------------------------------------------------------
+input = ''  # a text file; '' = tinyshakespeare: a local input.txt, else from the network, else the stand-in
+download = True  # False: do not try the network
+out_dir = ''  # where the data set goes; '' = this folder
+# ----------------------------------------------------------------------------------------------------------------------
+exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
+
+tokenizer = tokens.GPT2Tokenizer()
+here = Path(__file__).resolve().parent
+text, source, checksum = corpus.find(input, [here, here.parent / 'shakespeare_char'], download)
+cut = int(len(text) * 0.9)
+
+start = time.perf_counter()
+splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
+seconds = time.perf_counter() - start
+folder = Path(out_dir or here)
+meta = tokens.write_dataset(folder, 'gpt2', splits, source=source, input_sha256=checksum)
+print(tokens.summary(folder, meta, seconds))

@@ -1,0 +1,131 @@
+"""
+Write text with a trained model, token by token as it is drawn. The text goes to stdout, everything else to stderr.
+
+The last checkpoint in out_dir, MHA or MLA (it says itself which it is):
+$ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+$ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 --num_samples=1 > text.txt
+
+GPT-2 as OpenAI published it ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Hugging Face folder:
+$ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
+"""
+
+import codecs
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from model import GPT
+from runtime import UserError
+from tokens import load_tokenizer, read_meta, read_meta_pickle
+
+# ----------------------------------------------------------------------------------------------------------------------
+init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder
+out_dir = 'out'  # a folder with ckpt.pt, or a checkpoint file; ignored unless init_from is 'resume'
+data_dir = 'data'  # where nanoGPT's checkpoints, which don't know their characters, find meta.pkl
+start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
+num_samples = 10  # decoded as one batch; the first is shown as it comes
+max_new_tokens = 500
+temperature = 0.8  # 1: as the model has it; lower: likelier tokens; 0: always the likeliest
+top_k = 200  # draw from the top_k likeliest tokens; 0: from all
+top_p = 1.0  # draw from the smallest set of tokens that has this probability; 1: from all
+stop = ''  # a token that ends a sample, for example '<|endoftext|>' or '.'; empty: none
+use_cache = True  # False: recompute everything for each token, as nanoGPT does
+seed = 1337
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
+compile = 'auto'  # capture the decoding step as a CUDA graph: True, False, or on CUDA
+threads = 0  # CPU threads; 0: the cores that this process may use
+exec(open('configurator.py').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+for ok, complaint in (
+    (num_samples >= 1 and max_new_tokens >= 1, 'num_samples and max_new_tokens must be at least 1'),
+    (temperature >= 0, f'temperature is {temperature}; it must be 0 (always the likeliest token) or more'),
+    (top_k >= 0, f'top_k is {top_k}; it must be 0 (all tokens) or more'),
+    (0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1 (all tokens)'),
+    (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
+    (min(threads, seed) >= 0, 'threads and seed must not be negative'),
+):
+    if not ok:
+        raise UserError(complaint)
+
+# ---- machine -----------------------------------------------------------------------------------------------------------
+device = runtime.pick_device(device)
+runtime.set_threads(threads)
+torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
+captured = device.startswith('cuda') and compile in ('auto', True)
+
+# ---- model and tokenizer -----------------------------------------------------------------------------------------------
+if init_from == 'resume':
+    checkpoint = checkpoints.load(out_dir)
+    model = checkpoints.build_model(checkpoint)
+    meta = checkpoint.get('tokenizer')
+    if not meta:
+        # nanoGPT writes down the data set's name alone, and a folder without a meta file holds GPT-2's tokens
+        folder = Path(data_dir, str((checkpoint.get('config') or {}).get('dataset', '')))
+        if (folder / 'meta.json').exists():
+            meta = read_meta(folder)
+        elif (folder / 'meta.pkl').exists():
+            meta = read_meta_pickle(folder)
+        else:
+            meta = {'tokenizer': 'gpt2'}
+            runtime.notice(f'the checkpoint names no tokenizer and {folder} has no meta.pkl: taking the tokens for GPT-2\'s')
+else:
+    try:
+        model = GPT.from_pretrained(init_from)
+    except ValueError as error:
+        raise UserError(f'{error}; --init_from=resume reads a checkpoint from out_dir') from error
+    meta = {'tokenizer': 'gpt2'}
+model.eval().to(device)
+dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
+tokenizer = load_tokenizer(meta)
+if tokenizer.n_vocab > model.config.vocab_size:
+    raise UserError(f'the model knows {model.config.vocab_size} tokens and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
+                    "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir")  # fmt: skip
+
+# ---- prompt ------------------------------------------------------------------------------------------------------------
+if start.startswith('FILE:'):
+    try:
+        start = Path(start[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
+prompt = tokenizer.encode(start, special=True)
+if not prompt:
+    raise UserError('start is empty, and a model can only go on from something; the default is a newline')
+if len(prompt) > model.config.block_size:
+    runtime.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size} (block_size)')
+stop_ids = tokenizer.encode(stop, special=True)
+if len(stop_ids) > 1:
+    raise UserError(f'stop must be one token, and {stop!r} is {len(stop_ids)} of them ({tokenizer.name}); choose a shorter one')
+stop_token = stop_ids[0] if stop_ids else None
+
+# ---- text --------------------------------------------------------------------------------------------------------------
+sys.stdout.reconfigure(encoding='utf-8')
+
+
+class Stream:
+    """Shows a sample's tokens as they come. A character whose bytes are spread over tokens waits for its last one."""
+
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        self.ended = False
+
+    def show(self, ids):
+        """Print some ids, up to the stop token."""
+        ids = list(ids)
+        if stop_token in ids:
+            ids = ids[: ids.index(stop_token)]
+        if not self.ended:
+            sys.stdout.write(self.decoder.decode(tokenizer.decode_bytes(ids)))
+            sys.stdout.flush()
+
+    def close(self):
+        """Print what is left, and the line that stands between samples."""
+        print(self.decoder.decode(b'', final=True) + '\n---------------', flush=True)
+
+

@@ -1,0 +1,182 @@
+"""train.py and train_mla.py as a user runs them: golden curves, exact resume, signals, several processes, safe folders."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokens import write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = dict(
+    dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, gradient_accumulation_steps=1, bias=False,
+    learning_rate=1e-2, warmup_iters=4, lr_decay_iters=20, min_lr=1e-3, max_iters=20, eval_interval=10, eval_iters=4,
+    device='cpu', dtype='float32', compile=False, threads=1,
+)  # fmt: skip
+SCRIPTS = {'mha': 'train.py', 'mla': 'train_mla.py'}
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A small data set: each character is one to three steps after the last, by a generator that is the same everywhere."""
+    folder = tmp_path_factory.mktemp('data')
+    state, ids = 12345, [0]
+    for _ in range(4000):
+        state = (state * 1103515245 + 12345) % 2**31
+        ids.append((ids[-1] + 1 + (state >> 16) % 3) % 12)
+    ids = np.array(ids)
+    write_dataset(folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test')
+    return folder
+
+
+def command(script, data_dir, out_dir, **changes):
+    keys = {**COMMON, 'data_dir': data_dir, 'out_dir': out_dir, **changes}
+    return [script, *(f'--{key}={value}' for key, value in keys.items())]
+
+
+def run(script, data_dir, out_dir, launcher=(), **changes):
+    """The finished process of a training run with COMMON and these keys."""
+    arguments = [sys.executable, *launcher, *command(script, data_dir, out_dir, **changes)]
+    env = dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
+
+
+def log_of(out_dir):
+    """log.csv without what depends on the clock."""
+    with open(out_dir / 'log.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')} for row in rows]
+
+
+def weights(out_dir):
+    return torch.load(out_dir / 'ckpt.pt')['model']
+
+
+def assert_same_run(one, other):
+    assert log_of(one) == log_of(other)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('kind', SCRIPTS)
+def test_the_golden_curve_holds(kind, data_dir, tmp_path):
+    done = run(SCRIPTS[kind], data_dir, tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = log_of(tmp_path)
+    with open(ROOT / 'tests' / 'golden' / f'{kind}.csv', newline='') as file:
+        golden = list(csv.DictReader(file))
+    assert [row['iter'] for row in rows] == [row['iter'] for row in golden] == [str(n) for n in range(21)]
+    for row, expected in zip(rows, golden, strict=True):
+        for name in ('tokens', 'lr', 'loss', 'train_loss', 'val_loss', 'val_stderr', 'grad_norm'):
+            assert bool(row[name]) == bool(expected[name])
+            if expected[name]:
+                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3, abs=1e-5), (row['iter'], name)
+    assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.3
+    assert {'ckpt.pt', 'ckpt_best.pt', 'log.csv'} == set(os.listdir(tmp_path))
+    assert 'step 20: train loss' in done.stdout and 'Traceback' not in done.stderr
+    checkpoint = torch.load(tmp_path / 'ckpt.pt')
+    assert (checkpoint['attention'], checkpoint['iter_num'], checkpoint['corpus']) == (kind, 20, 'a test')
+    assert checkpoint['tokenizer']['chars'] == 'abcdefghijkl'
+
+
+def test_both_models_see_the_same_batches_whatever_else_differs(data_dir, tmp_path):
+    """Without learning, the loss of iteration n is a fingerprint of batch n."""
+    still = dict(learning_rate=1e-30, min_lr=0, weight_decay=0, max_iters=6)
+    run('train.py', data_dir, tmp_path / 'a', **still)
+    run('train.py', data_dir, tmp_path / 'b', **still, eval_interval=2, log_interval=1, always_save_checkpoint=False)
+    losses = [[row['loss'] for row in log_of(tmp_path / x)[:6]] for x in 'ab']
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
+
+
+@pytest.mark.parametrize('kind', SCRIPTS)
+def test_a_run_killed_and_resumed_is_the_run(kind, data_dir, tmp_path):
+    extra = dict(dropout=0.2, checkpoint_interval=3, max_iters=60, lr_decay_iters=60, gradient_accumulation_steps=2)
+    assert run(SCRIPTS[kind], data_dir, tmp_path / 'whole', **extra).returncode == 0
+    broken = tmp_path / 'broken'
+    arguments = [sys.executable, *command(SCRIPTS[kind], data_dir, broken, init_from='auto', **extra)]
+    for kills in range(2):
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith('iter ')
+            if seen == 9 + 7 * kills:
+                process.kill()
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    done = run(SCRIPTS[kind], data_dir, broken, init_from='auto', **extra)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / 'whole', broken)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_a_signal_lets_the_step_finish_and_saves(name, data_dir, tmp_path):
+    arguments = [sys.executable, *command('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 5:'):
+            break
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 85
+    assert f'stopped by {name} at iteration' in errors and 'Traceback' not in errors
+    assert torch.load(tmp_path / 'ckpt.pt')['iter_num'] >= 6
+
+
+def test_two_processes_follow_the_same_curve_as_one(data_dir, tmp_path):
+    extra = dict(gradient_accumulation_steps=4, batch_size=4)
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    assert run('train_mla.py', data_dir, tmp_path / 'one', **extra).returncode == 0
+    done = run('train_mla.py', data_dir, tmp_path / 'two', torchrun, **extra)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two'), strict=True):
+        for name in ('loss', 'train_loss', 'val_loss', 'val_stderr'):
+            assert bool(one[name]) == bool(two[name])
+            if one[name]:
+                assert float(two[name]) == pytest.approx(float(one[name]), abs=1e-5)
+    done = run('train.py', data_dir, tmp_path / 'odd', torchrun, gradient_accumulation_steps=3)
+    assert done.returncode and 'gradient_accumulation_steps=3 micro-batches cannot be shared' in done.stderr
+
+
+def test_another_run_is_not_overwritten_unasked(data_dir, tmp_path):
+    assert run('train.py', data_dir, tmp_path, max_iters=3).returncode == 0
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    done = run('train.py', data_dir, tmp_path, max_iters=3)
+    assert done.returncode == 2 and 'holds another run' in done.stderr and 'Traceback' not in done.stderr
+    done = run('train_mla.py', data_dir, tmp_path, init_from='resume')
+    assert done.returncode == 2 and 'go on with it by train.py' in done.stderr
+    done = run('train.py', data_dir, tmp_path, init_from='resume', eval_only=True)
+    assert done.returncode == 0 and 'step 3: val loss' in done.stdout
+    assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    assert run('train.py', data_dir, tmp_path, max_iters=2, overwrite=True, seed=3).returncode == 0
+    assert torch.load(tmp_path / 'ckpt.pt')['iter_num'] == 2 and len(log_of(tmp_path)) == 3
+
+
+def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(data_dir, tmp_path):
+    assert run('train.py', data_dir, tmp_path, max_iters=4, lr_decay_iters=4).returncode == 0
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    wild = dict(init_from='resume', learning_rate=1e30, decay_lr=False, grad_clip=0.0, log_interval=100, eval_interval=7)
+    done = run('train.py', data_dir, tmp_path, **wild)
+    assert done.returncode == 2 and 'the loss was not finite in iteration' in done.stderr
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
+def test_a_second_interrupt_stops_at_once(data_dir, tmp_path):
+    arguments = [sys.executable, *command('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    next(line for line in process.stdout if line.startswith('iter 5:'))
+    for _ in range(50):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+        if process.poll() is not None:
+            break
+    assert process.wait(timeout=30) in (85, 130)
