@@ -41,7 +41,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------------
 models = ''  # what to examine, separated by commas
 sweep = ''  # folders with the checkpoints of one run each, separated by commas: when heads form
-out_dir = 'induction'  # where the results go
+out_dir = 'out-induction'  # where the results go
 sequences = 128  # random sequences; half of them rank the heads, the others are reported
 length = 50  # distinct tokens that are repeated; shortened to what block_size allows
 seed = 1  # of sequences, controls and resampling

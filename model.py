@@ -504,7 +504,7 @@ class GPT(nn.Module):
 
 class FixedStep:
     """
-    A decode step whose shapes never change: the position is a tensor, and attention sees the whole buffer through a mask.
+    A decode step whose shapes never change: the position is a tensor, attention sees the whole buffer through a mask.
 
     On a GPU it is captured as a CUDA graph and then replayed: one launch in place of hundreds. Elsewhere it runs as it
     is written, which is slower than the ordinary step, since all of `max_tokens` is read; the numbers are the same.
@@ -515,7 +515,7 @@ class FixedStep:
         self.model, self.cache, self.graph = model, cache, None
         device = cache.layers[0][0].device
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
-        self.position = torch.full((1,), cache.length, device=device)  # trial runs write there: the next step overwrites
+        self.position = torch.full((1,), cache.length, device=device)  # what trial runs write, the next step overwrites
         if device.type == 'cuda':
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -537,7 +537,7 @@ class FixedStep:
         return logits
 
     def __call__(self, token):
-        """What `model(token, cache=cache)` returns first: token (B, 1) -> logits (B, 1, V), good until the next call."""
+        """The logits (B, 1, V) that `model(token, cache=cache)` gives for token (B, 1); valid until the next call."""
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         if self.graph is None:

@@ -187,7 +187,9 @@ def join_processes(device, backend='nccl'):
         torch.cuda.set_device(device)
     if ranks.world_size > 1:
         backends = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
+        hook = sys.excepthook
         torch.distributed.init_process_group(backends, timeout=datetime.timedelta(minutes=10))
+        sys.excepthook = hook  # PyTorch's own would swallow the one line of a UserError
     return ranks, device
 
 

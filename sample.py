@@ -54,13 +54,13 @@ for ok, complaint in (
     if not ok:
         raise UserError(complaint)
 
-# ---- machine -----------------------------------------------------------------------------------------------------------
+# ---- machine ---------------------------------------------------------------------------------------------------------
 device = runtime.pick_device(device)
 runtime.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 captured = device.startswith('cuda') and compile in ('auto', True)
 
-# ---- model and tokenizer -----------------------------------------------------------------------------------------------
+# ---- model and tokenizer ---------------------------------------------------------------------------------------------
 if init_from == 'resume':
     checkpoint = checkpoints.load(out_dir)
     model = checkpoints.build_model(checkpoint)
@@ -74,7 +74,7 @@ if init_from == 'resume':
             meta = read_meta_pickle(folder)
         else:
             meta = {'tokenizer': 'gpt2'}
-            runtime.notice(f'the checkpoint names no tokenizer and {folder} has no meta.pkl: taking the tokens for GPT-2\'s')
+            runtime.notice(f"the checkpoint names no tokenizer, and {folder} has no meta.pkl: taking GPT-2's")
 else:
     try:
         model = GPT.from_pretrained(init_from)
@@ -85,10 +85,12 @@ model.eval().to(device)
 dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
 tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
-    raise UserError(f'the model knows {model.config.vocab_size} tokens and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
-                    "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir")  # fmt: skip
+    raise UserError(
+        f'the model knows {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
+        "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
+    )
 
-# ---- prompt ------------------------------------------------------------------------------------------------------------
+# ---- prompt ----------------------------------------------------------------------------------------------------------
 if start.startswith('FILE:'):
     try:
         start = Path(start[5:]).read_text(encoding='utf-8')
@@ -98,34 +100,60 @@ prompt = tokenizer.encode(start, special=True)
 if not prompt:
     raise UserError('start is empty, and a model can only go on from something; the default is a newline')
 if len(prompt) > model.config.block_size:
-    runtime.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size} (block_size)')
+    runtime.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
 stop_ids = tokenizer.encode(stop, special=True)
 if len(stop_ids) > 1:
-    raise UserError(f'stop must be one token, and {stop!r} is {len(stop_ids)} of them ({tokenizer.name}); choose a shorter one')
+    raise UserError(f'stop must be one token, and {stop!r} is {len(stop_ids)} ({tokenizer.name}); choose a shorter one')
 stop_token = stop_ids[0] if stop_ids else None
 
-# ---- text --------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 sys.stdout.reconfigure(encoding='utf-8')
+decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
 
-class Stream:
-    """Shows a sample's tokens as they come. A character whose bytes are spread over tokens waits for its last one."""
-
-    def __init__(self):
-        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.ended = False
-
-    def show(self, ids):
-        """Print some ids, up to the stop token."""
-        ids = list(ids)
-        if stop_token in ids:
-            ids = ids[: ids.index(stop_token)]
-        if not self.ended:
-            sys.stdout.write(self.decoder.decode(tokenizer.decode_bytes(ids)))
-            sys.stdout.flush()
-
-    def close(self):
-        """Print what is left, and the line that stands between samples."""
-        print(self.decoder.decode(b'', final=True) + '\n---------------', flush=True)
+def show(ids, final=False):
+    """Print some ids now. A character whose bytes are spread over several tokens waits for its last one."""
+    sys.stdout.write(decoder.decode(tokenizer.decode_bytes(ids), final))
+    sys.stdout.flush()
 
 
+def show_first(tokens):
+    """Print the first sample's newest token, of tokens (num_samples,). A sample that has ended repeats stop_token."""
+    token = tokens[0].item()
+    show([] if token == stop_token else [token])
+
+
+cache_bytes = model.init_cache(1, 1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+kind, size = checkpoints.attention_of(model).upper(), model.get_num_params() / 1e6
+runtime.notice(f'{kind}, {size:.2f}M parameters, {device}, {dtype}; the cache takes {cache_bytes:,} bytes per token')
+began = time.perf_counter()
+try:
+    show(prompt)
+    with runtime.autocast(device, dtype):
+        samples = model.generate(
+            torch.tensor([prompt], device=device),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k or None,
+            top_p=top_p,
+            use_cache=use_cache,
+            num_samples=num_samples,
+            stop_token=stop_token,
+            on_token=show_first,
+            valid_ids=tokenizer.n_vocab,
+            generator=torch.Generator(device).manual_seed(seed),
+            fixed=captured,
+        )
+    seconds = time.perf_counter() - began
+    show([], final=True)
+    print('\n---------------')
+    for sample in samples[1:].tolist():
+        show(prompt + [token for token in sample[len(prompt) :] if token != stop_token], final=True)
+        print('\n---------------', flush=True)
+except BrokenPipeError:  # the reader has seen enough, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+except KeyboardInterrupt:
+    sys.exit(130)
+drawn = samples[:, len(prompt) :].numel()
+runtime.notice(f'{drawn} tokens in {seconds:.1f} s, {drawn / seconds:.1f} tokens/s')

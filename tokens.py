@@ -402,12 +402,12 @@ def shown(path):
         return str(path)
 
 
-def summary(folder, meta, seconds):
-    """The line that a prepare script prints at its end. seconds: how long the encoding took."""
+def summary(folder, meta, seconds, already=0):
+    """The line that a prepare script prints at its end. seconds: what all tokens but `already` took to encode."""
     train, val = (meta['tokens'][split] for split in SPLITS)
     return (
         f'{shown(folder)}: {train:,} training and {val:,} validation tokens ({meta["tokenizer"]}, '
-        f'{meta["vocab_size"]:,} ids) of {meta["source"]}; {(train + val) / max(seconds, 1e-9):,.0f} tokens/s'
+        f'{meta["vocab_size"]:,} ids) of {meta["source"]}; {(train + val - already) / max(seconds, 1e-9):,.0f} tokens/s'
     )
 
 

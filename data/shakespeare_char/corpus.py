@@ -2,7 +2,7 @@
 Finds the text of Shakespeare for data/shakespeare_char/prepare.py and data/shakespeare/prepare.py.
 
 tinyshakespeare is public domain; the copy used everywhere is that of https://github.com/karpathy/char-rnn. It is looked
-for in this order: the file that the user names, `input.txt` beside the scripts, the network; where all of that fails, the
+for in this order: the file that the user names, `input.txt` beside the scripts, the network; where all that fails, the
 stand-in corpus of stand_in.py, with a warning.
 """
 

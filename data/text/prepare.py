@@ -13,7 +13,7 @@ $ python data/text/prepare.py --input=reviews.txt.gz --name=reviews --tokenizer=
 
 Notable features:
 - any size: the text streams through all cores in bounded memory; the result is that of encoding each file in one go
-- text is UTF-8, whatever the system's default; a byte order mark is dropped, \\r\\n becomes \\n (byte: bytes as they are)
+- text is UTF-8, whatever the system's default; a byte order mark goes, \\r\\n becomes \\n (byte: bytes as they are)
 - files come in the order of their paths; the last part of the text, by position, is for validation
 - gpt2 puts <|endoftext|> after each document; char and byte have no such token: files follow each other as they are
 """

@@ -1,0 +1,11 @@
+"""
+Write text with a GPT with multi-head latent attention: sample.py itself, which looks where train_mla.py writes.
+
+$ python sample_mla.py --start="ROMEO:" --num_samples=3
+"""
+
+import runpy
+import sys
+
+sys.argv[1:1] = ['--out_dir=out-mla']
+runpy.run_path('sample.py', run_name='__main__')
