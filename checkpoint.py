@@ -64,7 +64,7 @@ def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, va
 
 
 def save(path, checkpoint):
-    """Write the dict `checkpoint` to `path`: whole or not at all. UserError where the disk refuses; the old file stays."""
+    """Write the dict `checkpoint` to `path`: whole, or, with a UserError, not at all: the old file stays."""
     beside = f'{path}.writing'
     try:
         with open(beside, 'wb') as file:
@@ -154,7 +154,7 @@ def find(path):
     """The checkpoint file that `path` means: the file itself, or ckpt.pt in a folder. UserError if there is none."""
     file = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f"there is no checkpoint {file}; train one first, or name its folder with --out_dir")
+        raise UserError(f'there is no checkpoint {file}; train one first, or name its folder with --out_dir')
     return file
 
 
@@ -173,9 +173,13 @@ def load(path, device='cpu'):
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
             raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
                             'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
-        raise UserError(f'{file} is cut short or is not a checkpoint; use ckpt_best.pt beside it or an older copy') from error
+        raise UserError(
+            f'{file} is cut short or is not a checkpoint; use ckpt_best.pt beside it or an older copy'
+        ) from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
-        raise UserError(f"{file} is no checkpoint of a GPT: it lacks 'model' or 'model_args'; name a file that train.py wrote")
+        raise UserError(
+            f"{file} is no checkpoint of a GPT: it lacks 'model' or 'model_args'; name a file that train.py wrote"
+        )
     return checkpoint
 
 

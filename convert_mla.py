@@ -167,7 +167,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 LOOK = {
-    'weights': dict(color='#b9b9b9', marker='^', linestyle=':'),
+    'weights': dict(color='#8a8a8a', marker='^', linestyle=':'),
     'data, not balanced': dict(color='#e07b39', marker='s', linestyle='--'),
     'data': dict(color='#1f3b73', marker='o', linestyle='-'),
 }
@@ -180,6 +180,7 @@ axes.axvline(bytes_before, color='black', linewidth=0.8)
 axes.annotate(' MHA', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top')
 axes.set_xscale('log', base=2)
 axes.set_yscale('symlog', linthresh=1e-3)
+axes.set_ylim(bottom=-3e-4)
 axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation loss (nats per token)',
          title=f'{source}, converted without fine-tuning\n{data.corpus}')  # fmt: skip
 axes.grid(alpha=0.3)

@@ -53,7 +53,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads must be equal in size')
+            raise ValueError(
+                f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads must be equal in size'
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         if self.gelu not in ('exact', 'tanh'):
@@ -93,7 +95,7 @@ def rope_table(size, block_size, theta=10000.0):
 
 
 def apply_rope(x, rope):
-    """Turn each pair of neighbours (x[2i], x[2i+1]) of x (..., T, size) by its position's angle; rope (2, T, size/2)."""
+    """Turn each pair (x[2i], x[2i+1]) of x (..., T, size) by its position's angle; rope (2, T, size/2)."""
     cos, sin = rope.to(x.dtype) if x.dtype == torch.float64 else rope
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -161,6 +163,8 @@ class Cache:
         if self.position is not None:
             return [t.index_copy_(-2, self.position, part) for t, part in zip(self.layers[layer], new, strict=True)]
         end = self.length + new[0].size(-2)
+        if end > self.max_tokens:
+            raise ValueError(f'{end} tokens do not fit into a cache made for max_tokens={self.max_tokens}')
         for tensor, part in zip(self.layers[layer], new, strict=True):
             tensor[..., self.length : end, :] = part
         return [tensor[..., :end, :] for tensor in self.layers[layer]]
@@ -173,7 +177,9 @@ class Cache:
 
     def repeat(self, times):
         """A cache in which every sequence stands `times` times, for several samples of one prompt."""
-        copy = Cache([tuple(t.repeat_interleave(times, dim=0) for t in layer) for layer in self.layers], self.max_tokens)
+        copy = Cache(
+            [tuple(t.repeat_interleave(times, dim=0) for t in layer) for layer in self.layers], self.max_tokens
+        )
         copy.length = self.length
         return copy
 
@@ -187,7 +193,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_embd, self.head_size = config.n_head, config.n_embd, config.head_size
         self.dropout, self.flash = config.dropout, config.flash
         self.scale = 1 / math.sqrt(self.head_size)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one product
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias
+        )  # queries, keys, values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -328,7 +336,9 @@ class GPT(nn.Module):
         """The residual stream after the last norm, (B, T, C), of token ids idx (B, T)."""
         start, T = (cache.length if cache else 0), idx.size(1)
         if start + T > self.config.block_size:
-            raise ValueError(f'{start + T} tokens do not fit: the model was made for block_size={self.config.block_size}')
+            raise ValueError(
+                f'{start + T} tokens do not fit: the model was made for block_size={self.config.block_size}'
+            )
         positions = slice(start, start + T) if cache is None or cache.position is None else cache.position
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
@@ -381,7 +391,9 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shorten the model to `block_size` tokens: GPT-2's 1024 positions are more than a small run needs."""
         if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} is more than the {self.config.block_size} this model was made for')
+            raise ValueError(
+                f'block_size={block_size} is more than the {self.config.block_size} this model was made for'
+            )
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
@@ -401,24 +413,32 @@ class GPT(nn.Module):
         if set(override_args) - {'dropout'}:
             raise ValueError(f'only dropout can be overridden in a pretrained model, not {sorted(override_args)}')
         if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
-            raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
+            raise ValueError(
+                f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model"
+            )
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
             hf_config = AutoConfig.from_pretrained(model_type)
             if hf_config.model_type != 'gpt2':
-                raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
+                raise ValueError(
+                    f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded"
+                )
             # transformers keeps the dtype on disk unless told otherwise, and makes up what the disk does not hold
             hf_model, report = AutoModelForCausalLM.from_pretrained(
                 model_type, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"'{model_type}' can't be loaded ({str(error).splitlines()[0]}); check the name, the folder "
-                             'and the network') from error
+            raise ValueError(
+                f"'{model_type}' can't be loaded ({str(error).splitlines()[0]}); check the name, the folder "
+                'and the network'
+            ) from error
         wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
         if wrong:
-            raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
+            raise ValueError(
+                f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}"
+            )
         model = cls(gpt2_config(hf_config, override_args.get('dropout', 0.0)))
         model.load_gpt2_state(hf_model.state_dict())
         return model

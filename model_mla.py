@@ -61,7 +61,9 @@ class MLAConfig(GPTConfig):
         if self.pos == 'rope':
             self.n_rope = self.n_rope or self.head_size // 2
         elif self.n_rope:
-            raise ValueError(f"n_rope={self.n_rope} needs pos='rope': decoupled RoPE takes the place of learned positions")
+            raise ValueError(
+                f"n_rope={self.n_rope} needs pos='rope': decoupled RoPE takes the place of learned positions"
+            )
         super().__post_init__()
         if not 1 <= self.n_latent <= self.n_embd:
             raise ValueError(f'n_latent={self.n_latent} is outside 1 to n_embd={self.n_embd}; above, nothing is gained')
@@ -131,7 +133,9 @@ class MultiHeadLatentAttention(nn.Module):
         if rope is None:
             return self.kv_norm(c_kv)
         c_kv, k_rope = c_kv.split((self.n_latent, self.n_rope), dim=-1)
-        return torch.cat((self.kv_norm(c_kv), apply_rope(k_rope, rope)), dim=-1)  # eq. 15: not normed, one for all heads
+        return torch.cat(
+            (self.kv_norm(c_kv), apply_rope(k_rope, rope)), dim=-1
+        )  # eq. 15: not normed, one for all heads
 
     def decompress(self, latent):
         """Every head's keys and values, each (B, H, S, d), rebuilt from the latents (B, S, r + R)."""
@@ -152,7 +156,9 @@ class MultiHeadLatentAttention(nn.Module):
         split = self.n_head * self.n_nope
         w_k = self.c_kv_up.weight[:split].unflatten(0, (self.n_head, self.n_nope))
         w_v = self.c_kv_up.weight[split:].unflatten(0, (self.n_head, self.head_size))
-        b_v = None if self.c_kv_up.bias is None else self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))
+        b_v = (
+            None if self.c_kv_up.bias is None else self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))
+        )
         return w_k, w_v, b_v
 
     def head_weights(self):

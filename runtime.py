@@ -56,7 +56,9 @@ def pick_device(device='auto'):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"device '{device}' can't be used here; try --device=cpu, or --device=auto for the best there is") from error
+        raise UserError(
+            f"device '{device}' can't be used here; try --device=cpu, or --device=auto for the best there is"
+        ) from error
     return device
 
 
@@ -181,8 +183,10 @@ def join_processes(device, backend='nccl'):
     ranks = Processes(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
     if device == 'cuda':
         if ranks.local_rank >= torch.cuda.device_count():
-            raise UserError(f'process {ranks.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; '
-                            'lower --nproc_per_node, or use --device=cpu')  # fmt: skip
+            raise UserError(
+                f'process {ranks.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; '
+                'lower --nproc_per_node, or use --device=cpu'
+            )
         device = f'cuda:{ranks.local_rank}'
         torch.cuda.set_device(device)
     if ranks.world_size > 1:
@@ -206,7 +210,7 @@ PREEMPTED = 85  # exit code of a run that was asked to stop, has saved, and can 
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step and save. A second SIGINT stops at once."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step. A second SIGINT stops at once."""
 
     def __init__(self):
         self.signal = None

@@ -45,7 +45,7 @@ exec(open('configurator.py').read())
 SIZES = {
     'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3,
                 min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
-    'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, dropout=0.0, learning_rate=2e-3,
+    'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, dropout=0.0, learning_rate=2e-3,
                 min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
 }  # fmt: skip
 device = runtime.pick_device(device)
@@ -55,10 +55,10 @@ if size not in SIZES:
 setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
                log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip
 setting['max_iters'] = max_iters or setting['max_iters']
-setting['lr_decay_iters'] = max(setting['max_iters'], setting['warmup_iters'])
+setting['lr_decay_iters'] = setting['max_iters']
 data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
 
-# ---- train both, with the same arguments -------------------------------------------------------------------------------
+# ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
 own_arguments = {'mha': {}, 'mla': {'n_latent': n_latent}}
 for name in models:
@@ -68,8 +68,10 @@ for name in models:
         earlier = checkpoints.load(ckpt)['config']
         changed = [key for key, value in {**setting, **own_arguments[name]}.items() if earlier.get(key) != value]
         if changed:
-            raise UserError(f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or give it up with '
-                            '--overwrite=True')  # fmt: skip
+            raise UserError(
+                f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or give it up with '
+                '--overwrite=True'
+            )
 for name, script in models.items():
     arguments = {**setting, **own_arguments[name], 'out_dir': os.path.join(out_dir, name)}
     arguments.update(overwrite=True) if overwrite else arguments.update(init_from='auto')
@@ -80,7 +82,7 @@ for name, script in models.items():
         sys.exit(done.returncode)
 
 
-# ---- read back what was saved ------------------------------------------------------------------------------------------
+# ---- read back what was saved ----------------------------------------------------------------------------------------
 @torch.no_grad()
 def mean_loss(model, split):
     """Mean loss over the split's fixed windows, in nats per token, and its standard error."""
@@ -138,7 +140,7 @@ for name in models:
     )
 mha, mla = results['mha'], results['mla']
 
-# ---- the table ---------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 ROWS = (
     ('parameters', 'parameters', '{:,.0f}'),
     ('in attention', 'attention_parameters', '{:,.0f}'),
@@ -153,11 +155,13 @@ for label, key, form in ROWS:
     print(f'{label:36}{form.format(mha[key]):>18}{form.format(mla[key]):>18}{mla[key] / mha[key]:>12.2f}')
 for split in ('train', 'val'):
     cells = [f'{r[f"{split}_loss"]:.4f} +- {r[f"{split}_stderr"]:.4f}' for r in (mha, mla)]
-    print(f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{mla[f"{split}_loss"] / mha[f"{split}_loss"]:>12.3f}')
+    print(
+        f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{mla[f"{split}_loss"] / mha[f"{split}_loss"]:>12.3f}'
+    )
 for name in models:
     print(f'\n---- a sample of {name.upper()} ----\n{results[name]["sample"].strip()}')
 
-# ---- the picture -------------------------------------------------------------------------------------------------------
+# ---- the picture -----------------------------------------------------------------------------------------------------
 import matplotlib  # noqa: E402  (slow to import, and of no use before)
 
 matplotlib.use('Agg')
@@ -172,7 +176,9 @@ for name, rows in logs.items():
 left.set(xlabel='iteration', ylabel='loss (nats per token)', title=f'Same batches, same start: {data.corpus}')
 left.grid(alpha=0.3)
 left.legend()
-bars = right.bar(['MHA', 'MLA'], [r['cache_bytes_per_token'] for r in (mha, mla)], color=[LOOK[n]['color'] for n in models])
+bars = right.bar(
+    ['MHA', 'MLA'], [r['cache_bytes_per_token'] for r in (mha, mla)], color=[LOOK[n]['color'] for n in models]
+)
 right.bar_label(bars, fmt='{:,.0f}')
 right.set(ylabel='bytes', title=f'Cache per token ({number_format})')
 figure.savefig(os.path.join(out_dir, 'comparison.png'), dpi=130)

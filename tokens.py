@@ -524,11 +524,13 @@ class TokenData:
 
     def _check_ids(self, split):
         """UserError if an id goes beyond the vocabulary: every id of a short file, an even sample of a long one."""
-        file = np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
-        piece = 1 << 22 if len(file) <= CHECKED_WHOLE else 1 << 12
-        step = piece if len(file) <= CHECKED_WHOLE else len(file) // 1024
-        for start in range(0, len(file), step):
-            highest = int(file[start : start + piece].max())
+        length, path = self.tokens[split], self.folder / f'{split}.bin'
+        piece = 1 << 22 if length <= CHECKED_WHOLE else 1 << 12
+        step = piece if length <= CHECKED_WHOLE else max(piece, length // 1024)
+        for start in range(0, length, step):
+            # not through the memory map, which would read much more around each piece
+            ids = np.fromfile(path, dtype=self.dtype, count=piece, offset=start * self.dtype.itemsize)
+            highest = int(ids.max())
             if highest >= self.n_vocab:
                 raise self._bad_ids(split, highest)
 

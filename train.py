@@ -9,7 +9,7 @@ $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile=Fal
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/train_gpt2.py
 
-Go on with a run that stopped, for whatever reason (the same command line with --init_from=resume, or =auto from the start):
+Go on with a run that stopped, for whatever reason (or use --init_from=auto from the start):
 $ python train.py config/train_shakespeare_cpu.py --init_from=resume
 """
 
@@ -92,21 +92,19 @@ for ok, complaint in (
     (attention in ('mha', 'mla'), f"attention is '{attention}'; it must be 'mha' or 'mla'"),
     (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
     (min(batch_size, block_size, eval_iters, eval_interval, log_interval, gradient_accumulation_steps) >= 1,
-     'batch_size, block_size, eval_iters, eval_interval, log_interval and gradient_accumulation_steps must be at least 1'),
+     'batch_size, block_size, gradient_accumulation_steps and the eval_ and log_ numbers must be at least 1'),
     (min(max_iters, checkpoint_interval, warmup_iters, threads, seed) >= 0,
      'max_iters, checkpoint_interval, warmup_iters, threads and seed must not be negative'),
-    (learning_rate > 0 and min_lr >= 0, f'learning_rate={learning_rate} must be above 0, and min_lr={min_lr} not below'),
-    (not decay_lr or lr_decay_iters >= warmup_iters,
-     f'lr_decay_iters={lr_decay_iters} is less than warmup_iters={warmup_iters}; raise it to about max_iters'),
+    (learning_rate > 0 and min_lr >= 0, f'learning_rate={learning_rate} or min_lr={min_lr} is too small'),
     (0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must be at least 0 and below 1'),
-    (grad_clip >= 0 and weight_decay >= 0, f'grad_clip={grad_clip} and weight_decay={weight_decay} must not be negative'),
+    (grad_clip >= 0 and weight_decay >= 0, 'grad_clip and weight_decay must not be negative'),
     (attention == 'mla' or not (n_latent or n_latent_q or n_rope or latent_norm),
      'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'),
 ):  # fmt: skip
     if not ok:
         raise UserError(complaint)
 
-# ---- machine -----------------------------------------------------------------------------------------------------------
+# ---- machine ---------------------------------------------------------------------------------------------------------
 device = runtime.pick_device(device)
 processes, device = runtime.join_processes(device, backend)
 threads = runtime.set_threads(threads)
@@ -115,13 +113,15 @@ compile = device.startswith('cuda') if compile == 'auto' else compile
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 autocast = runtime.autocast(device, dtype)
 if gradient_accumulation_steps % processes.world_size:
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be shared equally by '
-                    f'{processes.world_size} processes; make it a multiple of their number')  # fmt: skip
+    raise UserError(
+        f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be shared equally by '
+        f'{processes.world_size} processes; make it a multiple of their number'
+    )
 micro_steps = gradient_accumulation_steps // processes.world_size
 rows_per_iter = gradient_accumulation_steps * batch_size
 tokens_per_iter = rows_per_iter * block_size
 
-# ---- data and the run so far -------------------------------------------------------------------------------------------
+# ---- data and the run so far -----------------------------------------------------------------------------------------
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
 log_path = os.path.join(out_dir, 'log.csv')
 data = TokenData(os.path.join(data_dir, dataset), block_size)
@@ -132,32 +132,43 @@ if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_
     raise UserError(f'{out_dir} holds another run; go on with it by --init_from=resume, choose another --out_dir, '
                     'or give it up with --overwrite=True')  # fmt: skip
 
-# ---- wandb, before anything that takes long ------------------------------------------------------------------------------
+# ---- wandb, before anything that takes long --------------------------------------------------------------------------
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
     try:
         import wandb
     except ImportError as error:
-        raise UserError('wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False') from error
+        raise UserError(
+            'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
+        ) from error
     if not (os.environ.get('WANDB_MODE') or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
         os.environ['WANDB_MODE'] = 'offline'
         runtime.notice('wandb: no key found, so this run is logged offline; `wandb sync` uploads it later')
     wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=None,
                            id=resumed.get('wandb_run_id') if resumed else None, resume='allow')  # fmt: skip
 
-# ---- model -------------------------------------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------------------------
 iter_num, best_val_loss = 0, 1e9
 try:
     if resumed:
         raw_model = checkpoints.build_model(resumed, dropout=dropout, flash=flash)
         if checkpoints.attention_of(raw_model) != attention:
             script = 'train_mla.py' if attention == 'mha' else 'train.py'
-            raise UserError(f"{ckpt_path} holds a model with the other attention; go on with it by {script}")
+            raise UserError(f'{ckpt_path} holds a model with the other attention; go on with it by {script}')
         iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
     elif init_from == 'scratch':
         model_class, config_class = checkpoints.KINDS[attention]
-        sizes = dict(block_size=block_size, vocab_size=data.padded_vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                     dropout=dropout, bias=bias, pos=pos, flash=flash)  # fmt: skip
+        sizes = dict(
+            block_size=block_size,
+            vocab_size=data.padded_vocab_size,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            dropout=dropout,
+            bias=bias,
+            pos=pos,
+            flash=flash,
+        )
         if attention == 'mla':
             sizes.update(n_latent=n_latent, n_latent_q=n_latent_q, n_rope=n_rope, latent_norm=latent_norm)
         raw_model = model_class(config_class(**sizes), seed=seed)
@@ -171,7 +182,9 @@ if data.n_vocab > raw_model.config.vocab_size:
     raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {raw_model.config.vocab_size}; '
                     'use the data set that the model was made for')  # fmt: skip
 if block_size > raw_model.config.block_size:
-    raise UserError(f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}')
+    raise UserError(
+        f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}'
+    )
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
@@ -193,7 +206,7 @@ runtime.notice(
 )
 
 
-# ---- the parts of an iteration -----------------------------------------------------------------------------------------
+# ---- the parts of an iteration ---------------------------------------------------------------------------------------
 def to_device(x, y):
     """The batch on the training device; to a GPU from pinned memory, while it is still at work on the last one."""
     if device.startswith('cuda'):
@@ -232,8 +245,9 @@ def evaluate(split):
             losses.append(raw_model.window_losses(x, y))
     raw_model.train()
     losses = torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
-    count, total, squares = processes.sum(torch.stack((torch.tensor(float(len(losses)), dtype=torch.float64), losses.sum(),
-                                                       losses.square().sum()))).tolist()  # fmt: skip
+    count, total, squares = processes.sum(
+        torch.stack((torch.tensor(float(len(losses)), dtype=torch.float64), losses.sum(), losses.square().sum()))
+    ).tolist()
     mean = total / count
     variance = max(0.0, squares / count - mean**2) * count / max(1.0, count - 1)
     return mean, math.sqrt(variance / count)
@@ -264,7 +278,7 @@ def log(row):
         wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------------------
 if eval_only:
     for split in ('train', 'val'):
         mean, error = evaluate(split)
@@ -291,9 +305,18 @@ measured_from, measured_iters = time.perf_counter(), 0
 def save(best=False):
     """Save iteration iter_num in the background; rank 0 alone writes."""
     if processes.rank == 0:
-        state = checkpoints.contents(raw_model, config, optimizer=optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
-                                     val_loss=val_loss, tokenizer=data.meta, corpus=data.corpus, scaler=scaler,
-                                     wandb_run_id=wandb_run_id)  # fmt: skip
+        state = checkpoints.contents(
+            raw_model,
+            config,
+            optimizer=optimizer,
+            iter_num=iter_num,
+            best_val_loss=best_val_loss,
+            val_loss=val_loss,
+            tokenizer=data.meta,
+            corpus=data.corpus,
+            scaler=scaler,
+            wandb_run_id=wandb_run_id,
+        )
         saver.save(ckpt_path, state, best_path if best else None)
 
 
@@ -318,7 +341,9 @@ while True:
         val_loss, val_stderr = evaluate('val')
         row = dict(train_loss=f'{train_loss:.6f}', val_loss=f'{val_loss:.6f}', val_stderr=f'{val_stderr:.6f}')
         if processes.rank == 0:
-            tqdm.write(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}', sys.stdout)
+            tqdm.write(
+                f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}', sys.stdout
+            )
         # not '<': a run killed between its two files is resumed here with the same loss, and names the best again
         improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
         if iter_num and (always_save_checkpoint or improved):
@@ -357,10 +382,19 @@ while True:
     if iter_num % log_interval == 0 or row:
         mean_loss = processes.sum(loss.double().cpu()).item() / processes.world_size  # waits for the device
         seconds = (time.perf_counter() - measured_from) / measured_iters
-        mfu = raw_model.estimate_mfu(rows_per_iter, seconds, (runtime.peak_flops(device, dtype) or 0) * processes.world_size)
-        row.update(iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}',
-                   grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}', ms_per_iter=f'{1000 * seconds:.2f}',
-                   tokens_per_s=f'{tokens_per_iter / seconds:.0f}', mfu='' if mfu is None else f'{mfu:.4f}')  # fmt: skip
+        mfu = raw_model.estimate_mfu(
+            rows_per_iter, seconds, (runtime.peak_flops(device, dtype) or 0) * processes.world_size
+        )
+        row.update(
+            iter=iter_num,
+            tokens=iter_num * tokens_per_iter,
+            lr=f'{lr:.6g}',
+            loss=f'{mean_loss:.6f}',
+            grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}',
+            ms_per_iter=f'{1000 * seconds:.2f}',
+            tokens_per_s=f'{tokens_per_iter / seconds:.0f}',
+            mfu='' if mfu is None else f'{mfu:.4f}',
+        )
         if processes.rank == 0:
             log(row)
             bar.set_postfix_str(f'loss {mean_loss:.4f}, {tokens_per_iter / seconds:,.0f} tokens/s')
@@ -372,7 +406,7 @@ while True:
     iter_num += 1
     bar.update()
 
-# ---- the end: all done, or asked to stop -------------------------------------------------------------------------------
+# ---- the end: all done, or asked to stop -----------------------------------------------------------------------------
 bar.close()
 stopped_early = iter_num < max_iters
 if stopped_early:
@@ -385,6 +419,8 @@ if wandb_run is not None:
     wandb_run.finish()
 processes.close()
 if stopped_early:
-    runtime.notice(f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
-                   'go on with --init_from=resume')  # fmt: skip
+    runtime.notice(
+        f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
+        'go on with --init_from=resume'
+    )
     sys.exit(runtime.PREEMPTED)

@@ -27,8 +27,9 @@ launch() {
     trap preempt USR1
     # The signal reaches every process of the step. torchrun would die of it: it ignores it, and so do its children until
     # the trainer asks for it. The node that hosts the rendezvous is named: torchrun's guess fails where names differ.
+    # --wait: once a node has ended, the others have that many seconds to save, or to notice that they are alone.
     # shellcheck disable=SC2016 # these variables are the tasks', not this shell's
-    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
+    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=30 bash -c '
         trap "" USR1
         exec torchrun --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_conf="is_host=$((SLURM_NODEID == 0))" "$@"
     ' task --nnodes="$SLURM_JOB_NUM_NODES" --max-restarts=0 --rdzv_backend=c10d --rdzv_endpoint="$head:$port" \

@@ -5,6 +5,7 @@ slurm_scripts/ run for real, on a cluster of two nodes on loopback (tests/slurm/
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import checkpoint
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / 'slurm_scripts'
@@ -133,6 +138,8 @@ def test_a_job_preempted_by_its_time_limit_is_requeued_and_ends_with_an_unbroken
     written = log(checkout)
     assert (state['JobState'], state['Restarts'], state['ExitCode']) == ('COMPLETED', '1', '0:0'), written
     assert 'start 1, on n[1-2]' in written and 'start 2, on n[1-2]' in written
+    # the signal reached the trainers, and torchrun outlived it
+    assert len(re.findall(r'\(exitcode: 85\)', written)) == 2 and 'User defined signal' not in written, written
     with open(checkout / 'out-job' / 'log.csv', newline='') as file:
         assert [int(row['iter']) for row in csv.DictReader(file)] == list(range(last + 1))
 
@@ -158,6 +165,33 @@ def test_a_job_that_fails_is_not_requeued(checkout, cluster):
     assert (state['JobState'], state['Restarts']) == ('FAILED', '0')
     assert 'n_heat' in log(checkout)
     assert not (checkout / 'out-failed').exists()
+
+
+@needs_slurm
+@needs_torchrun
+def test_sampling_and_the_induction_analysis_run_as_jobs(checkout, cluster):
+    sizes = dict(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, bias=False)
+    for out, model in (('out-gpt2', GPT(GPTConfig(**sizes))), ('out-gpt2-mla', MLAGPT(MLAConfig(**sizes)))):
+        with torch.no_grad():
+            model.transformer.ln_f.weight.mul_(2)  # a model with all its initial values is refused
+        (checkout / out).mkdir()
+        tokenizer = dict(format=1, tokenizer='byte', vocab_size=256)
+        saved = checkpoint.contents(model, {'dataset': 'tiny'}, iter_num=1, tokenizer=tokenizer, corpus='none')
+        checkpoint.save(str(checkout / out / 'ckpt.pt'), saved)
+    sample = ['--device=cpu', '--threads=1', '--start=first words', '--num_samples=1', '--max_new_tokens=20']
+    induction = ['--device=cpu', '--threads=1', '--sequences=8', '--length=8', '--controls=1', '--resamples=200']
+    jobs = {
+        'run_mha_sample.sh': (sample, 'first words'),
+        'run_mla_sample.sh': (sample, 'first words'),
+        'run_induction.sh': ([*induction, '--ablate=False', '--text_windows=2'], 'out-gpt2-mla'),
+    }
+    numbers = {script: submit(script, arguments, checkout, cluster) for script, (arguments, _) in jobs.items()}
+    for script, number in numbers.items():
+        state = wait_for(ended, 60, number, checkout, cluster)
+        written = (checkout / 'slurm_logs' / f'{script.removesuffix(".sh")}-{number}.log').read_text()
+        assert state['JobState'] == 'COMPLETED', written
+        assert jobs[script][1] in written
+    assert (checkout / 'out-induction' / 'induction.json').exists()
 
 
 @needs_slurm

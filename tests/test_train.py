@@ -1,4 +1,4 @@
-"""train.py and train_mla.py as a user runs them: golden curves, exact resume, signals, several processes, safe folders."""
+"""train.py and train_mla.py as a user runs them: golden curves, exact resume, signals, torchrun, safe folders."""
 
 import csv
 import os
@@ -16,23 +16,41 @@ from tokens import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = dict(
-    dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, gradient_accumulation_steps=1, bias=False,
-    learning_rate=1e-2, warmup_iters=4, lr_decay_iters=20, min_lr=1e-3, max_iters=20, eval_interval=10, eval_iters=4,
-    device='cpu', dtype='float32', compile=False, threads=1,
-)  # fmt: skip
+    dataset='tiny',
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=16,
+    batch_size=8,
+    gradient_accumulation_steps=1,
+    bias=False,
+    learning_rate=1e-2,
+    warmup_iters=4,
+    lr_decay_iters=20,
+    min_lr=1e-3,
+    max_iters=20,
+    eval_interval=10,
+    eval_iters=4,
+    device='cpu',
+    dtype='float32',
+    compile=False,
+    threads=1,
+)
 SCRIPTS = {'mha': 'train.py', 'mla': 'train_mla.py'}
 
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A small data set: each character is one to three steps after the last, by a generator that is the same everywhere."""
+    """A small data set: each character is one to three steps after the last, the same everywhere."""
     folder = tmp_path_factory.mktemp('data')
     state, ids = 12345, [0]
     for _ in range(4000):
         state = (state * 1103515245 + 12345) % 2**31
         ids.append((ids[-1] + 1 + (state >> 16) % 3) % 12)
     ids = np.array(ids)
-    write_dataset(folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test')
+    write_dataset(
+        folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test'
+    )
     return folder
 
 
@@ -163,7 +181,9 @@ def test_another_run_is_not_overwritten_unasked(data_dir, tmp_path):
 def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(data_dir, tmp_path):
     assert run('train.py', data_dir, tmp_path, max_iters=4, lr_decay_iters=4).returncode == 0
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    wild = dict(init_from='resume', learning_rate=1e30, decay_lr=False, grad_clip=0.0, log_interval=100, eval_interval=7)
+    wild = dict(
+        init_from='resume', learning_rate=1e30, decay_lr=False, grad_clip=0.0, log_interval=100, eval_interval=7
+    )
     done = run('train.py', data_dir, tmp_path, **wild)
     assert done.returncode == 2 and 'the loss was not finite in iteration' in done.stderr
     assert (tmp_path / 'ckpt.pt').read_bytes() == before

@@ -125,6 +125,7 @@ start() {
         run "slurmd-$node" slurmd -D -N "$node" -f "$conf"
     done
     for ((deadline = SECONDS + nodes_up_within; SECONDS < deadline; )); do
+        (($(jobs -rp | wc -l) == 2 + ${#nodes[@]})) || break # one of the daemons has given up
         if up; then
             trap - EXIT
             say "nodes ${nodes[*]} are up; logs in $dir"

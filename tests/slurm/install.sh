@@ -6,18 +6,19 @@
 #
 # Exit code 0: everything is there. 1: it isn't, and the last line says what to do.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
 
 packages=(slurm-wlm munge shellcheck)
 
 missing() {
     local program
     for program in munged slurmctld slurmd sbatch srun scontrol shellcheck; do
-        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || echo "$program"
+        command -v "$program" >/dev/null || echo "$program"
     done
 }
 
 if [[ -z $(missing) ]]; then
-    echo "SLURM is already installed: $(sinfo --version)"
+    echo "SLURM is already installed: $(slurmd -V)"
     exit 0
 fi
 if ! command -v apt-get >/dev/null; then
@@ -36,4 +37,4 @@ if [[ -n $(missing) ]]; then
     echo "error: apt-get ended well, but these are still not found: $(missing | xargs)" >&2
     exit 1
 fi
-echo "installed ${packages[*]}: $(sinfo --version)"
+echo "installed ${packages[*]}: $(slurmd -V)"

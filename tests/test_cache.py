@@ -1,0 +1,329 @@
+"""The caches: the same logits as without, of exactly the promised size, and no work space that grows with the context."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import GPT, FixedStep, GPTConfig, attend, draw
+from model_mla import MLAGPT, MLAConfig
+
+BLOCK, VOCAB = 32, 50
+VARIANTS = {
+    'mha': (GPT, dict()),
+    'mha-nobias': (GPT, dict(bias=False)),
+    'mha-rope': (GPT, dict(pos='rope')),
+    'mha-open': (GPT, dict(flash=False)),
+    'mla': (MLAGPT, dict()),
+    'mla-nobias': (MLAGPT, dict(bias=False, n_latent=20)),
+    'mla-thin': (MLAGPT, dict(n_latent=6)),  # r < d: absorbing always pays
+    'mla-full': (MLAGPT, dict(n_latent=32)),
+    'mla-query': (MLAGPT, dict(n_latent=20, n_latent_q=12)),
+    'mla-norm': (MLAGPT, dict(n_latent=20, n_latent_q=12, latent_norm=True)),
+    'mla-open': (MLAGPT, dict(flash=False)),
+    'mla-rope': (MLAGPT, dict(pos='rope')),
+    'mla-rope-all': (MLAGPT, dict(pos='rope', n_rope=6, n_latent=12, n_latent_q=12, latent_norm=True, bias=False)),
+}
+MLA = [name for name in VARIANTS if name.startswith('mla')]
+
+
+def make(variant, dtype=torch.float64, **changes):
+    """A small model whose every parameter, biases and norms too, is far enough from its initial value to matter."""
+    model_class, settings = VARIANTS[variant]
+    config_class = MLAConfig if model_class is MLAGPT else GPTConfig
+    sizes = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=2, n_head=4, n_embd=32)
+    model = model_class(config_class(**(sizes | settings | changes))).to(dtype).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b):
+    """Equal to rounding, relative to the largest value: 1e-12 in float64, 1e-4 in float32."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    tolerance = 1e-12 if a.dtype == torch.float64 else 1e-4
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+# ---- cached = uncached, absorbed = decompressed -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('variant', VARIANTS)
+@torch.no_grad()
+def test_cached_is_uncached(variant, dtype):
+    model = make(variant, dtype)
+    for B in (1, 3):
+        idx = tokens(B, BLOCK)
+        expected, _ = model(idx, idx)
+        for chunks in ([1] * BLOCK, [5, 1, 7, 19], [31, 1], [2] * 16, [20, 12], [BLOCK]):
+            cache, logits, end = model.init_cache(B), [], 0
+            for n in chunks:
+                logits.append(model.lm_head(model.hidden(idx[:, end : end + n], cache)))
+                end += n
+                assert cache.length == end
+            assert_close(torch.cat(logits, dim=1), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('variant', MLA)
+@torch.no_grad()
+def test_absorbed_is_decompressed(variant, dtype):
+    attention = make(variant, dtype).transformer.h[0].attn
+    generator = torch.Generator().manual_seed(1)
+    rope = None if not attention.n_rope else torch.randn(2, 24, attention.n_rope // 2, generator=generator)
+    for B in (1, 3):
+        x = torch.randn(B, 24, attention.n_embd, generator=generator, dtype=dtype)
+        q, latent = attention.queries(x, rope), attention.latent(x, rope)
+        keys, values = attention.decompress(latent)
+        for T in (1, 2, 9, 24):
+            decompressed = attend(q[:, :, -T:], keys, values, attention.scale)
+            assert_close(attention.absorbed(q[:, :, -T:], latent), decompressed)
+
+
+@pytest.mark.parametrize('variant', MLA)
+@torch.no_grad()
+def test_both_paths_through_the_model(variant, monkeypatch):
+    model, idx = make(variant), tokens(2, BLOCK)
+    expected, _ = model(idx, idx)
+    attention = type(model.transformer.h[0].attn)
+    for pays in (True, False):
+        calls = []
+        monkeypatch.setattr(
+            attention, 'absorbing_pays', lambda self, T, pays=pays, calls=calls: calls.append(T) or pays
+        )
+        cache = model.init_cache(2)
+        logits = [model.lm_head(model.hidden(part, cache)) for part in idx.split([9, 1, 22], dim=1)]
+        assert_close(torch.cat(logits, dim=1), expected)
+        assert calls == [9, 9, 1, 1, 22, 22]
+
+
+def test_cost_rule():
+    """Absorbing pays for T < r d / (r - d): T of 76, not 77, at GPT-2's size with r = 384; always where r <= d."""
+    attention = MLAGPT(MLAConfig(block_size=8, vocab_size=8, n_layer=1, n_latent=384)).transformer.h[0].attn
+    assert [attention.absorbing_pays(T) for T in (1, 76, 77, 1024)] == [True, True, False, False]
+    attention.n_latent = 64
+    assert attention.absorbing_pays(10**6)
+
+
+def test_one_latent_for_all_heads_is_kept():
+    """The parts of a cache's views: T tokens of one latent, no heads."""
+    model = make('mla-rope')
+    cache = model.init_cache(2)
+    model(tokens(2, 5), cache=cache)
+    assert [[t.shape for t in layer] for layer in cache.layers] == [[(2, BLOCK, 16 + 4)]] * 2
+
+
+# ---- size ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('variant, numbers', [
+    ('mha', 2 * 32), ('mha-rope', 2 * 32), ('mla', 16), ('mla-thin', 6), ('mla-full', 32), ('mla-norm', 20),
+    ('mla-rope', 16 + 4), ('mla-rope-all', 12 + 6),
+])  # fmt: skip
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_bytes(variant, numbers, dtype):
+    """2C numbers per token and layer for MHA, r (+ R) for MLA: that and not a byte more is allocated."""
+    model = make(variant).to(dtype)
+    for B, T in ((1, BLOCK), (3, 7)):
+        with Allocations(model) as seen:
+            cache = model.init_cache(B, T)
+        expected = B * T * numbers * 2 * dtype.itemsize  # two layers
+        assert cache.nbytes == expected == sum(seen.sizes)
+        assert cache.bytes_per_token == numbers * 2 * dtype.itemsize
+
+
+def test_bytes_at_gpt2_size():
+    """The published figures: 36,864 bytes per token in bfloat16, and 4, 8, 16 times less."""
+    with torch.device('meta'):
+        models = [GPT(GPTConfig())] + [MLAGPT(MLAConfig(n_latent=r)) for r in (384, 192, 96)]
+    sizes = [model.init_cache(1, dtype=torch.bfloat16).bytes_per_token for model in models]
+    assert sizes == [36864, 9216, 4608, 2304]
+
+
+def test_cache_has_the_dtype_of_autocast():
+    model = make('mla', torch.float32)
+    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+        cache = model.init_cache(2)
+        idx = tokens(2, 12)
+        expected, _ = model(idx)
+        for t in range(12):
+            logits, _ = model(idx[:, t : t + 1], cache=cache)
+    assert cache.layers[0][0].dtype == torch.bfloat16
+    assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_more_than_the_cache_holds():
+    model = make('mha')
+    with pytest.raises(ValueError, match='block_size=32'):
+        model(tokens(1, 1), cache=filled(model, BLOCK))
+    with pytest.raises(ValueError, match='7'):
+        model(tokens(1, 8), cache=model.init_cache(1, 7))
+
+
+def filled(model, length, B=1):
+    """A cache with room for one more step, whose tokens are never looked at here."""
+    cache = model.init_cache(B)
+    cache.length = length
+    return cache
+
+
+# ---- work space ------------------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Records the bytes of every new storage that an operation returns. Views, and what is written in place, are none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
+        self.sizes, self.kept = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.known.add(leaf.untyped_storage().data_ptr())
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.kept.append(leaf)  # so that no address is used twice
+                self.known.add(leaf.untyped_storage().data_ptr())
+                self.sizes.append(leaf.untyped_storage().nbytes())
+        return out
+
+
+@torch.no_grad()
+def step_allocations(model, length, B=2):
+    """The bytes that each operation of one decoding step behind `length` tokens allocates."""
+    cache = filled(model, length, B)
+    with Allocations(model) as seen:
+        model(tokens(B, 1), cache=cache)
+    return seen.sizes
+
+
+@pytest.mark.parametrize('variant', [name for name in VARIANTS if not name.endswith('open')])
+def test_a_step_allocates_nothing_that_grows(variant):
+    """Every tensor that a step makes, in order, has the same size at context 10 and at context 600."""
+    model = make(variant, torch.float32, block_size=640)
+    assert step_allocations(model, 10) == step_allocations(model, 600)
+
+
+def test_allocations_are_seen(monkeypatch):
+    """The test above can fail: rebuilding keys and values makes tensors that grow, as attention in the open does."""
+    attention = type(make('mla').transformer.h[0].attn)
+    model = make('mha-open', torch.float32, block_size=640)
+    assert step_allocations(model, 10) != step_allocations(model, 600)
+    monkeypatch.setattr(attention, 'absorbing_pays', lambda self, T: False)
+    model = make('mla', torch.float32, block_size=640)
+    assert step_allocations(model, 10) != step_allocations(model, 600)
+
+
+def allocator_bytes(model, length):
+    """Bytes that PyTorch's allocator hands out during one step, kernels' own work space included."""
+    cache, idx = filled(model, length, B=2), tokens(2, 1)
+    with torch.no_grad():
+        model(idx, cache=filled(model, length, B=2))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model(idx, cache=cache)
+    return sum(
+        e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == '[memory]' and e.nbytes() > 0
+    )
+
+
+@pytest.mark.parametrize('variant', ['mha', 'mla', 'mla-rope'])
+def test_kernels_allocate_nothing_that_grows(variant):
+    """
+    Inside the kernels, too. SDPA splits keys into pieces of at most 512, so from there on its work space is constant.
+    """
+    model = make(variant, torch.float32, block_size=4096)
+    short, long = allocator_bytes(model, 1000), allocator_bytes(model, 4000)
+    assert 0 < short and long == short
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def reference(model, idx, new, window, **rules):
+    """A plain loop without a cache. window(end): where what the model sees of the first `end` tokens begins."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _ in range(new):
+            logits, _ = model(idx[:, window(idx.size(1)) :])
+            idx = torch.cat((idx, draw(logits[:, -1], generator=generator, **rules)[:, None]), dim=1)
+    return idx
+
+
+def generated(model, idx, new, **settings):
+    return model.generate(idx, new, generator=torch.Generator().manual_seed(3), **settings)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_generate_within_block_size(variant):
+    model, idx = make(variant), tokens(2, 4)
+    expected = reference(model, idx, 28, lambda end: 0, top_k=20)
+    assert torch.equal(generated(model, idx, 28, top_k=20), expected)
+    assert torch.equal(generated(model, idx, 28, top_k=20, use_cache=False), expected)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('prompt', [3, BLOCK, BLOCK + 9])
+def test_generate_past_block_size(variant, prompt):
+    """A full cache is refilled with the most recent half; without a cache the window slides, as nanoGPT's does."""
+    model, idx = make(variant), tokens(2, prompt)
+    full = max(prompt, BLOCK)  # the length at which the cache is first full
+
+    def refilled(end):
+        if end <= full:
+            return max(0, end - BLOCK)
+        return full + 1 - BLOCK // 2 + (end - full - 1) // (BLOCK // 2 + 1) * (BLOCK // 2 + 1)
+
+    assert torch.equal(generated(model, idx, 70), reference(model, idx, 70, refilled))
+    sliding = reference(model, idx, 40, lambda end: max(0, end - BLOCK))
+    assert torch.equal(generated(model, idx, 40, use_cache=False), sliding)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_fixed_step(variant):
+    """The step that a GPU captures, run here as it is written: the same logits, and the same text past block_size."""
+    model, idx = make(variant), tokens(3, 9)
+    ordinary, fixed = model.init_cache(3), model.init_cache(3)
+    with torch.no_grad():
+        model(idx, cache=ordinary), model(idx, cache=fixed)
+        step = FixedStep(model, fixed)
+        for t in range(BLOCK - 9):
+            token = tokens(3, 1, seed=t)
+            assert_close(step(token), model(token, cache=ordinary)[0])
+            assert fixed.length == ordinary.length
+    settings = dict(num_samples=2, top_p=0.9)
+    assert torch.equal(generated(model, idx, 70, fixed=True, **settings), generated(model, idx, 70, **settings))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_captured_step(variant):
+    """The CUDA graph: the same text as the ordinary step's."""
+    model, idx = make(variant).cuda(), tokens(3, 9).cuda()
+    texts = [
+        model.generate(idx, 70, generator=torch.Generator('cuda').manual_seed(3), fixed=fixed)
+        for fixed in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_samples_share_the_prefill(monkeypatch):
+    """Three samples of two prompts: one pass over the two prompts, then steps of six rows."""
+    model, idx = make('mla'), tokens(2, 8)
+    shapes = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda idx, cache=None: shapes.append(tuple(idx.shape)) or hidden(idx, cache))
+    out = generated(model, idx, 5, num_samples=3)
+    assert shapes == [(2, 8)] + [(6, 1)] * 4
+    assert torch.equal(out[:, :8], idx.repeat_interleave(3, dim=0))
+    repeated = generated(model, idx.repeat_interleave(3, dim=0), 5)
+    assert torch.equal(out, repeated)
