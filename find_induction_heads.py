@@ -322,8 +322,9 @@ def table(loaded, found):
         lines.append(f'in-context score {c["mean"]:+.3f} [{c["low"]:+.3f}, {c["high"]:+.3f}]: '
                      f'loss at token {c["late"]} minus token {c["early"]}, {c["windows"]} windows')  # fmt: skip
     for step in found.get('ablation', {}).get('together', []):
-        lines.append(f'without the best {step["heads"]}: {step["rise"]:+.3f}; without {step["control_heads"]} random '
-                     f'others of the same layers: {step["control_rise"]:+.3f}')  # fmt: skip
+        others = f'without {step["control_heads"]} random others of the same layers: {step["control_rise"]:+.3f}'
+        others = others if step['control_heads'] else 'their layers have no others'
+        lines.append(f'without the best {step["heads"]}: {step["rise"]:+.3f}; {others}')
     if 'latent' in found:
         lines += latent_lines(found['latent'], loaded.model.config.n_latent)
     count, strong = int(found['called'].sum()), int((found['called'] & (score['mean'] > CUSTOMARY)).sum())

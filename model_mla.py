@@ -223,3 +223,17 @@ class MLAGPT(GPT):
     """GPT with multi-head latent attention. Everything but the attention is model.py's."""
 
     attention = MultiHeadLatentAttention
+
+    def init_std(self, name):
+        """
+        As in GPT, but keys, values and compressed queries start with the variance that MHA's have.
+
+        With 0.02 for both factors of W_up W_down they would start several times smaller, and learn later: on
+        tinyshakespeare (4 layers, C = 128, r = 64, 1200 iterations) val loss 2.196 against 2.107, MHA 2.059.
+        """
+        config = self.config
+        rank = {'c_kv_up': config.n_latent, 'c_q': config.n_latent_q}.get(name.split('.')[-2], 0)
+        if not rank or not name.endswith('.weight'):
+            return super().init_std(name)
+        # a normed latent has mean square 1, a plain one 0.02^2 C
+        return 0.02 * math.sqrt(config.n_embd / rank) if config.latent_norm else 1 / math.sqrt(rank)

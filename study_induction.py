@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 full = False  # every latent size, five seeds, 2000 iterations; else the short form
 out_dir = 'out-study'  # runs and tables
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
-max_iters = 0  # 0: 2000 in the full form, 1000 in the short one
+max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 text_models = ''  # folders of models trained on real text, separated by commas
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
 data_dir = 'data'
@@ -74,8 +74,8 @@ def label(run):
 
 def snapshots():
     """The iterations at which each run is measured: close together where heads form."""
-    end = max_iters or (2000 if full else 1000)
-    wanted = (100, 200, 300, 400, 500, 600, 800, 1000, 1500) if full else (200, 400, 600)
+    end = max_iters or (2000 if full else 1200)
+    wanted = (200, 300, 400, 500, 600, 800, 1000, 1200, 1500) if full else (300, 600, 900)
     return [iteration for iteration in wanted if iteration < end] + [end]
 
 
@@ -98,11 +98,10 @@ def train(run):
         kept = os.path.join(run['folder'], f'ckpt_{iteration:06}.pt')
         if os.path.exists(kept):
             continue
-        end = snapshots()[-1]
         arguments = ['train.py', 'config/train_repeats.py', f'--out_dir={run["folder"]}', f'--data_dir={data_dir}',
-                     '--init_from=auto', f'--max_iters={iteration}', f'--lr_decay_iters={end}',
-                     f'--attention={run["attention"]}', f'--n_latent={run["n_latent"]}', f'--pos={run["pos"]}',
-                     f'--n_layer={run["n_layer"]}', f'--seed={run["seed"]}', '--threads=1']  # fmt: skip
+                     '--init_from=auto', f'--max_iters={iteration}', f'--attention={run["attention"]}',
+                     f'--n_latent={run["n_latent"]}', f'--pos={run["pos"]}', f'--n_layer={run["n_layer"]}',
+                     f'--seed={run["seed"]}', '--threads=1']  # fmt: skip
         call(arguments, run['folder'])
         checkpoints.link(os.path.join(run['folder'], 'ckpt.pt'), kept)
 

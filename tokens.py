@@ -436,6 +436,7 @@ class TokenData:
         if self.meta.get('masked'):
             for split in SPLITS:
                 self._length(f'{split}.mask.bin', split, np.dtype('u1'))
+        self.meta = {**self.meta, 'tokens': self.tokens}
         self._check_block_size()
         self._views = {}
         for split in SPLITS:

@@ -1,6 +1,7 @@
 # Random blocks, repeated: the smallest set-up in which induction heads form (data/repeats/prepare.py first).
 # Two layers, four heads; config/train_repeats_mla.py differs in the attention alone.
 #
+# $ python data/repeats/prepare.py
 # $ python train.py config/train_repeats.py
 # $ python train.py config/train_repeats_mla.py
 # $ python find_induction_heads.py --models=out-repeats,out-repeats-mla
@@ -23,9 +24,10 @@ bias = False
 learning_rate = 2e-3
 max_iters = 2000
 lr_decay_iters = 2000
-warmup_iters = 100
+warmup_iters = 50
 min_lr = 2e-4
-beta2 = 0.99
+weight_decay = 0.01
+beta2 = 0.999
 
 eval_interval = 250
 eval_iters = 16

@@ -23,9 +23,10 @@ bias = False
 learning_rate = 2e-3
 max_iters = 2000
 lr_decay_iters = 2000
-warmup_iters = 100
+warmup_iters = 50
 min_lr = 2e-4
-beta2 = 0.99
+weight_decay = 0.01
+beta2 = 0.999
 
 eval_interval = 250
 eval_iters = 16

@@ -1,12 +1,24 @@
 """The measurements are right where the right answer is known: planted heads, uniform attention, brute force."""
 
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import induction
 from model import GPT, GPTConfig, attention_pattern
 from model_mla import MLAGPT, MLAConfig
+from tokens import TokenData
+
+ROOT = Path(__file__).resolve().parents[1]
 
 V, T, D = 24, 20, 34  # tokens, positions and head size of the planted models
 L = 9  # length of the repeated block; with BOS 2L + 1 = 19 tokens
@@ -404,3 +416,170 @@ def test_content_and_position_add_up_to_the_logit():
 
     induction.run(model, induction.embed(model, these.tokens), visit=add)
     np.testing.assert_allclose(parts['content'] + parts['position'], torch.stack(whole, 1), atol=1e-5)
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def call(*arguments):
+    """Run one of the project's scripts; returns the finished process."""
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def save(folder, model, **changes):
+    """A checkpoint of `model` in `folder`, as one that was trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.contents(model, {'dataset': 'none'}, val_loss=1.25, best_val_loss=1.25, iter_num=40)
+    checkpoint.save(str(folder / 'ckpt.pt'), {**state, **changes})
+    return folder
+
+
+QUICK = ('--sequences=16', '--resamples=200', '--ablate_sequences=8', '--controls=1', '--device=cpu')
+
+
+def test_the_script_finds_planted_heads_in_both_models_and_writes_its_files(tmp_path):
+    folders = [save(tmp_path / f'out-{kind}', planted(kind)) for kind in ('mha', 'mla')]
+    out = tmp_path / 'found'
+    done = call('find_induction_heads.py', f'--models={folders[0]},{folders[1]}', f'--out_dir={out}', *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert 'self-test passed' in done.stderr
+    for kind, folder in zip(('mha', 'mla'), folders, strict=True):
+        digest = hashlib.sha256((folder / 'ckpt.pt').read_bytes()).hexdigest()
+        assert f'out-{kind}: 1 of 4 heads are induction heads' in done.stdout
+        line = next(line for line in done.stdout.splitlines() if str(folder / 'ckpt.pt') in line)
+        assert 'iteration 40' in line and 'val loss 1.2500' in line and digest[:12] in line
+    found = json.loads((out / 'induction.json').read_text())['models']
+    for model in found:
+        assert np.array(model['called']).tolist() == [[False, False], [False, True]]
+        assert model['ranking'][0] == [1, 1]
+        assert model['random_null'] < 0.2 and len(model['token_losses']) == T - 1
+    assert 'latent' in found[1] and 'latent' not in found[0]
+    assert (out / 'induction_heads.png').read_bytes().startswith(b'\x89PNG')
+    page = (out / 'patterns.html').read_text()
+    assert 'http' not in page and 'src=' not in page  # nothing from elsewhere
+    # what the page embeds is the pattern: head 1.1's last query looks at its match
+    data = page.split('const MODELS = ')[1].split(';\n')[0]
+    entry = json.loads(data)[1]
+    packed = np.frombuffer(base64.b64decode(entry['sequences'][0]['data']), np.uint8).reshape(2, 2, -1)
+    n = len(entry['sequences'][0]['tokens'])
+    assert packed.shape[-1] == n * (n + 1) // 2
+    i = n - 1
+    assert packed[1, 1, i * (i + 1) // 2 + n // 2] == 255
+
+
+def test_the_script_refuses_what_was_not_trained(tmp_path):
+    fresh = random_init_of(planted('mla'))
+    cases = {
+        'zero': (save(tmp_path / 'zero', planted('mla'), iter_num=0), 'iteration 0'),
+        'fresh': (save(tmp_path / 'fresh', fresh), 'initial values'),
+        'none': (tmp_path / 'nothing', 'no checkpoint'),
+    }
+    for folder, complaint in cases.values():
+        done = call('find_induction_heads.py', f'--models={folder}', f'--out_dir={tmp_path / "found"}', *QUICK)
+        assert done.returncode == 2 and complaint in done.stderr, done.stderr
+        assert 'Traceback' not in done.stderr and done.stdout == ''
+    assert call('find_induction_heads.py', f'--out_dir={tmp_path / "found"}').returncode == 2
+
+
+def test_a_sweep_shows_when_heads_form(tmp_path):
+    folder = save(tmp_path / 'run', planted('mla'))
+    (folder / 'ckpt.pt').rename(folder / 'ckpt_000040.pt')
+    save(folder, planted('mla', sharpness=0.0), iter_num=10)
+    out = tmp_path / 'found'
+    done = call('find_induction_heads.py', f'--sweep={folder}', f'--out_dir={out}', *QUICK)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((out / 'formation.json').read_text())['runs'][0]['checkpoints']
+    assert [step['iteration'] for step in steps] == [10, 40]
+    assert steps[0]['induction']['mean'] < 0.2 < 0.8 < steps[1]['induction']['mean']
+    assert steps[1]['induction']['head'] == [1, 1] and steps[1]['previous_token']['head'] == [0, 0]
+    assert (out / 'formation.png').exists()
+
+
+def test_repeated_rows_repeat_and_hide_what_can_not_be_known(tmp_path):
+    folder = tmp_path / 'repeats'
+    done = call('data/repeats/prepare.py', f'--folder={folder}', '--rows=200', '--val_rows=50')
+    assert done.returncode == 0, done.stderr
+    data = TokenData(folder, 64)
+    x, y = data.windows('train', np.arange(200) * 65)
+    rows = torch.cat((x, torch.zeros(200, 1, dtype=torch.int64)), 1)
+    rows[:, 64] = torch.where(y[:, -1] < 0, rows[:, 64], y[:, -1])
+    periods = []
+    for row, targets in zip(rows, y, strict=True):
+        period = int((targets < 0).sum())  # the first target after the block is masked as well
+        periods.append(period)
+        assert torch.equal(row[period:], row[:-period])
+        assert (targets[:period] == -1).all() and torch.equal(targets[period:], row[period + 1 :])
+    assert min(periods) == 8 and max(periods) == 32 and len(set(periods)) == 25
+    again = tmp_path / 'again'
+    call('data/repeats/prepare.py', f'--folder={again}', '--rows=200', '--val_rows=50')
+    assert (again / 'train.bin').read_bytes() == (folder / 'train.bin').read_bytes()
+    assert (folder / 'val.bin').read_bytes() != (folder / 'train.bin').read_bytes()[: 50 * 65 * 2]
+
+
+def test_the_two_configs_differ_in_the_attention_alone():
+    settings = []
+    for name in ('train_repeats', 'train_repeats_mla'):
+        values = {}
+        exec((ROOT / 'config' / f'{name}.py').read_text(), values)
+        settings.append({key: value for key, value in values.items() if not key.startswith('_')})
+    differing = {key for key in set(settings[0]) | set(settings[1]) if settings[0].get(key) != settings[1].get(key)}
+    assert differing == {'out_dir', 'wandb_run_name', 'attention', 'n_latent'}
+
+
+# ---- TransformerLens: the same patterns, the same scores -------------------------------------------------------------
+
+
+def test_patterns_and_scores_equal_transformer_lens():
+    """
+    The same weights in both. The scores are taken from TransformerLens' patterns by plain indexing.
+
+    Tested where the package is installed: it asks for other versions than requirements.txt pins.
+    """
+    lens = pytest.importorskip('transformer_lens')
+    model = random_model('mha', n_layer=3).float()
+    hooked = lens.HookedTransformer(lens.HookedTransformerConfig(
+        n_layers=3, d_model=32, n_ctx=32, d_head=8, n_heads=4, d_vocab=40, act_fn='gelu', normalization_type='LN', seed=0,
+        device='cpu',
+    )).eval()  # fmt: skip
+    hooked.load_state_dict(lens_state(model), strict=False)
+    these = induction.repeated_sequences(6, 10, np.arange(39), bos=39, seed=4)
+    logits, cache = hooked.run_with_cache(these.tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.lm_head(model.hidden(these.tokens)), atol=1e-4, rtol=1e-4)
+    ours = induction.patterns(model, these.tokens)
+    theirs = torch.stack([cache['pattern', layer] for layer in range(3)])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    scores = induction.head_scores(model, these)
+    later = range(11, 21)
+    wanted = torch.stack([theirs[..., i, i - 9] for i in later], -1).mean(-1).transpose(0, 1)
+    np.testing.assert_allclose(scores['induction'], wanted, atol=1e-5)
+    wanted = torch.stack([theirs[..., i, i - 1] for i in range(1, 21)], -1).mean(-1).transpose(0, 1)
+    np.testing.assert_allclose(scores['previous_token'], wanted, atol=1e-5)
+
+
+def lens_state(model):
+    """This model's weights under TransformerLens' names and in its shapes."""
+    state = {
+        'embed.W_E': model.transformer.wte.weight,
+        'pos_embed.W_pos': model.transformer.wpe.weight,
+        'ln_final.w': model.transformer.ln_f.weight,
+        'ln_final.b': model.transformer.ln_f.bias,
+        'unembed.W_U': model.lm_head.weight.T,
+        'unembed.b_U': torch.zeros(model.config.vocab_size),
+    }
+    for layer, block in enumerate(model.transformer.h):
+        at, attn = f'blocks.{layer}', block.attn
+        for name, weight, bias in zip('QKV', attn.head_weights()[:3], attn.c_attn.bias.view(3, 4, 8), strict=True):
+            state[f'{at}.attn.W_{name}'], state[f'{at}.attn.b_{name}'] = weight.transpose(1, 2), bias
+        state[f'{at}.attn.W_O'], state[f'{at}.attn.b_O'] = attn.head_weights()[3].transpose(1, 2), attn.c_proj.bias
+        for ours, theirs in (('ln_1', 'ln1'), ('ln_2', 'ln2')):
+            state[f'{at}.{theirs}.w'], state[f'{at}.{theirs}.b'] = (
+                getattr(block, ours).weight,
+                getattr(block, ours).bias,
+            )
+        state[f'{at}.mlp.W_in'], state[f'{at}.mlp.b_in'] = block.mlp.c_fc.weight.T, block.mlp.c_fc.bias
+        state[f'{at}.mlp.W_out'], state[f'{at}.mlp.b_out'] = block.mlp.c_proj.weight.T, block.mlp.c_proj.bias
+    return {name: tensor.detach() for name, tensor in state.items()}

@@ -156,3 +156,14 @@ def test_draw_follows_the_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.2, 1e-9]).log().expand(20000, 4)
     shares = torch.bincount(draw(logits, generator=torch.Generator().manual_seed(0)), minlength=4) / 20000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize('extra', [{}, dict(latent_norm=True), dict(n_latent_q=48), dict(n_latent_q=48, latent_norm=True)])
+def test_mlas_keys_values_and_queries_start_with_mhas_variance(extra):
+    sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=4, n_embd=256)
+    x = torch.randn(8, 64, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mha = GPT(GPTConfig(**sizes)).transformer.h[0].attn.qkv(x)
+        mla = MLAGPT(MLAConfig(**sizes, n_latent=64, **extra)).transformer.h[0].attn.qkv(x)
+    for one, other in zip(mha, mla, strict=True):
+        assert other.std().item() == pytest.approx(one.std().item(), rel=0.1)

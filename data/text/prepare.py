@@ -49,7 +49,9 @@ BLOCK = 1 << 20  # characters, or bytes, that are read at a time
 
 def input_files(given):
     """The files that `--input` names, in order. UserError where there is none."""
-    paths = [Path(given)] if Path(given).exists() else [Path(part.strip()) for part in given.split(',') if part.strip()]
+    paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
+    if paths and Path(given).exists():
+        paths = [Path(given)]  # a name with a comma in it
     if not paths:
         raise UserError('say what to prepare: --input=FILE, or a folder, or several with commas between')
     wanted = tuple(suffix.strip() for suffix in suffixes.split(',') if suffix.strip())
