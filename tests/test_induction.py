@@ -540,10 +540,9 @@ def test_patterns_and_scores_equal_transformer_lens():
     """
     lens = pytest.importorskip('transformer_lens')
     model = random_model('mha', n_layer=3).float()
-    hooked = lens.HookedTransformer(lens.HookedTransformerConfig(
-        n_layers=3, d_model=32, n_ctx=32, d_head=8, n_heads=4, d_vocab=40, act_fn='gelu', normalization_type='LN', seed=0,
-        device='cpu',
-    )).eval()  # fmt: skip
+    sizes = dict(n_layers=3, d_model=32, n_ctx=32, d_head=8, n_heads=4, d_vocab=40, act_fn='gelu', seed=0)
+    config = lens.HookedTransformerConfig(normalization_type='LN', device='cpu', **sizes)
+    hooked = lens.HookedTransformer(config).eval()
     hooked.load_state_dict(lens_state(model), strict=False)
     these = induction.repeated_sequences(6, 10, np.arange(39), bos=39, seed=4)
     logits, cache = hooked.run_with_cache(these.tokens)
