@@ -1,5 +1,6 @@
 # make quickstart    everything from an empty machine to the comparison of MHA and MLA
 # make test          the tests
+# make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
 #
 # PYTHON=...   the Python (3.11 or later) that .venv is made with
 # INPUT=...    quickstart: a local copy of tinyshakespeare, or another text over its characters; nothing is downloaded
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test study lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.installed ## install, prepare the Shakespeare characters, t
 # One thread per process: the tests run side by side already, and more threads than cores is far slower than fewer.
 test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=...)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+
+study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
+	$(BIN)/python study_induction.py $(ARGS)
 
 lint: $(VENV)/.installed-test ## check style and format
 	$(BIN)/python -m ruff check .

@@ -75,6 +75,29 @@ class GPTConfig:
         return self.head_size
 
 
+class Linear(nn.Linear):
+    """
+    nn.Linear, with another way to multiply the few rows of a decoding step on a CPU.
+
+    Such a product is over when the weight has been read, and PyTorch's reads it with one core. As a batch of smaller
+    products, one for each thread, it is read with all of them.
+    """
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if rows > 4 or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        threads = torch.get_num_threads()
+        shared = self.out_features // threads * threads
+        column = x.reshape(rows, -1).t()
+        y = torch.bmm(self.weight[:shared].view(threads, -1, self.in_features), column.expand(threads, -1, -1))
+        y = y.flatten(0, 1)
+        if shared < self.out_features:
+            y = torch.cat((y, self.weight[shared:] @ column))
+        y = y.t().reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, whose bias can be left out together with all others."""
 
@@ -193,10 +216,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_embd, self.head_size = config.n_head, config.n_embd, config.head_size
         self.dropout, self.flash = config.dropout, config.flash
         self.scale = 1 / math.sqrt(self.head_size)
-        self.c_attn = nn.Linear(
+        self.c_attn = Linear(
             config.n_embd, 3 * config.n_embd, bias=config.bias
         )  # queries, keys, values in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     @staticmethod
@@ -237,9 +260,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -277,7 +300,7 @@ class GPT(nn.Module):
         parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
         parts['ln_f'] = LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
         table = rope_table(config.rope_size, config.block_size) if config.pos == 'rope' else None
         self.register_buffer('rope', table, persistent=False)

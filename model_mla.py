@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import GPT, GPTConfig, apply_rope, attend
+from model import GPT, GPTConfig, Linear, apply_rope, attend
 
 
 @dataclass
@@ -101,15 +101,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = 1 / math.sqrt(self.head_size)  # the whole query's size, position part included
         C, bias = config.n_embd, config.bias
         if config.n_latent_q:
-            self.c_q_down = nn.Linear(C, config.n_latent_q, bias=bias)
+            self.c_q_down = Linear(C, config.n_latent_q, bias=bias)
             self.q_norm = RMSNorm(config.n_latent_q) if config.latent_norm else nn.Identity()
-            self.c_q = nn.Linear(config.n_latent_q, C, bias=bias)
+            self.c_q = Linear(config.n_latent_q, C, bias=bias)
         else:
-            self.c_q = nn.Linear(C, C, bias=bias)
-        self.c_kv_down = nn.Linear(C, config.n_latent + config.n_rope, bias=bias)
+            self.c_q = Linear(C, C, bias=bias)
+        self.c_kv_down = Linear(C, config.n_latent + config.n_rope, bias=bias)
         self.kv_norm = RMSNorm(config.n_latent) if config.latent_norm else nn.Identity()
-        self.c_kv_up = nn.Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
-        self.c_proj = nn.Linear(C, C, bias=bias)
+        self.c_kv_up = Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
+        self.c_proj = Linear(C, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     @staticmethod

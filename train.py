@@ -415,6 +415,7 @@ if stopped_early:
 elif processes.rank == 0 and row:
     log(dict(row, iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}'))
 saver.wait()
+processes.any(False)  # torchrun ends the job when one process leaves: none may, before the checkpoint is on disk
 if wandb_run is not None:
     wandb_run.finish()
 processes.close()

@@ -22,11 +22,11 @@ launch() {
     # MASTER_ADDR: for clusters whose nodes reach each other by another name than SLURM's.
     head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     port=$((20000 + SLURM_JOB_ID % 10000)) # one per job, as jobs may share a node
-    echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; rendezvous at $head:$port"
+    echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; they meet at $head:$port"
 
     trap preempt USR1
-    # The signal reaches every process of the step. torchrun would die of it: it ignores it, and so do its children until
-    # the trainer asks for it. The node that hosts the rendezvous is named: torchrun's guess fails where names differ.
+    # The signal reaches every process of the step. torchrun would die of it, so it ignores it, and so do its children
+    # until the trainer asks for it. The rendezvous' host is named: torchrun's guess fails where names differ.
     # --wait: once a node has ended, the others have that many seconds to save, or to notice that they are alone.
     # shellcheck disable=SC2016 # these variables are the tasks', not this shell's
     srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=30 bash -c '

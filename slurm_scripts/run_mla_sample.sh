@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sample from the GPT with multi-head latent attention that train_mla_*.sh trained; the text is in the log. From the repository's folder:
+# Sample from the GPT with multi-head latent attention that train_mla_*.sh trained. The text is in the log.
+# From the repository's folder:
 #
 # $ sbatch slurm_scripts/run_mla_sample.sh --start="Once upon a time" --num_samples=5
 # $ sbatch slurm_scripts/run_mla_sample.sh --out_dir=out-elsewhere

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM cluster of two nodes on one machine: munged, slurmctld and two slurmd as ordinary processes of the caller, on
-# loopback, with every key, socket, log and state file under one folder. Works as root and as a user, in a container too.
+# loopback, with every key, socket, log and state file under one folder. Works as root or a user, in containers too.
 #
 # $ eval "$(tests/slurm/cluster.sh start /tmp/cluster)"   # sets SLURM_CONF, which sbatch, squeue, ... obey
 # $ sinfo
@@ -15,11 +15,12 @@ action=${1:?$usage}
 dir=$(realpath -m "${2:?$usage}")
 conf=$dir/slurm.conf
 nodes=(n1 n2)
-nodes_up_within=30  # seconds
+nodes_up_within=30 # seconds
 
 say() { echo "cluster.sh: $*" >&2; }
 
-free_ports() { # COUNT: prints the first of that many ports in a row that nobody listens on. Below 20000: train jobs use those above
+# The first of COUNT ports in a row that nobody listens on. Below 20000: the jobs use those above.
+free_ports() { # COUNT
     local first port try
     for try in {1..50}; do
         first=$((12000 + (RANDOM + try) % 8000))
@@ -36,7 +37,8 @@ free_ports() { # COUNT: prints the first of that many ports in a row that nobody
 write_conf() { # FIRST_PORT
     local user host version i
     user=$(id -un)
-    host=$(hostname -s)
+    host=$(uname -n)
+    host=${host%%.*}
     {
         echo "ClusterName=loopback"
         echo "SlurmctldHost=$host(127.0.0.1)"
@@ -75,7 +77,7 @@ write_conf() { # FIRST_PORT
         echo "SlurmdParameters=config_overrides"
         echo "GresTypes=gpu"
         for i in "${!nodes[@]}"; do
-            echo "NodeName=${nodes[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + 1 + i)) CPUs=64 Gres=gpu:8 State=UNKNOWN"
+            echo "NodeName=${nodes[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + 1 + i)) CPUs=64 Gres=gpu:8"
         done
         echo "PartitionName=gpu Nodes=$(IFS=,; echo "${nodes[*]}") Default=YES MaxTime=INFINITE State=UP"
     } >"$conf"
@@ -180,7 +182,7 @@ stop() {
 case $action in
 start)
     for program in munged slurmctld slurmd sinfo; do
-        command -v "$program" >/dev/null || { say "error: $program is not installed; run tests/slurm/install.sh"; exit 1; }
+        command -v "$program" >/dev/null || { say "error: no $program here; run tests/slurm/install.sh"; exit 1; }
     done
     start
     ;;
