@@ -9,7 +9,8 @@ along, one file, which transformers runs when told that it may:
     AutoModelForCausalLM.from_pretrained('hf-shakespeare')
     AutoModelForCausalLM.from_pretrained('hf-shakespeare-mla', trust_remote_code=True)
 
-The tokenizer goes with the model, so that AutoTokenizer, generation and evaluation harnesses find it.
+The tokenizer goes with the model, so that AutoTokenizer, generation and evaluation harnesses find it. Characters and
+bytes have no token for the start of a text; EleutherAI's lm_eval wants one named: --model_args ...,prefix_token_id=0.
 """
 
 import os

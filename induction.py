@@ -375,7 +375,9 @@ def composition(model):
             earlier, earlier_grams = layers[first]
             ov1 = (earlier_grams['v'] * earlier_grams['o']).sum((-2, -1))
             for kind, other, norm in (('q', 'k', qk), ('k', 'q', qk), ('v', 'o', ov)):
-                middle = (weights[kind][None] @ earlier['o'][:, None]).mT  # (H1, H2, d1, d2): (W_2 W_O1)^T
+                # (W_2 W_O1)^T of all pairs in one product: (H2 d2, C) (C, H1 d1) -> (H1, H2, d1, d2)
+                product = weights[kind].flatten(0, 1) @ earlier['o'].transpose(0, 1).flatten(1)
+                middle = product.view(H, -1, H, product.size(1) // H).permute(2, 0, 3, 1)
                 squared = frobenius(middle, earlier_grams['v'][:, None], grams[other][None])
                 lift[kind][first, :, second] = (C * squared / (ov1[:, None] * norm[None]).clamp_min(1e-30)).cpu()
     return lift

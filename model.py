@@ -79,22 +79,24 @@ class Linear(nn.Linear):
     """
     nn.Linear, with another way to multiply the few rows of a decoding step on a CPU.
 
-    Such a product is over when the weight has been read, and PyTorch's reads it with one core. As a batch of smaller
-    products, one for each thread, it is read with all of them.
+    Such a product is over when the weight has been read, and PyTorch's reads it with little more than one core. As a
+    batch of smaller products it is read with all of them.
     """
 
     def forward(self, x):
         rows = x.numel() // self.in_features
-        if rows > 4 or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        if rows > 16 or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
-        threads = torch.get_num_threads()
-        shared = self.out_features // threads * threads
-        column = x.reshape(rows, -1).t()
-        y = torch.bmm(self.weight[:shared].view(threads, -1, self.in_features), column.expand(threads, -1, -1))
-        y = y.flatten(0, 1)
+        # a multiple of the threads, each with about 768 outputs: much larger pieces outgrow a core's cache
+        pieces = torch.get_num_threads() * max(1, self.out_features // (768 * torch.get_num_threads()))
+        shared = self.out_features // pieces * pieces
+        weight = self.weight[:shared].view(pieces, -1, self.in_features)
+        x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
+        # both are the same (pieces, rows, outputs); a single row is faster as a column
+        y = torch.bmm(weight, x_each.mT).mT if rows == 1 else torch.bmm(x_each, weight.mT)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], shared)
         if shared < self.out_features:
-            y = torch.cat((y, self.weight[shared:] @ column))
-        y = y.t().reshape(*x.shape[:-1], -1)
+            y = torch.cat((y, F.linear(x, self.weight[shared:])), dim=-1)
         return y if self.bias is None else y + self.bias
 
 

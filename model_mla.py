@@ -139,12 +139,14 @@ class MultiHeadLatentAttention(nn.Module):
 
     def decompress(self, latent):
         """Every head's keys and values, each (B, H, S, d), rebuilt from the latents (B, S, r + R)."""
+        if not self.n_rope:  # the layout of MHA's c_attn, and its one view: each split would cost a copy in training
+            kv = self.c_kv_up(latent).unflatten(-1, (2, self.n_head, self.head_size))  # eq. 10, 11 in one product
+            return kv.permute(2, 0, 3, 1, 4).unbind(0)
         c_kv, k_rope = latent.split((self.n_latent, self.n_rope), dim=-1)
-        k, v = self.c_kv_up(c_kv).split((self.n_head * self.n_nope, self.n_embd), dim=-1)  # eq. 10, 11 in one product
+        k, v = self.c_kv_up(c_kv).split((self.n_head * self.n_nope, self.n_embd), dim=-1)
         k = k.unflatten(-1, (self.n_head, self.n_nope)).transpose(1, 2)
         v = v.unflatten(-1, (self.n_head, self.head_size)).transpose(1, 2)
-        if self.n_rope:
-            k = torch.cat((k, k_rope.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)  # eq. 17
+        k = torch.cat((k, k_rope.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)  # eq. 17
         return k, v
 
     def qkv(self, x, rope=None):
@@ -223,6 +225,14 @@ class MLAGPT(GPT):
     """GPT with multi-head latent attention. Everything but the attention is model.py's."""
 
     attention = MultiHeadLatentAttention
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """There is no published GPT-2 with MLA to load: a ValueError that says how to make one."""
+        raise ValueError(
+            f"'{model_type}' has multi-head attention; load it as a GPT and turn it into MLA by conversion.to_mla, "
+            'convert_mla.py or train_mla.py --init_from'
+        )
 
     def init_std(self, name):
         """

@@ -133,7 +133,7 @@ def outcome(run):
     layer, head = best = tuple(found['ranking'][0])
     previous = np.array(found['previous_token']['mean'])
     formed = [step['iteration'] for step in steps if step['induction']['mean'] > FORMED]
-    together = found['ablation']['together'][-1]
+    together = {step['heads']: step for step in found['ablation']['together']}
     lift = np.array(found['composition_lift']['k'], dtype=float)[:, :, layer, head]  # null, so nan, where none can be
     out = dict(
         run,
@@ -150,10 +150,9 @@ def outcome(run):
         repeat_loss=found['repeat_loss']['mean'],
         val_loss=found['val_loss'],
         ablate_best=found['ablation']['rise'][layer][head],
-        together=together['heads'],
-        ablate_together=together['rise'],
-        ablate_random=together['control_rise'],
-        random_heads=together['control_heads'],
+        ablate_two=together[2]['rise'],
+        ablate_random=together[2]['control_rise'],
+        ablate_four=together[4]['rise'],
         best_previous=[int(i) for i in np.unravel_index(previous.argmax(), previous.shape)],
         previous=float(previous.max()),
     )
@@ -236,8 +235,9 @@ def formation_table(outcomes):
         'K-composition lift': 'lift',
         'loss on repeats': 'repeat_loss',
         'without best head': 'ablate_best',
-        'without best 4': 'ablate_together',
-        'without random of the same layers': 'ablate_random',
+        'without best 2': 'ablate_two',
+        'without 2 random others of their layers': 'ablate_random',
+        'without best 4': 'ablate_four',
     }
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():

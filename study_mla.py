@@ -5,8 +5,8 @@ $ python data/shakespeare_char/prepare.py
 $ python study_mla.py
 
 Trains, for each of three seeds, on the same batches:
-- MHA and MLA, each with learned positions and with RoPE, MLA with half of n_embd as its latent and with two thirds of
-  it, where it has as many parameters as MHA;
+- MHA and MLA, each with learned positions and with RoPE, MLA with half of n_embd as its latent, and with the latent
+  that gives it as many parameters as MHA;
 - MLA of several latent sizes from scratch;
 and converts the MHA model to the same sizes, without fine-tuning and with a short one, which MHA gets as well.
 
@@ -43,7 +43,9 @@ exec(open('configurator.py', encoding='utf-8').read())
 CONFIG, TUNING = 'config/train_shakespeare_cpu.py', 'config/finetune_shakespeare_cpu_mla.py'
 WIDTH, DATASET = 128, 'shakespeare_char'  # n_embd and dataset of CONFIG
 SIZES = (3 * WIDTH // 4, WIDTH // 2, WIDTH // 4, WIDTH // 8)
-MATCHED = round(2 * WIDTH / 3)  # as many parameters as MHA
+# The latent with which MLA has as many parameters as MHA: 2C/3, and with RoPE, whose R position dimensions take up-
+# projections of keys away, (2C^2 - RC) / (3C - RH), here with 4 heads and R = 16.
+MATCHED = {'learned': round(2 * WIDTH / 3), 'rope': (2 * WIDTH**2 - 16 * WIDTH) // (3 * WIDTH - 16 * 4)}
 if min(seeds, max_iters, tuning_iters) < 1:
     raise UserError('seeds, max_iters and tuning_iters must be at least 1')
 data = TokenData(os.path.join(data_dir, DATASET), 64)
@@ -63,7 +65,7 @@ def planned(seed):
     runs = [mha, run(f'mha-rope-s{seed}', 'train.py', pos='rope', **scratch)]
     runs += [
         run(f'mla-{pos}-{size}-s{seed}', 'train_mla.py', pos=pos, n_latent=size, **scratch)
-        for pos, sizes in (('learned', (*SIZES, MATCHED)), ('rope', (WIDTH // 2, MATCHED)))
+        for pos, sizes in (('learned', (*SIZES, MATCHED['learned'])), ('rope', (WIDTH // 2, MATCHED['rope'])))
         for size in sizes
     ]
     runs.append(run(f'mha-tuned-s{seed}', 'train.py', after=mha, attention='mha', n_latent=0, **tuning))
@@ -187,7 +189,7 @@ def losses(name, against=None):
 
 
 def cell(pair, form='.4f'):
-    return f'{pair[0]:{form}} \u00b1 {pair[1]:.4f}'
+    return f'{pair[0]:{form}}' + (f' \u00b1 {pair[1]:.4f}' if seeds > 1 else '')
 
 
 def comparison_table():
@@ -195,7 +197,7 @@ def comparison_table():
     yield '| attention | positions | n_latent | parameters | cache bytes per token | validation loss | against MHA |'
     yield '|---|---|---|---|---|---|---|'
     for pos in ('learned', 'rope'):
-        for size in (None, WIDTH // 2, MATCHED):
+        for size in (None, WIDTH // 2, MATCHED[pos]):
             name = f'mha-{pos}' if size is None else f'mla-{pos}-{size}'
             row = results[name][0]
             gap = '' if size is None else cell(losses(name, f'mha-{pos}'), '+.4f')
@@ -225,9 +227,9 @@ def conversion_table():
 
 
 heading = (
-    f'{seeds} seeds, {max_iters} iterations, on {data.corpus}: validation loss in nats per token over all '
-    f'{len(data.eval_windows("val", 10**9)):,} windows, mean \u00b1 standard error over the seeds; differences are '
-    'taken seed by seed. Cache in float32.'
+    f'{seeds} seed{"s" * (seeds > 1)}, {max_iters} iterations, on {data.corpus}: validation loss in nats per token '
+    f'over all {len(data.eval_windows("val", 10**9)):,} windows, mean \u00b1 standard error over the seeds, '
+    'differences seed by seed. Cache in float32.'
 )
 tables = '\n'.join(
     (
@@ -257,21 +259,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 DARK, MIDDLE, LIGHT = '#1f3b73', '#c4622d', '#8a8a8a'  # of different brightness, so that they differ in grey too
 picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout='constrained')
-kinds = (
-    ('MHA', 'mha-{}'),
-    (f'MLA r={WIDTH // 2}', f'mla-{{}}-{WIDTH // 2}'),
-    (f'MLA r={MATCHED}', f'mla-{{}}-{MATCHED}'),
-)
-for x, (_, pattern) in enumerate(kinds):
-    for pos, shift, color, marker in (('learned', -0.1, DARK, 'o'), ('rope', 0.1, MIDDLE, 's')):
-        name = pattern.format(pos)
+kinds = ('MHA', f'MLA r={WIDTH // 2}', 'MLA, as many\nparameters as MHA')
+for pos, shift, color, marker in (('learned', -0.1, DARK, 'o'), ('rope', 0.1, MIDDLE, 's')):
+    for x, name in enumerate((f'mha-{pos}', f'mla-{pos}-{WIDTH // 2}', f'mla-{pos}-{MATCHED[pos]}')):
         left.errorbar(x + shift, *losses(name), color=color, marker=marker, capsize=4, label=None if x else pos)
         each = [result['val_loss'] for result in results[name]]
         left.plot([x + shift + 0.06] * seeds, each, '.', color=color, alpha=0.5)
-left.set_xticks(range(len(kinds)), [label for label, _ in kinds])
-left.set(
-    ylabel='validation loss (nats per token)', title=f'{max_iters} iterations, {seeds} seeds: mean, error, each seed'
-)
+left.set_xticks(range(len(kinds)), kinds)
+left.set(ylabel='validation loss (nats per token)', title=f'{max_iters} iterations: mean and error, each seed beside')
 left.legend(title='positions')
 LINES = (
     ('converted from MHA', 'converted-{}', dict(color=LIGHT, marker='^', linestyle=':')),

@@ -109,6 +109,8 @@ def test_prompts_of_different_length_in_one_batch(monkeypatch, tmp_path, changes
     out = theirs.generate(idx, attention_mask=mask, max_new_tokens=8, do_sample=False)
     for row, start in ((0, 0), (1, 4)):
         assert torch.equal(out[row, start:], ours.generate(idx[row : row + 1, start:], 8, temperature=0)[0])
+    alone = ours(idx[1:, 4:], idx[1:, 4:])[0]
+    assert (theirs(idx, attention_mask=mask).logits[1:, 4:] - alone).abs().max() < 1e-5
     right = torch.ones_like(idx)
     right[0, 6:] = 0  # padded behind, as evaluation harnesses do to score
     assert (theirs(idx, attention_mask=right).logits[0, :6] - ours(idx, idx)[0][0, :6]).abs().max() < 1e-5

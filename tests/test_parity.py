@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from model import GPT, CausalSelfAttention, GPTConfig, rope_table
-from model_mla import MLAConfig, MultiHeadLatentAttention
+from model_mla import MLAGPT, MLAConfig, MultiHeadLatentAttention
 
 TOLERANCE = 1e-5
 
@@ -103,6 +103,8 @@ def test_pretrained_weights_of_other_families_are_refused(tmp_path):
         GPT.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match='gpt2-xl'):
         GPT.from_pretrained('gpt-2')
+    with pytest.raises(ValueError, match='to_mla'):
+        MLAGPT.from_pretrained('gpt2')
 
 
 def causal(T, S):

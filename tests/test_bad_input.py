@@ -1,0 +1,502 @@
+"""
+What a user can get wrong, as a table: each case ends in one line on stderr that names the fault and the remedy, with
+exit code 2, without a traceback, and with every file as it was.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint as checkpoints
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+from tokens import write_dataset
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
+SMALL = dict(SIZES, batch_size=2, gradient_accumulation_steps=1, max_iters=1, eval_iters=1)
+CPU = dict(device='cpu', threads=1)
+
+
+@pytest.fixture(scope='module')
+def run():
+    """run(script, arguments) -> (exit code, stdout, stderr)."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
+    environment.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1', TIKTOKEN_CACHE_DIR=os.devnull)
+    server = subprocess.Popen(
+        [sys.executable, ROOT / 'tests' / 'forking.py'],
+        cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )
+
+    def ask(script, arguments):
+        server.stdin.write(json.dumps([script, arguments]) + '\n')
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    assert server.stdout.readline() == 'ready\n'
+    yield ask
+    server.stdin.close()
+    server.wait(timeout=30)
+
+
+# ---- the place in which everything is as it should be ----------------------------------------------------------------
+def save(path, model, tokenizer, **more):
+    path.parent.mkdir()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
+    optimizer.step()
+    config = dict(SMALL, dataset='tiny')
+    checkpoints.save(str(path), checkpoints.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
+
+
+def make_place(folder):
+    """A data set, an MHA and an MLA checkpoint in `folder`, a prompt and a config file: every case breaks one thing."""
+    ids = np.arange(1000) * 7 % 12
+    meta = write_dataset(
+        folder / 'data' / 'tiny', 'char', {'train': ids[:900], 'val': ids[900:]}, chars='abcdefghijkl', source='a test'
+    )
+    write_dataset(folder / 'data' / 'wide', 'byte', {'train': ids, 'val': ids}, source='bytes')
+    write_dataset(folder / 'data' / 'rows', 'none', {'train': ids[:990], 'val': ids[:99]}, source='rows',
+                  vocab_size=12, row_tokens=11, masks={'train': 0 * ids[:990], 'val': 0 * ids[:99]})  # fmt: skip
+    save(folder / 'mha' / 'ckpt.pt', GPT(GPTConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')
+    save(folder / 'mla' / 'ckpt.pt', MLAGPT(MLAConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')
+    (folder / 'mha' / 'log.csv').write_text('iter,loss\n0,2.5\n')
+    (folder / 'config.py').write_text('max_iters = 1\n')
+    (folder / 'prompt.txt').write_text('abc')
+
+
+@pytest.fixture(scope='module')
+def pattern_place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('place')
+    make_place(folder)
+    return folder
+
+
+@pytest.fixture
+def place(pattern_place, tmp_path):
+    return shutil.copytree(pattern_place, tmp_path / 'place')
+
+
+def snapshot(folder):
+    """Every file below a folder with its bytes and the time of its last change."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mtime_ns)
+        for path in folder.rglob('*')
+        if path.is_file() or not any(path.iterdir())
+    }
+
+
+# ---- ways to break a file --------------------------------------------------------------------------------------------
+def write(path, content):
+    """A damage: the file `path` of the place has this content, str or bytes."""
+
+    def damage(place):
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+def remove(path):
+    """A damage: the file or folder is not there."""
+    return lambda place: shutil.rmtree(place / path) if (place / path).is_dir() else (place / path).unlink()
+
+
+def folder(path):
+    """A damage: a folder takes the place of the file."""
+
+    def damage(place):
+        (place / path).unlink(missing_ok=True)
+        (place / path).mkdir(parents=True)
+
+    return damage
+
+
+def cut(path, size):
+    """A damage: the file ends after `size` bytes, from its end where negative, or after that part of it."""
+
+    def damage(place):
+        whole = (place / path).read_bytes()
+        (place / path).write_bytes(whole[: int(len(whole) * size) if isinstance(size, float) else size])
+
+    return damage
+
+
+def meta(**changes):
+    """A damage: meta.json has these values; None takes one away."""
+
+    def damage(place):
+        path = place / 'data' / 'tiny' / 'meta.json'
+        changed = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+
+    return damage
+
+
+def ckpt(change, kind='mha'):
+    """A damage: what change(checkpoint) did, or made, is in the checkpoint."""
+
+    def damage(place):
+        path = place / kind / 'ckpt.pt'
+        content = torch.load(path)
+        changed = change(content)
+        torch.save(content if changed is None else changed, path)
+
+    return damage
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(Path(tempfile.gettempdir()) / 'a_pickle_ran_code'),)
+
+
+def nanogpt_meta(content):
+    """A damage: nanoGPT's meta.pkl with this content is all that says what the tokens are."""
+
+    def damage(place):
+        remove('data/tiny/meta.json')(place)
+        (place / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps(content))
+
+    return damage
+
+
+def both(*damages):
+    """A damage: several."""
+    return lambda place: [damage(place) for damage in damages]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+class Case(NamedTuple):
+    """What is typed, what the line must name as the fault and as the remedy (regular expressions), and what is broken.
+
+    {place} in an argument stands for the folder that make_place made; scripts get working arguments before these.
+    """
+
+    script: str
+    arguments: str
+    fault: str
+    remedy: str
+    damage: object = None
+
+
+ARGUMENTS = {
+    'train.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny', **SMALL, **CPU},
+    'sample.py': {'out_dir': '{place}/mha', 'data_dir': '{place}/data', 'start': 'a', 'max_new_tokens': 2, **CPU},
+    'convert_mla.py': {'source': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
+    'export_hf.py': {'source': '{place}/mha', 'out_dir': '{place}/out'},
+    'find_induction_heads.py': {'models': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
+    'test_shakespeare_quick.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny', 'max_iters': 1, **CPU},
+    'study_induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
+    'study_mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
+    'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/openwebtext/prepare.py': {'out_dir': '{place}/out'},
+    'data/repeats/prepare.py': {'folder': '{place}/out', 'rows': 8, 'val_rows': 8},
+}
+ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']
+ARGUMENTS['sample_mla.py'] = {**ARGUMENTS['sample.py'], 'out_dir': '{place}/mla'}
+
+T, TM, S, C, E, F = 'train.py', 'train_mla.py', 'sample.py', 'convert_mla.py', 'export_hf.py', 'find_induction_heads.py'
+Q, STUDY, STUDY_MLA = 'test_shakespeare_quick.py', 'study_induction.py', 'study_mla.py'
+TEXT, CHAR, GPT2, WEB, REPEATS = (
+    f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'openwebtext', 'repeats')
+)
+RESUME = '--init_from=resume --out_dir={place}/mha'
+RESUME_MLA = '--init_from=resume --out_dir={place}/mla'
+PREPARE = r'data/text/prepare\.py'  # the remedy for most of what is wrong with data
+
+FLAGS = [
+    Case(T, '--batchsize=3', 'unknown key --batchsize', r'did you mean --batch_size\?'),
+    Case(T, '--learning-rate=3', 'unknown key --learning-rate', r'did you mean --learning_rate\?'),
+    Case(TM, '--nlatent=3', 'unknown key --nlatent', r'did you mean --n_latent'),
+    Case(S, '--temprature=1', 'unknown key --temprature', r'did you mean --temperature\?'),
+    Case(S, '--n_layer=1', 'unknown key --n_layer', '--help'),
+    Case(T, '--qqqq=3', 'unknown key --qqqq', '--help'),
+    Case(T, '-x', "unknown option '-x'", '--key=value'),
+    Case(T, 'batch_size=3', "unexpected argument 'batch_size=3'", r'did you mean --batch_size=3\?'),
+    Case(T, '--max_iters', '--max_iters needs a value', '--max_iters=600000'),
+    Case(T, '--batch_size=many', "got 'many'", 'whole number'),
+    Case(T, '--batch_size=2.5', 'got 2.5', 'whole number'),
+    Case(T, '--dropout=false', "got 'false'", 'a number'),
+    Case(T, '--learning_rate=nan', 'got nan', 'a number'),
+    Case(T, '--eval_only=maybe', "got 'maybe'", 'True or False'),
+    Case(S, '--use_cache=2', "got '2'", 'True or False'),
+    Case(T, '--attention=gqa', "attention is 'gqa'", "'mha' or 'mla'"),
+    Case(T, '--compile=maybe', "compile is 'maybe'", 'True, False or auto'),
+    Case(T, '--device=tpu', "device 'tpu'", '--device=cpu'),
+    Case(T, '--device=cuda:77', "device 'cuda:77'", '--device=cpu'),
+    Case(S, '--device=gpu', "device 'gpu'", '--device=cpu'),
+    Case(T, '--dtype=int8', "dtype is 'int8'", 'bfloat16'),
+    Case(T, '--dtype=float16', 'float16 needs a CUDA GPU', '--dtype=bfloat16'),
+    Case(S, '--dtype=half', "dtype is 'half'", 'float16'),
+    Case(T, '--pos=absolute', "pos is 'absolute'", "'learned' or 'rope'"),
+    Case(T, '--init_from=gpt3', "'gpt3' is neither", 'gpt2-medium.* folder'),
+    Case(T, '--init_from=gpt2', "'gpt2' can't be loaded", 'check the name, the folder and the network'),
+    Case(T, '--init_from={place}/nowhere', 'nowhere', 'gpt2'),
+    Case(S, '--init_from=gpt3', "'gpt3' is neither", '--init_from=resume'),
+    Case(T, '--batch_size=0', 'batch_size', 'at least 1'),
+    Case(T, '--block_size=-1', 'block_size', 'at least 1'),
+    Case(T, '--gradient_accumulation_steps=0', 'gradient_accumulation_steps', 'at least 1'),
+    Case(T, '--eval_iters=0', 'eval_', 'at least 1'),
+    Case(T, '--log_interval=0', 'log_', 'at least 1'),
+    Case(T, '--max_iters=-1', 'max_iters', 'not be negative'),
+    Case(T, '--warmup_iters=-5', 'warmup_iters', 'not be negative'),
+    Case(T, '--checkpoint_interval=-1', 'checkpoint_interval', 'not be negative'),
+    Case(T, '--seed=-1', 'seed', 'not be negative'),
+    Case(T, '--threads=-1', 'threads', 'not be negative'),
+    Case(T, '--learning_rate=0', 'learning_rate=0', 'above 0'),
+    Case(T, '--learning_rate=inf', 'learning_rate=inf', 'finite'),
+    Case(T, '--min_lr=-1', 'min_lr=-1', 'at least 0'),
+    Case(T, '--beta2=1', 'beta2=1', 'below 1'),
+    Case(T, '--grad_clip=-1', 'grad_clip', 'not be negative'),
+    Case(T, '--weight_decay=-1', 'weight_decay', 'not be negative'),
+    Case(T, '--weight_decay=inf', 'weight_decay=inf', 'finite'),
+    Case(T, '--dropout=1', 'dropout is 1', 'below 1'),
+    Case(T, '--n_layer=0', 'n_layer is 0', 'at least 1'),
+    Case(T, '--n_head=3', 'n_embd=8 is not a multiple of n_head=3', 'equal in size'),
+    Case(T, '--n_embd=6 --pos=rope', 'RoPE.* 3', 'even'),
+    Case(T, '--n_latent=4', 'belong to MLA', 'train_mla.py'),
+    Case(T, '--latent_norm=True', 'belong to MLA', 'train_mla.py'),
+    Case(TM, '--n_latent=-4', 'n_latent=-4', '1 to n_embd'),
+    Case(TM, '--n_latent_q=-4', 'n_latent_q=-4', '0 to n_embd'),
+    Case(TM, '--n_rope=2', 'n_rope', 'pos=.?rope'),
+    Case(TM, '--n_rope=3 --pos=rope', '3', 'even'),
+    Case(T, '--overwrite=True --init_from=resume --out_dir={place}/mha', 'overwrite.* init_from', 'leave one'),
+    Case(T, '--out_dir=', 'out_dir', '--out_dir'),
+    Case(T, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
+    Case(T, '--out_dir={place}/prompt.txt/deeper', r'prompt\.txt', '--out_dir'),
+    Case(T, '--out_dir={place}/mha', 'holds another run', '--init_from=resume.*--out_dir.*--overwrite=True'),
+    Case(S, '--num_samples=0', 'num_samples', 'at least 1'),
+    Case(S, '--max_new_tokens=0', 'max_new_tokens', 'at least 1'),
+    Case(S, '--temperature=-1', 'temperature is -1', '0 .* or more'),
+    Case(S, '--top_k=-1', 'top_k is -1', '0 .* or more'),
+    Case(S, '--top_p=1.5', 'top_p is 1.5', 'at most 1'),
+    Case(S, '--top_p=0', 'top_p is 0', 'above 0'),
+    Case(C, '--method=magic', "method is 'magic'", 'data or weights'),
+    Case(C, '--sweep=8,many', "sweep is '8,many'", 'sizes between commas'),
+    Case(C, '--eval_tokens=0', 'eval_tokens', 'at least 1'),
+    Case(C, '--n_latent=99', 'n_latent.*99', 'at most|n_embd|1 to'),
+    Case(C, '--n_latent=-1', '-1', 'at least|1 to'),
+    Case(C, '--source={place}/mla', 'MLA', 'MHA|multi-head|GPT'),
+    Case(C, '--source=gpt5', "'gpt5' is no checkpoint", '--source'),
+    Case(C, '--out_dir={place}/mla', r'ckpt\.pt exists', '--overwrite=True'),
+    Case(C, '--dataset=wide', '256 different tokens', 'data set that the model was made for'),
+    Case(C, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
+    Case(C, '--json={place}/nowhere/x.json', r'nowhere/x\.json', '--json'),
+    Case(E, '--out_dir={place}/mla', 'is not empty', '--overwrite=True'),
+    Case(E, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
+    Case(F, '--models=', 'models', '--models'),
+    Case(F, '--models={place}/nowhere', 'nowhere', 'train one first|--models'),
+    Case(F, '--models={place}/mha', 'initial values|untrained|iteration', 'train it first',
+         ckpt(lambda c: c.update(iter_num=0))),
+    Case(F, '--sequences=0', 'sequences', 'at least'),
+    Case(F, '--length=0', 'length', 'at least'),
+    Case(F, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
+    Case(Q, '--size=tpu', "size is 'tpu'", 'auto'),
+    Case(Q, '--max_iters=-1', 'max_iters', 'negative|at least'),
+    Case(Q, '--sample_tokens=0', 'sample_tokens', 'at least 1'),
+    Case(Q, '--dataset=nowhere', 'no data set', PREPARE),
+    Case(Q, '--size=cpu --out_dir={place}/both', 'another', '--out_dir.*--overwrite=True',
+         lambda place: shutil.copytree(place / 'mha', place / 'both' / 'mha')),
+    Case(STUDY, '--seeds=-1', 'seeds', 'negative|at least'),
+    Case(STUDY_MLA, '--seeds=0', 'seeds', 'at least 1'),
+    Case(TEXT, '--input=', 'say what to prepare', '--input=FILE'),
+    Case(TEXT, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
+    Case(TEXT, '--tokenizer=bpe', 'bpe', 'char, byte (or|and) gpt2'),
+    Case(TEXT, '--val_fraction=2', 'val_fraction', 'between|below|0 and 1'),
+    Case(TEXT, '--documents=word', 'word', 'file.* line'),
+    Case(TEXT, '', r'no text in .*prompt\.txt', '--input', write('prompt.txt', '')),
+    Case(TEXT, '', 'UTF-8', 'prompt.txt', write('prompt.txt', b'caf\xe9 au lait')),
+    Case(CHAR, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
+    Case(CHAR, '', 'empty', '--input=FILE', write('prompt.txt', '')),
+    Case(GPT2, '', 'GPT-2', 'TIKTOKEN_CACHE_DIR|--input'),
+    Case(WEB, '--input={place}/nowhere', 'no Parquet file', '--input'),
+    Case(WEB, '--input={place}/prompt.txt', r'prompt\.txt', 'Parquet'),
+    Case(REPEATS, '--min_period=1', 'min_period', '2 to half'),
+    Case(REPEATS, '--vocab_size=-1', 'vocab_size', 'at least 2'),
+]  # fmt: skip
+
+CONFIG = '{place}/config.py'
+CONFIGS = [
+    Case(T, '{place}/nowhere.py', r"nowhere\.py' does not exist", 'config/'),
+    Case(T, 'config/train_shakespear_char.py', 'does not exist', r'did you mean config/train_shakespeare_char\.py\?'),
+    Case(T, 'config/train_gpt2', "unexpected argument 'config/train_gpt2'", r'did you mean config/train_gpt2\.py\?'),
+    Case(T, CONFIG, r'config\.py:2: SyntaxError', r'config\.py:2', write('config.py', 'max_iters = 1\nseed = = 3\n')),
+    Case(T, CONFIG, r'config\.py:2: unknown key max_iter:', r'did you mean --max_iters\?',
+         write('config.py', 'seed = 1\nmax_iter = 1\n')),
+    Case(T, CONFIG, r"config\.py:1: max_iters .* got 'ten'", 'whole number', write('config.py', 'max_iters = "ten"\n')),
+    Case(T, CONFIG, r'config\.py:1: compile .* got 1', 'True or False', write('config.py', 'compile = 1\n')),
+    Case(T, CONFIG, r'config\.py:1: out_dir .* got None', 'a string', write('config.py', 'out_dir = None\n')),
+    Case(T, CONFIG, r'config\.py:3: NameError', 'nowhere', write('config.py', '\n\nseed = nowhere\n')),
+    Case(T, CONFIG, "can't be read", r'config\.py.*utf-8', write('config.py', b'out_dir = "\xe9"\n')),
+    Case(T, CONFIG, "can't be read", 'directory', folder('config.py')),
+    Case(S, CONFIG, r'config\.py:1: unknown key max_iters', '--help|did you mean'),
+]  # fmt: skip
+
+TRAIN_BIN, META_JSON = 'data/tiny/train.bin', 'data/tiny/meta.json'
+DATA = [
+    Case(T, '--dataset=tinny', r'no data set .*tinny \(there are rows, tiny, wide\)', PREPARE),
+    Case(T, '--data_dir={place}/nowhere', 'no data set', PREPARE),
+    Case(T, '--dataset=', r'no .*train\.bin', PREPARE),
+    Case(T, '', r'no .*train\.bin', PREPARE, remove(TRAIN_BIN)),
+    Case(T, '', r"val\.bin can't be read \(No such file", PREPARE, remove('data/tiny/val.bin')),
+    Case(T, '', r"train\.bin can't be read|train\.bin has", PREPARE, folder(TRAIN_BIN)),
+    Case(T, '', r'train\.bin is empty', PREPARE, write(TRAIN_BIN, b'')),
+    Case(T, '', r'val\.bin is empty', PREPARE, write('data/tiny/val.bin', b'')),
+    Case(T, '', r'train\.bin has 1,799 bytes, not a whole number of uint16', PREPARE, cut(TRAIN_BIN, -1)),
+    Case(T, '', r'train\.bin has 450 uint16 tokens, and meta\.json says 900', PREPARE, cut(TRAIN_BIN, 0.5)),
+    Case(T, '--block_size=200', r'val\.bin has 100 tokens', 'smaller --block_size'),
+    Case(T, '--block_size=5000', r'train\.bin has 900 tokens', 'smaller --block_size'),
+    Case(T, '', 'has the id 12, beyond the vocabulary of 12', PREPARE,
+         write(TRAIN_BIN, 899 * b'\1\0' + b'\x0c\0')),
+    Case(T, '', 'has the id 65535', PREPARE, write('data/tiny/val.bin', b'\xff\xff' + 99 * b'\1\0')),
+    Case(T, '', '1,800 uint16 tokens', PREPARE, write(TRAIN_BIN, 900 * b'\1\0\0\0')),
+    Case(T, '', '450 uint32 tokens', PREPARE, meta(dtype='uint32')),
+    Case(T, '', "dtype 'float32'", 'must be uint16 or uint32.*' + PREPARE, meta(dtype='float32')),
+    Case(T, '', 'has the id', PREPARE, meta(vocab_size=3, chars='abc')),
+    Case(T, '', r"meta\.json can't be read", PREPARE, cut(META_JSON, 0.5)),
+    Case(T, '', r"meta\.json can't be read", PREPARE, write(META_JSON, b'\xff\xfe\0')),
+    Case(T, '', r"meta\.json can't be read", PREPARE, folder(META_JSON)),
+    Case(T, '', 'is not a JSON object', PREPARE, write(META_JSON, '[1, 2]')),
+    Case(T, '', 'format 99', 'reads 1', meta(format=99)),
+    Case(T, '', 'vocab_size None', PREPARE, meta(vocab_size=None)),
+    Case(T, '', "vocab_size '12'", PREPARE, meta(vocab_size='12')),
+    Case(T, '', "unknown tokenizer 'bpe'", PREPARE, meta(tokenizer='bpe')),
+    Case(T, '', '"chars" that are not 12', PREPARE, meta(chars='abc')),
+    Case(T, '', '"chars" that are not 12', PREPARE, meta(chars=None)),
+    Case(T, '', '"tokens" 5', PREPARE, meta(tokens=5)),
+    Case(T, '', 'was being replaced', PREPARE, meta(replacing=True)),
+    Case(T, '', 'no "source"', PREPARE, meta(source=None)),
+    Case(T, '', r"meta\.pkl can't be read .*mkdir", PREPARE, nanogpt_meta({'vocab_size': 12, 'itos': Payload()})),
+    Case(T, '', r"meta\.pkl can't be read", PREPARE, nanogpt_meta({'stoi': {}})),
+    Case(T, '', r"meta\.pkl can't be read", PREPARE, nanogpt_meta([1, 2])),
+    Case(T, '--dataset=rows', 'rows of 11 tokens', '--block_size=10'),
+    Case(T, '--dataset=rows --block_size=10', r"train\.mask\.bin can't be read", PREPARE,
+         remove('data/rows/train.mask.bin')),
+    Case(T, '--dataset=rows --block_size=10', r'val\.mask\.bin has 50', PREPARE, cut('data/rows/val.mask.bin', 50)),
+    Case(T, RESUME + ' --dataset=wide', 'wide has 256 different tokens, and the model only 12', 'use the data set'),
+    Case(C, '', 'beyond the vocabulary', PREPARE, write(TRAIN_BIN, 900 * b'\x0c\0')),
+    Case(Q, '', r'train\.bin is empty', PREPARE, write(TRAIN_BIN, b'')),
+]  # fmt: skip
+
+OTHER = 'only load checkpoints saved by|older copy|train.py wrote|name a file|another|use '
+CHECKPOINTS = [
+    Case(T, '--init_from=resume', 'there is no checkpoint', 'train one first'),
+    Case(S, '--out_dir={place}/nowhere', 'there is no checkpoint', '--out_dir'),
+    Case('sample_mla.py', '', 'there is no checkpoint', '--out_dir', remove('mla')),
+    Case(E, '--source={place}/nowhere', 'there is no checkpoint', '--source'),
+    Case(C, '', 'no checkpoint|cut short', '--source|older copy', write('mha/ckpt.pt', b'')),
+    Case(T, RESUME, 'there is no checkpoint', 'train one first', folder('mha/ckpt.pt')),
+    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', write('mha/ckpt.pt', b'')),
+    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.5)),
+    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', -1)),
+    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', write('mha/ckpt.pt', 'these are no weights')),
+    Case(T, '--init_from=auto --out_dir={place}/mha', 'cut short', 'older copy', cut('mha/ckpt.pt', 0.9)),
+    Case(S, '', 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.9)),
+    Case(S, '--out_dir={place}/data/tiny/train.bin', 'is not a checkpoint|could run code', OTHER),
+    Case(T, RESUME, 'could run code', 'only load checkpoints saved by', ckpt(lambda c: c.update(config=Payload()))),
+    Case(S, '', 'could run code', 'only load checkpoints saved by', ckpt(lambda c: c.update(model_args=Payload()))),
+    Case(S, '', 'cut short|could run code', OTHER,
+         lambda place: write('mha/ckpt.pt', pickle.dumps({'model': {}, 'model_args': Payload()}))(place)),
+    Case(E, '', 'could run code', 'only load checkpoints saved by', ckpt(lambda c: torch.nn.Linear(2, 2))),
+    Case(T, RESUME_MLA, 'the other attention', 'train_mla.py'),
+    Case(TM, RESUME, 'the other attention', 'by train.py'),
+    Case(T, RESUME, "lacks 'model' or 'model_args'", 'train.py wrote', ckpt(lambda c: {'weights': 1})),
+    Case(T, RESUME, "lacks 'model' or 'model_args'", 'train.py wrote', ckpt(lambda c: torch.zeros(3))),
+    Case(T, RESUME, "attention is 'gqa'", 'mha and mla', ckpt(lambda c: c.update(attention='gqa'))),
+    Case(S, '', r'Missing key.*lm_head\.weight', OTHER, ckpt(lambda c: c['model'].__delitem__('lm_head.weight'))),
+    Case(S, '', 'size mismatch', OTHER, ckpt(lambda c: c['model'].update({'lm_head.weight': torch.zeros(12, 9)}))),
+    Case(S, '', 'Unexpected key', OTHER, ckpt(lambda c: c['model'].update(more=torch.zeros(2)))),
+    Case(S, '', r'transformer\.h\.1', OTHER, ckpt(lambda c: c['model_args'].update(n_layer=2))),
+    Case(S, '', 'n_embd=9 is not a multiple', OTHER, ckpt(lambda c: c['model_args'].update(n_embd=9))),
+    Case(S, '', 'n_experts', OTHER, ckpt(lambda c: c['model_args'].update(n_experts=2))),
+    Case(S, '', 'model_args', OTHER, ckpt(lambda c: c['model_args'].update(n_layer='two'))),
+    Case(S, '', 'model_args', OTHER, ckpt(lambda c: c.update(model_args=[1, 2]))),
+    Case(S, '', "'model'", OTHER, ckpt(lambda c: c.update(model=[torch.zeros(2)]))),
+    Case(S, '', "'model'", OTHER, ckpt(lambda c: c.update(model={1: torch.zeros(2)}))),
+    Case(S, '', "'tokenizer'", OTHER, ckpt(lambda c: c.update(tokenizer='char'))),
+    Case(S, '', "'config'", OTHER, ckpt(lambda c: c.update(config=3, tokenizer=None))),
+    Case(S, '', 'vocabulary|chars|tokenizer', 'meta|char', ckpt(lambda c: c['tokenizer'].update(chars=''))),
+    Case(S, '', "unknown tokenizer 'bpe'", 'char, byte or gpt2', ckpt(lambda c: c['tokenizer'].update(tokenizer='bpe'))),
+    Case(S, '', 'model knows 12 tokens, and the tokenizer .* 256', 'meta.json',
+         ckpt(lambda c: c.update(tokenizer={'tokenizer': 'byte'}))),
+    Case(T, RESUME, "'iter_num'", OTHER, ckpt(lambda c: c.update(iter_num='one'))),
+    Case(T, RESUME, "'best_val_loss'", OTHER, ckpt(lambda c: c.update(best_val_loss='low'))),
+    Case(T, RESUME, "'optimizer'", OTHER, ckpt(lambda c: c.update(optimizer={'state': {}}))),
+    Case(T, RESUME, "'optimizer'", OTHER, ckpt(lambda c: c['optimizer']['param_groups'].__delitem__(1))),
+    Case(T, RESUME, "'optimizer'", OTHER,
+         ckpt(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(3)))),
+    Case(T, RESUME, "'optimizer'", OTHER, ckpt(lambda c: c['optimizer']['state'].__delitem__(1))),
+    Case(T, RESUME + ' --block_size=32', 'block_size=32 is more than the 16', 'smaller|at most|--block_size'),
+    Case(E, '', "RoPE, which GPT-2 can't express", "pos='learned' or MLA",
+         ckpt(lambda c: c['model'].__delitem__('transformer.wpe.weight') or c['model_args'].update(pos='rope'))),
+]  # fmt: skip
+
+PROMPTS = [
+    Case(S, '--start=abz', "the character 'z' is not among the 12", "knows: 'abcdefghijkl'"),
+    Case(S, '--start=', 'start is empty', 'newline'),
+    Case(S, '--start=FILE:{place}/nowhere.txt', r'nowhere\.txt', 'UTF-8 text file'),
+    Case(S, '--start=FILE:{place}', "can't be read", 'UTF-8 text file'),
+    Case(S, '--start=FILE:{place}/prompt.txt', "can't be read .*utf-8", 'UTF-8 text file', write('prompt.txt', b'\xe9')),
+    Case(S, '--start=FILE:{place}/prompt.txt', 'start is empty', 'newline', write('prompt.txt', '')),
+    Case(S, '--start=FILE:{place}/prompt.txt', "the character '!'", "knows: 'abc", write('prompt.txt', 'a!')),
+    Case(S, '--start=FILE:', "can't be read", 'UTF-8 text file'),
+    Case(S, '--stop=ab', "stop must be one token, and 'ab' is 2", 'shorter'),
+    Case(S, '--stop=!', "the character '!' is not among", "knows: 'abc"),
+    Case(S, '', 'stand for no text', 'tokenizer: none', ckpt(lambda c: c['tokenizer'].update(tokenizer='none'))),
+    Case(Q, '--start=!', "the character '!' is not among", "knows: 'abc"),
+    Case(Q, '--start=', 'start is empty', '--start|newline'),
+]  # fmt: skip
+
+TABLE = {'flags': FLAGS, 'config': CONFIGS, 'data': DATA, 'checkpoint': CHECKPOINTS, 'prompt': PROMPTS}
+
+
+def command_line(case, place):
+    """The arguments of a case: those with which the script would work, then the case's own."""
+    usual = [f'--{key}={value}' for key, value in ARGUMENTS[case.script].items()]
+    return [argument.replace('{place}', str(place)) for argument in [*usual, *case.arguments.split()]]
+
+
+def check(case, place, code, errors):
+    """The promise, of one finished run."""
+    assert 'Traceback' not in errors, errors
+    lines = errors.splitlines()
+    assert code == 2, (code, errors)
+    assert lines[-1].startswith('error: ') and sum(line.startswith('error: ') for line in lines) == 1, errors
+    assert re.search(case.fault, lines[-1]), lines[-1]
+    assert re.search(case.remedy, lines[-1]), lines[-1]
+    assert len(lines[-1].replace(str(place), '')) < 400, lines[-1]
+
+
+def cases():
+    for name, group in TABLE.items():
+        for number, case in enumerate(group):
+            label = f'{name}-{number:03}-{Path(case.script).stem}-{case.arguments.replace("{place}", "")[:40]}'
+            yield pytest.param(case, id=label.replace(' ', ''))
+
+
+@pytest.mark.parametrize('case', list(cases()))
+def test_bad_input_gets_one_line_and_changes_nothing(case, run, place):
+    if case.damage:
+        case.damage(place)
+    before = snapshot(place)
+    code, _, errors = run(case.script, command_line(case, place))
+    check(case, place, code, errors)
+    assert snapshot(place) == before
+    assert not (Path(tempfile.gettempdir()) / 'a_pickle_ran_code').exists()
