@@ -21,6 +21,22 @@ from runtime import UserError
 
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 KINDS = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
+OTHER_COPY = 'use ckpt_best.pt beside it, or an older copy'
+# What the scripts rely on. nanoGPT's best_val_loss is a tensor; all but the first two may be missing, or None.
+TYPES = {
+    'model': dict,
+    'model_args': dict,
+    'optimizer': dict,
+    'iter_num': int,
+    'best_val_loss': (int, float, torch.Tensor),
+    'config': dict,
+    'attention': str,
+    'tokenizer': dict,
+    'corpus': str,
+    'val_loss': (int, float, torch.Tensor),
+    'scaler': dict,
+    'wandb_run_id': str,
+}
 
 
 def attention_of(model):
@@ -154,7 +170,7 @@ def find(path):
     """The checkpoint file that `path` means: the file itself, or ckpt.pt in a folder. UserError if there is none."""
     file = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f'there is no checkpoint {file}; train one first, or name its folder with --out_dir')
+        raise UserError(f'there is no checkpoint {file}; train one first, or name the folder of another')
     return file
 
 
@@ -162,8 +178,8 @@ def load(path, device='cpu'):
     """
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
 
-    Raises UserError where there is none, where it is cut short or not a checkpoint, and where it holds anything but
-    tensors and plain values.
+    Raises UserError where there is none, where it is cut short or not a checkpoint, where it holds anything but
+    tensors and plain values, and where a part is of another type than in TYPES.
     """
     file = find(path)
     try:
@@ -173,13 +189,18 @@ def load(path, device='cpu'):
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
             raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
                             'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
-        raise UserError(
-            f'{file} is cut short or is not a checkpoint; use ckpt_best.pt beside it or an older copy'
-        ) from error
+        raise UserError(f'{file} is cut short or is not a checkpoint; {OTHER_COPY}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
         raise UserError(
             f"{file} is no checkpoint of a GPT: it lacks 'model' or 'model_args'; name a file that train.py wrote"
         )
+    for name, kinds in TYPES.items():
+        value = checkpoint.get(name)
+        if not isinstance(value, kinds) and (value is not None or name in ('model', 'model_args')):
+            raise UserError(f"{file} is damaged: its '{name}' is a {type(value).__name__}; {OTHER_COPY}")
+    tensors = checkpoint['model'].items()
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
+        raise UserError(f"{file} is damaged: its 'model' holds more than named tensors; {OTHER_COPY}")
     return checkpoint
 
 
@@ -199,10 +220,25 @@ def build_model(checkpoint, **overrides):
     try:
         model = model_class(config_class(**{**checkpoint['model_args'], **overrides}))
     except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model_args don't make a model: {error}") from error
+        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        first = ' '.join(str(error).split('\n')[1:3])
-        raise UserError(f"the checkpoint's tensors don't fit its model_args: {' '.join(first.split())}") from error
+        first = ' '.join(' '.join(str(error).split('\n')[1:3]).split())
+        first = first if len(first) <= 200 else f'{first[:200]}...'
+        raise UserError(f"the checkpoint's tensors don't fit its model_args: {first}; {OTHER_COPY}") from error
     return model
+
+
+def restore_optimizer(optimizer, state):
+    """Go on with the `state` of an optimizer that a checkpoint holds. UserError where it is that of another model."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    try:
+        moments = state['state'] and [(state['state'][i]['exp_avg'], state['state'][i]['exp_avg_sq'])
+                                      for i in range(len(parameters))]  # fmt: skip
+        if moments and any(m.shape != p.shape for p, pair in zip(parameters, moments, strict=True) for m in pair):
+            raise ValueError('it is of tensors of another shape')
+        optimizer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f'it lacks {error}' if isinstance(error, KeyError) else error
+        raise UserError(f"the checkpoint's 'optimizer' does not fit its model: {reason}; {OTHER_COPY}") from error

@@ -55,6 +55,9 @@ try:
 except ValueError as error:
     raise UserError(f"sweep is '{sweep}'; it must be sizes between commas, such as 384,192,96") from error
 target = os.path.join(out_dir, 'ckpt.pt')
+runtime.check_folder(out_dir)
+if json and not os.path.isdir(os.path.dirname(os.path.abspath(json))):
+    raise UserError(f'there is no folder for {json}; make it, or choose another --json')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 

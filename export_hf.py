@@ -33,6 +33,7 @@ exec(open('configurator.py').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 MODEL_CODE = 'hf_modeling_mla.py'
+runtime.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)

@@ -48,7 +48,7 @@ seed = 1  # of sequences, controls and resampling
 controls = 3  # randomly initialised models of the same shape
 resamples = 2000  # of the bootstrap
 ablate = True  # what each head's loss costs: one run per head
-ablate_sequences = 32
+ablate_sequences = 32  # sequences for the ablations and the latent's directions
 text_windows = 32  # windows of the run's own validation text for the in-context score
 html = True  # write patterns.html
 show = 10  # heads in the table
@@ -250,7 +250,8 @@ def in_context(loaded):
 def measure_latent(loaded, repeats):
     """What only MLA has, per layer."""
     model = loaded.model
-    moments = induction.latent_moments(model, repeats)
+    few = repeats[-ablate_sequences:]
+    moments = induction.latent_moments(model, few)
     out = {'effective_rank': [induction.effective_rank(covariance) for _, covariance in moments]}
     overlaps = [induction.reading_overlaps(block.attn) for block in model.transformer.h]
     for name in ('key', 'value', 'key_value'):
@@ -259,7 +260,6 @@ def measure_latent(loaded, repeats):
     if model.config.n_rope:
         out['logit_parts'] = {name: summary(values) for name, values in induction.logit_parts(model, repeats).items()}
     if ablate:
-        few = repeats[-ablate_sequences:]
         bands = min(16, model.config.n_latent)
         with progress(f'{loaded.name}: latent directions', 2 * bands * model.config.n_layer) as bar:
             found = induction.ablate_latent(model, few, moments, bands, bar.update)
@@ -603,15 +603,16 @@ if not models and not sweep:
     )
 if sequences < 8 or length < 4 or controls < 1 or resamples < 100:
     raise UserError('sequences must be at least 8, length 4, controls 1 and resamples 100; less can say nothing')
+runtime.check_folder(out_dir)
 induction.self_test()
 runtime.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
 device = runtime.pick_device(device)
 threads = runtime.set_threads(threads)
-os.makedirs(out_dir, exist_ok=True)
 about = dict(command=sys.argv, config=config, torch=torch.__version__)
 
 if sweep:
     runs = [formation(folder.strip()) for folder in sweep.split(',') if folder.strip()]
+    os.makedirs(out_dir, exist_ok=True)
     for run in runs:
         print(run['name'])
         print('  iteration  induction  head  previous  head  repeat loss  in-context')
@@ -637,6 +638,7 @@ for spec in [spec.strip() for spec in models.split(',') if spec.strip()]:
     all_found.append(found)
     loaded.model = loaded.model.to('cpu')
 if all_found:
+    os.makedirs(out_dir, exist_ok=True)
     pairs = zip(all_loaded, all_found, strict=True)
     results = [dict(name=loaded.name, **loaded.facts, **found) for loaded, found in pairs]
     write('induction.json', json.dumps(plain(dict(about, models=results)), indent=1))

@@ -493,14 +493,21 @@ def effective_rank(covariance):
     return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
 
+def row_space(weights):
+    """Orthonormal bases (H, min(a, r), r) of the row spaces of weights (H, a, r), float64."""
+    return torch.linalg.qr(weights.double().mT)[0].mT
+
+
 def overlap(first, second):
     """
-    |Q1^T Q2|^2 / min(rank) between the row spaces of first (..., a, r) and second (..., b, r): 1 is containment.
+    |Q1^T Q2|^2 / min(rank) between each row space of first (G, a, r) and each of second (H, b, r): (G, H) in 0 to 1.
 
-    Two random subspaces of the r-dimensional latent overlap by max(a, b) / r: d/r, not d/C.
+    1 is containment. Two random subspaces of the r-dimensional latent overlap by max(a, b) / r: d/r, not d/C.
     """
-    q1, q2 = (torch.linalg.qr(w.double().mT)[0] for w in (first, second))  # (..., r, min(a, r))
-    return (q1.mT @ q2).square().sum((-2, -1)) / min(q1.size(-1), q2.size(-1))
+    bases = [row_space(weights) for weights in (first, second)]
+    product = bases[0].flatten(0, 1) @ bases[1].flatten(0, 1).T
+    (G, a, _), (H, b, _) = (basis.shape for basis in bases)
+    return product.view(G, a, H, b).square().sum((1, 3)) / min(a, b)
 
 
 @torch.no_grad()
@@ -513,7 +520,7 @@ def reading_overlaps(attn):
     w_k, w_v, _ = attn.up_weights()
     pairs = {'key': (w_k, w_k), 'value': (w_v, w_v), 'key_value': (w_k, w_v)}
     return {
-        name: (overlap(a[:, None], b[None]).cpu().numpy(), min(1.0, max(a.size(1), b.size(1)) / attn.n_latent))
+        name: (overlap(a, b).cpu().numpy(), min(1.0, max(a.size(1), b.size(1)) / attn.n_latent))
         for name, (a, b) in pairs.items()
     }
 

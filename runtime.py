@@ -42,6 +42,16 @@ def notice(text):
         print(text, file=sys.stderr, flush=True)
 
 
+def check_folder(path):
+    """UserError unless `path`, the value of out_dir, is a folder that can be written into or made. Makes nothing."""
+    above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not path or not os.path.isdir(above) or not os.access(above, os.W_OK):
+        reason = f'{above} is not a folder that can be written into' if path else 'it has no name'
+        raise UserError(f"out_dir='{path}' can't be used: {reason}; choose another --out_dir")
+
+
 # ---- device, number format, threads ----------------------------------------------------------------------------------
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

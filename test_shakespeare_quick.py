@@ -52,11 +52,18 @@ device = runtime.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
     raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
+if max_iters < 0 or sample_tokens < 1:
+    raise UserError('max_iters must not be negative, and sample_tokens at least 1')
+runtime.check_folder(out_dir)
 setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
                log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip
 setting['max_iters'] = max_iters or setting['max_iters']
 setting['lr_decay_iters'] = setting['max_iters']
 data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
+tokenizer = load_tokenizer(data.meta)
+start_ids = tokenizer.encode(start)
+if not start_ids:
+    raise UserError('start is empty, and a sample can only go on from something; the default is a newline')
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
@@ -110,7 +117,6 @@ def column(rows, name):
 
 runtime.set_threads(threads)
 number_format = runtime.pick_dtype(dtype, device, setting['n_embd'])
-tokenizer = load_tokenizer(data.meta)
 results, logs = {}, {}
 for name in models:
     folder = os.path.join(out_dir, name)
@@ -121,7 +127,7 @@ for name in models:
     step_time = statistics.median(step_times[1:] or step_times)  # the first holds the warm-up
     train_loss, train_error = mean_loss(model, 'train')
     val_loss, val_error = mean_loss(model, 'val')
-    prompt = torch.tensor([tokenizer.encode(start)], device=device)
+    prompt = torch.tensor([start_ids], device=device)
     torch.manual_seed(seed)
     ids = model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
     results[name] = dict(

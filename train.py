@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import runtime
+from conversion import to_mla
 from model import GPT
 from runtime import UserError
 from tokens import TokenData
@@ -95,9 +96,13 @@ for ok, complaint in (
      'batch_size, block_size, gradient_accumulation_steps and the eval_ and log_ numbers must be at least 1'),
     (min(max_iters, checkpoint_interval, warmup_iters, threads, seed) >= 0,
      'max_iters, checkpoint_interval, warmup_iters, threads and seed must not be negative'),
-    (learning_rate > 0 and min_lr >= 0, f'learning_rate={learning_rate} or min_lr={min_lr} is too small'),
+    (0 < learning_rate < math.inf, f'learning_rate={learning_rate}; it must be above 0 and finite'),
+    (0 <= min_lr < math.inf, f'min_lr={min_lr}; it must be at least 0 and finite'),
     (0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must be at least 0 and below 1'),
-    (grad_clip >= 0 and weight_decay >= 0, 'grad_clip and weight_decay must not be negative'),
+    (grad_clip >= 0, f'grad_clip={grad_clip} must not be negative'),
+    (0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative, but finite'),
+    (not overwrite or init_from not in ('resume', 'auto'),
+     f'overwrite=True starts anew and init_from={init_from} goes on with what is there; leave one of them out'),
     (attention == 'mla' or not (n_latent or n_latent_q or n_rope or latent_norm),
      'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'),
 ):  # fmt: skip
@@ -124,6 +129,8 @@ tokens_per_iter = rows_per_iter * block_size
 # ---- data and the run so far -----------------------------------------------------------------------------------------
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
 log_path = os.path.join(out_dir, 'log.csv')
+if not eval_only:
+    runtime.check_folder(out_dir)
 data = TokenData(os.path.join(data_dir, dataset), block_size)
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
@@ -141,10 +148,11 @@ if wandb_log and processes.rank == 0 and not eval_only:
         raise UserError(
             'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
         ) from error
-    if not (os.environ.get('WANDB_MODE') or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
-        os.environ['WANDB_MODE'] = 'offline'
+    wandb_mode = os.environ.get('WANDB_MODE')
+    if not (wandb_mode or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
+        wandb_mode = 'offline'
         runtime.notice('wandb: no key found, so this run is logged offline; `wandb sync` uploads it later')
-    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=None,
+    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode=wandb_mode,
                            id=resumed.get('wandb_run_id') if resumed else None, resume='allow')  # fmt: skip
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -155,6 +163,9 @@ try:
         if checkpoints.attention_of(raw_model) != attention:
             script = 'train_mla.py' if attention == 'mha' else 'train.py'
             raise UserError(f'{ckpt_path} holds a model with the other attention; go on with it by {script}')
+        if block_size != raw_model.config.block_size:
+            raise UserError(f'block_size={block_size}, and the run in {out_dir} has {raw_model.config.block_size}; '
+                            f'go on with it by --block_size={raw_model.config.block_size}')  # fmt: skip
         iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
     elif init_from == 'scratch':
         model_class, config_class = checkpoints.KINDS[attention]
@@ -174,6 +185,8 @@ try:
         raw_model = model_class(config_class(**sizes), seed=seed)
     else:
         raw_model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        if attention == 'mla':
+            raw_model = to_mla(raw_model, n_latent)  # no text weighs the conversion here; convert_mla.py can use some
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
 except ValueError as error:
@@ -183,14 +196,14 @@ if data.n_vocab > raw_model.config.vocab_size:
                     'use the data set that the model was made for')  # fmt: skip
 if block_size > raw_model.config.block_size:
     raise UserError(
-        f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}'
+        f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}; lower it'
     )
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 if resumed:
     if resumed.get('optimizer'):
-        optimizer.load_state_dict(resumed['optimizer'])
+        checkpoints.restore_optimizer(optimizer, resumed['optimizer'])
     if resumed.get('scaler'):
         scaler.load_state_dict(resumed['scaler'])
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
@@ -260,15 +273,18 @@ LOG_COLUMNS = ('iter', 'tokens', 'lr', 'loss', 'train_loss', 'val_loss', 'val_st
 def open_log():
     """log.csv, ready for the row of iter_num: of a resumed run's rows those past the checkpoint are cut."""
     kept = []
-    if iter_num and os.path.exists(log_path):
-        with open(log_path, encoding='utf-8', newline='') as file:
-            kept = [row for row in csv.DictReader(file) if row['iter'].isdigit() and int(row['iter']) < iter_num]
-    with open(log_path + '.writing', 'w', encoding='utf-8', newline='') as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction='ignore')
-        writer.writeheader()
-        writer.writerows(kept)
-    os.replace(log_path + '.writing', log_path)
-    return open(log_path, 'a', encoding='utf-8', newline='', buffering=1)
+    try:
+        if iter_num and os.path.exists(log_path):
+            with open(log_path, encoding='utf-8', newline='') as file:
+                kept = [row for row in csv.DictReader(file) if row['iter'].isdigit() and int(row['iter']) < iter_num]
+        with open(log_path + '.writing', 'w', encoding='utf-8', newline='') as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(log_path + '.writing', log_path)
+        return open(log_path, 'a', encoding='utf-8', newline='', buffering=1)
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{log_path} can't be read and written as a run's log ({error}); move it away") from error
 
 
 def log(row):

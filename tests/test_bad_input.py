@@ -312,7 +312,7 @@ FLAGS = [
     Case(Q, '--max_iters=-1', 'max_iters', 'negative|at least'),
     Case(Q, '--sample_tokens=0', 'sample_tokens', 'at least 1'),
     Case(Q, '--dataset=nowhere', 'no data set', PREPARE),
-    Case(Q, '--size=cpu --out_dir={place}/both', 'another', '--out_dir.*--overwrite=True',
+    Case(Q, '--size=cpu --start=a --out_dir={place}/both', 'another', '--out_dir.*--overwrite=True',
          lambda place: shutil.copytree(place / 'mha', place / 'both' / 'mha')),
     Case(STUDY, '--seeds=-1', 'seeds', 'negative|at least'),
     Case(STUDY_MLA, '--seeds=0', 'seeds', 'at least 1'),
@@ -327,7 +327,6 @@ FLAGS = [
     Case(CHAR, '', 'empty', '--input=FILE', write('prompt.txt', '')),
     Case(GPT2, '', 'GPT-2', 'TIKTOKEN_CACHE_DIR|--input'),
     Case(WEB, '--input={place}/nowhere', 'no Parquet file', '--input'),
-    Case(WEB, '--input={place}/prompt.txt', r'prompt\.txt', 'Parquet'),
     Case(REPEATS, '--min_period=1', 'min_period', '2 to half'),
     Case(REPEATS, '--vocab_size=-1', 'vocab_size', 'at least 2'),
 ]  # fmt: skip
@@ -395,12 +394,12 @@ DATA = [
     Case(Q, '', r'train\.bin is empty', PREPARE, write(TRAIN_BIN, b'')),
 ]  # fmt: skip
 
-OTHER = 'only load checkpoints saved by|older copy|train.py wrote|name a file|another|use '
+OTHER = 'older copy|only load checkpoints saved by'
 CHECKPOINTS = [
     Case(T, '--init_from=resume', 'there is no checkpoint', 'train one first'),
-    Case(S, '--out_dir={place}/nowhere', 'there is no checkpoint', '--out_dir'),
-    Case('sample_mla.py', '', 'there is no checkpoint', '--out_dir', remove('mla')),
-    Case(E, '--source={place}/nowhere', 'there is no checkpoint', '--source'),
+    Case(S, '--out_dir={place}/nowhere', 'there is no checkpoint', 'train one first'),
+    Case('sample_mla.py', '', 'there is no checkpoint', 'train one first', remove('mla')),
+    Case(E, '--source={place}/nowhere', 'there is no checkpoint', 'train one first'),
     Case(C, '', 'no checkpoint|cut short', '--source|older copy', write('mha/ckpt.pt', b'')),
     Case(T, RESUME, 'there is no checkpoint', 'train one first', folder('mha/ckpt.pt')),
     Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', write('mha/ckpt.pt', b'')),
@@ -443,7 +442,11 @@ CHECKPOINTS = [
     Case(T, RESUME, "'optimizer'", OTHER,
          ckpt(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(3)))),
     Case(T, RESUME, "'optimizer'", OTHER, ckpt(lambda c: c['optimizer']['state'].__delitem__(1))),
-    Case(T, RESUME + ' --block_size=32', 'block_size=32 is more than the 16', 'smaller|at most|--block_size'),
+    Case(T, RESUME + ' --block_size=32', 'block_size=32, and the run in .* has 16', '--block_size=16'),
+    Case(T, RESUME + ' --block_size=8', 'block_size=8, and the run in .* has 16', '--block_size=16'),
+    Case(T, RESUME, r'log\.csv', 'move it away', write('mha/log.csv', b'iter,loss\n\xff,2\n')),
+    Case(T, RESUME, r'log\.csv', 'move it away', write('mha/log.csv', 'name,colour\na,b\n')),
+    Case(T, RESUME, r'log\.csv', 'move it away', folder('mha/log.csv')),
     Case(E, '', "RoPE, which GPT-2 can't express", "pos='learned' or MLA",
          ckpt(lambda c: c['model'].__delitem__('transformer.wpe.weight') or c['model_args'].update(pos='rope'))),
 ]  # fmt: skip
@@ -461,6 +464,7 @@ PROMPTS = [
     Case(S, '--stop=!', "the character '!' is not among", "knows: 'abc"),
     Case(S, '', 'stand for no text', 'tokenizer: none', ckpt(lambda c: c['tokenizer'].update(tokenizer='none'))),
     Case(Q, '--start=!', "the character '!' is not among", "knows: 'abc"),
+    Case(Q, '', r"the character '\\n' is not among", "knows: 'abc"),
     Case(Q, '--start=', 'start is empty', '--start|newline'),
 ]  # fmt: skip
 

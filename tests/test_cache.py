@@ -1,11 +1,11 @@
-"""The caches: the same logits as without, of exactly the promised size, and no work space that grows with the context."""
+"""The caches: the same logits as without, of exactly the promised size, and no work space that grows with context."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import GPT, FixedStep, GPTConfig, attend, draw
+from model import GPT, FixedStep, GPTConfig, Linear, attend, draw
 from model_mla import MLAGPT, MLAConfig
 
 BLOCK, VOCAB = 32, 50
@@ -51,7 +51,7 @@ def assert_close(a, b):
     assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# ---- cached = uncached, absorbed = decompressed -----------------------------------------------------------------------
+# ---- cached = uncached, absorbed = decompressed ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -102,6 +102,26 @@ def test_both_paths_through_the_model(variant, monkeypatch):
         logits = [model.lm_head(model.hidden(part, cache)) for part in idx.split([9, 1, 22], dim=1)]
         assert_close(torch.cat(logits, dim=1), expected)
         assert calls == [9, 9, 1, 1, 22, 22]
+
+
+@pytest.mark.parametrize('outputs', [1, 5, 64, 1600])
+@pytest.mark.parametrize('bias', [True, False])
+def test_linear(outputs, bias):
+    """The product in pieces, for few rows without gradients: nn.Linear's numbers, whatever divides by what."""
+    layer, threads = Linear(8, outputs, bias=bias).double(), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for shape in ((1, 1, 8), (3, 1, 8), (2, 7, 8), (8,), (0, 1, 8), (40, 8)):
+                x = torch.randn(shape, generator=generator, dtype=torch.float64)
+                with torch.no_grad():
+                    y = layer(x)
+                expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+                assert y.shape == expected.shape
+                torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_cost_rule():
@@ -178,7 +198,7 @@ def filled(model, length, B=1):
 
 
 class Allocations(TorchDispatchMode):
-    """Records the bytes of every new storage that an operation returns. Views, and what is written in place, are none."""
+    """Records the bytes of every new storage that an operation returns; views, and writing in place, make none."""
 
     def __init__(self, model):
         super().__init__()
@@ -238,9 +258,7 @@ def allocator_bytes(model, length):
 
 @pytest.mark.parametrize('variant', ['mha', 'mla', 'mla-rope'])
 def test_kernels_allocate_nothing_that_grows(variant):
-    """
-    Inside the kernels, too. SDPA splits keys into pieces of at most 512, so from there on its work space is constant.
-    """
+    """Inside the kernels, too: SDPA takes keys in pieces of at most 512, so that its work space ends growing there."""
     model = make(variant, torch.float32, block_size=4096)
     short, long = allocator_bytes(model, 1000), allocator_bytes(model, 4000)
     assert 0 < short and long == short

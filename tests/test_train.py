@@ -200,3 +200,18 @@ def test_a_second_interrupt_stops_at_once(data_dir, tmp_path):
         if process.poll() is not None:
             break
     assert process.wait(timeout=30) in (85, 130)
+
+
+def test_wandb_without_a_key_logs_offline_and_a_resumed_run_keeps_its_id(data_dir, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    for name in ('WANDB_API_KEY', 'WANDB_MODE'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+    done = run('train.py', data_dir, tmp_path / 'out', max_iters=4, wandb_log=True)
+    assert done.returncode == 0, done.stderr
+    assert 'logged offline' in done.stderr
+    run_id = torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id']
+    assert len(list((tmp_path / 'wandb').glob(f'offline-run-*-{run_id}'))) == 1
+    assert run('train.py', data_dir, tmp_path / 'out', max_iters=6, wandb_log=True, init_from='resume').returncode == 0
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id'] == run_id

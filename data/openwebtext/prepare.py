@@ -127,6 +127,8 @@ for holds, complaint in (
 ):
     if not holds:
         raise UserError(complaint)
+if input:
+    parquet_files(Path(input))  # say what is wrong with it before anything takes long
 tokenizer = tokens.GPT2Tokenizer()
 found = load()
 if len(found) < 2:

@@ -186,7 +186,7 @@ for path in files:
 lengths, chars = survey(files)
 total = sum(lengths)
 if total < 2:
-    raise UserError(f'there is no text in {input}')
+    raise UserError(f'there is no text in {input}; name another file or folder with --input')
 cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
 encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars})
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
