@@ -15,7 +15,7 @@ from dataclasses import fields
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from runtime import UserError
 
@@ -242,3 +242,21 @@ def restore_optimizer(optimizer, state):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
         raise UserError(f"the checkpoint's 'optimizer' does not fit its model: {reason}; {OTHER_COPY}") from error
+
+
+def pretrained(source, dropout=0.0, **overrides):
+    """
+    The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
+
+    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for these
+    two the dict is empty). overrides: as for `build_model`. Raises UserError where nothing can be loaded.
+    """
+    if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
+        checkpoint = load(source)
+        return build_model(checkpoint, dropout=dropout, **overrides), checkpoint
+    if source not in GPT2_SIZES and not os.path.isdir(source):
+        raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
+    try:
+        return GPT.from_pretrained(source, dict(dropout=dropout)), {}
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -22,7 +22,6 @@ import torch
 import checkpoint as checkpoints
 import runtime
 from conversion import collect_statistics, to_mla
-from model import GPT, GPT2_SIZES
 from runtime import UserError
 from tokens import TokenData
 
@@ -65,14 +64,7 @@ if os.path.exists(target) and not sweep and not overwrite:
 device = runtime.pick_device(device)
 runtime.set_threads(threads)
 dtype = runtime.pick_dtype(dtype, device)
-is_checkpoint = os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt'))
-if not is_checkpoint and source not in GPT2_SIZES and not os.path.isdir(source):
-    raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; set --source to one")
-saved = checkpoints.load(source) if is_checkpoint else {}
-try:
-    model = checkpoints.build_model(saved) if is_checkpoint else GPT.from_pretrained(source)
-except ValueError as error:
-    raise UserError(str(error)) from error
+model, saved = checkpoints.pretrained(source)
 model = model.to(device).eval()
 dataset = dataset or saved.get('config', {}).get('dataset', '')
 if not dataset and (sweep or method == 'data'):

@@ -26,15 +26,14 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import runtime
-from conversion import to_mla
-from model import GPT
+from conversion import collect_statistics, to_mla
 from runtime import UserError
 from tokens import TokenData
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what is written where
 out_dir = 'out'
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something), 'gpt2*' or a Hugging Face folder
+init_from = 'scratch'  # 'resume', 'auto' (resume if there is something), a checkpoint, 'gpt2*', a Hugging Face folder
 overwrite = False  # start anew even where out_dir holds another run
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between rows of log.csv
@@ -184,9 +183,18 @@ try:
             sizes.update(n_latent=n_latent, n_latent_q=n_latent_q, n_rope=n_rope, latent_norm=latent_norm)
         raw_model = model_class(config_class(**sizes), seed=seed)
     else:
-        raw_model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        if attention == 'mla':
-            raw_model = to_mla(raw_model, n_latent)  # no text weighs the conversion here; convert_mla.py can use some
+        raw_model = checkpoints.pretrained(init_from, dropout=dropout, flash=flash)[0]
+        if attention == 'mla' and checkpoints.attention_of(raw_model) == 'mha':
+            # weighted by what its attention reads in 65,536 tokens of the training split: see conversion.py
+            starts = data.eval_windows('train', max(batch_size, 65536 // block_size))
+            text = (data.windows('train', starts[i : i + batch_size])[0] for i in range(0, len(starts), batch_size))
+            raw_model = to_mla(raw_model, n_latent, collect_statistics(raw_model.to(device), text))
+        elif checkpoints.attention_of(raw_model) != attention:
+            raise UserError(f'{init_from} holds a model with MLA, which has no way back to MHA; use train_mla.py')
+        if n_latent not in (0, getattr(raw_model.config, 'n_latent', 0)):
+            raise UserError(
+                f'{init_from} has n_latent={raw_model.config.n_latent}, not {n_latent}; leave --n_latent out'
+            )
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
 except ValueError as error:
