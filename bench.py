@@ -174,17 +174,26 @@ class Decoding:
             self.step(self.token)
         return times
 
+    def run_attention(self, times=4):
+        """The same of the attention layers alone, projections included, on the CPU; a graph has no such parts."""
+        self.cache.length = self.context - 1
+        x = torch.ones(self.token.size(0), 1, n_embd, device=device)
+        for _ in range(times):
+            for block in self.model.transformer.h:
+                block.attn(x, cache=self.cache)
+        return times
+
 
 def measure_steps(models, batch_size, context):
     """One row for each model, and for MHA without a cache, at one batch size and context length."""
     decodings = {name: Decoding(model, batch_size, context) for name, model in models.items()}
     seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds)
+    attention = alternate({name: decoding.run_attention for name, decoding in decodings.items()}, rounds)
     rows = []
     for name, decoding in decodings.items():
-        cache = decoding.cache
-        rows.append({'name': name, **spread(seconds[name]), 'bytes_per_token': cache.bytes_per_token})
-        rows[-1] |= {'cache_bytes': cache.nbytes}
-    del decodings, decoding, cache
+        sizes = {'bytes_per_token': decoding.cache.bytes_per_token, 'cache_bytes': decoding.cache.nbytes}
+        rows.append({'name': name, **spread(seconds[name]), 'attention': spread(attention[name]), **sizes})
+    del decodings, decoding  # their memory
     for row in rows:
         row['peak_bytes'] = peak_bytes(lambda name=row['name']: Decoding(models[name], batch_size, context).run(1))
     if batch_size * context <= uncached_tokens:
@@ -193,6 +202,8 @@ def measure_steps(models, batch_size, context):
         row = {'name': 'MHA, no cache', **spread(times), 'bytes_per_token': 0, 'cache_bytes': 0}
         rows.append(row | {'peak_bytes': peak_bytes(lambda: models['MHA'](idx))})
     for row in rows:
+        if 'attention' in row:
+            row['attention']['of_mha'] = row['attention']['ms'] / rows[0]['attention']['ms']
         row |= {'batch_size': batch_size, 'context': context, 'tokens_per_s': 1e3 * batch_size / row['ms']}
         row['of_mha'] = row['ms'] / rows[0]['ms']
     return rows
@@ -214,7 +225,7 @@ def measure_texts(models):
         contenders['Hugging Face, cached'] = lambda: hf_model.generate(
             prompt, attention_mask=mask, do_sample=True, top_p=1.0, **rules, **lengths
         )
-    seconds = alternate({name: lambda f=f: f() is None for name, f in contenders.items()}, min(5, rounds))
+    seconds = alternate({name: lambda f=f: f() is None for name, f in contenders.items()}, min(3, rounds))
     rows = [{'name': name, **spread(times)} for name, times in seconds.items()]
     for row in rows:
         row['tokens_per_s'] = 1e3 * new_tokens / row['ms']
@@ -320,6 +331,8 @@ def bench_sample():
             'model': lambda row: row['name'],
             'ms per step (quartiles)': ms_text,
             'of MHA': lambda row: f'{row["of_mha"]:.2f}',
+            'attention alone': lambda row: ms_text(row['attention']) if 'attention' in row else '',
+            "of MHA's": lambda row: f'{row["attention"]["of_mha"]:.2f}' if 'attention' in row else '',
             'tokens/s': lambda row: f'{row["tokens_per_s"]:.1f}',
             'cache bytes per token': lambda row: f'{row["bytes_per_token"]:,}',
             'cache MiB': lambda row: f'{row["cache_bytes"] / 2**20:.1f}',

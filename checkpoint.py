@@ -63,8 +63,10 @@ def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, va
     model: a GPT or MLAGPT, unwrapped; config: the run's keys and values; tokenizer: the data set's meta;
     corpus: one line that says what was trained on; val_loss: the last measured, in nats per token.
     """
+    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    first = {}  # a tensor with two names, the tied embedding, is one object here and is saved once
     return {
-        'model': model.state_dict(),
+        'model': {k: first.setdefault(owner.get(k, k), tensor) for k, tensor in model.state_dict().items()},
         'optimizer': optimizer.state_dict() if optimizer is not None else None,
         'model_args': model_args(model.config),
         'iter_num': iter_num,
@@ -121,17 +123,22 @@ def link(path, other):
 
 
 class Writer:
-    """Saves in the background: training waits only while tensors are copied. An error shows at the next call."""
+    """
+    Saves in the background: training waits only while tensors are copied. An error shows at the next call.
 
-    def __init__(self):
-        self.thread, self.error = None, None
+    writes: False for a process that only helps to gather the tensors of a sharded model, which all do together.
+    """
+
+    def __init__(self, writes=True):
+        self.thread, self.error, self.writes = None, None, writes
 
     def save(self, path, checkpoint, best_path=None):
         """Copy `checkpoint` now and write it to `path` (and name it `best_path` too) while the caller goes on."""
         self.wait()
-        snapshot = copy_tensors(checkpoint)
-        self.thread = threading.Thread(target=self._write, args=(path, snapshot, best_path))
-        self.thread.start()
+        snapshot = copy_tensors(checkpoint, keep=self.writes)
+        if self.writes:
+            self.thread = threading.Thread(target=self._write, args=(path, snapshot, best_path))
+            self.thread.start()
 
     def _write(self, path, snapshot, best_path):
         try:
@@ -151,18 +158,25 @@ class Writer:
             raise error
 
 
-def copy_tensors(value, copies=None):
-    """A copy of nested dicts and lists whose tensors are CPU copies; a tensor that stands twice is copied once."""
+def copy_tensors(value, copies=None, keep=True):
+    """
+    A copy of nested dicts and lists whose tensors are whole CPU copies; a tensor that stands twice is copied once.
+
+    The parts of a sharded tensor are gathered from all processes, each of which must call this; keep: whether this one
+    wants what comes of it. (A process's parts may be empty and look alike: there the same object is the same tensor.)
+    """
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
-        key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else id(value)
+        sharded = hasattr(value, 'full_tensor')
+        key = id(value) if sharded or not value.numel() else (value.data_ptr(), value.shape, value.dtype)
         if key not in copies:
-            copies[key] = value.detach().to('cpu', copy=True)
+            whole = value.detach().full_tensor() if sharded else value.detach()
+            copies[key] = whole.to('cpu', copy=not sharded) if keep else None
         return copies[key]
     if isinstance(value, dict):
-        return {k: copy_tensors(v, copies) for k, v in value.items()}
+        return {k: copy_tensors(v, copies, keep) for k, v in value.items()}
     if isinstance(value, list):
-        return [copy_tensors(v, copies) for v in value]
+        return [copy_tensors(v, copies, keep) for v in value]
     return value
 
 
@@ -230,6 +244,16 @@ def build_model(checkpoint, **overrides):
     return model
 
 
+def part_like(parameter, tensor):
+    """`tensor`, or, where `parameter` of the same shape is sharded, the part that this process has of it."""
+    if not hasattr(parameter, 'full_tensor') or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
 def restore_optimizer(optimizer, state):
     """Go on with the `state` of an optimizer that a checkpoint holds. UserError where it is that of another model."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
@@ -238,7 +262,8 @@ def restore_optimizer(optimizer, state):
                                       for i in range(len(parameters))]  # fmt: skip
         if moments and any(m.shape != p.shape for p, pair in zip(parameters, moments, strict=True) for m in pair):
             raise ValueError('it is of tensors of another shape')
-        optimizer.load_state_dict(state)
+        parts = {i: {k: part_like(parameters[i], v) for k, v in entry.items()} for i, entry in state['state'].items()}
+        optimizer.load_state_dict({**state, 'state': parts})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
         raise UserError(f"the checkpoint's 'optimizer' does not fit its model: {reason}; {OTHER_COPY}") from error

@@ -88,6 +88,13 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, 1e-6)
 
 
+def per_head(x, weight):
+    """Every head's own product over all sequences: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
+    B, H, T, _ = x.shape
+    # a broadcast matmul would copy the weights for each sequence
+    return torch.bmm(x.transpose(0, 1).reshape(H, B * T, -1), weight).view(H, B, T, -1).transpose(0, 1)
+
+
 class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention (arXiv:2405.04434), causal. Takes CausalSelfAttention's place in a Block."""
 
@@ -195,8 +202,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         w_k, w_v, b_v = self.up_weights()
         q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
-        # one product per head over all sequences; a broadcast matmul would copy the weights for each sequence
-        q = torch.cat((torch.einsum('bhtd,hdr->bhtr', q_nope, w_k), q_rope), dim=-1)  # W_K^T q, (B, H, T, r + R)
+        q = per_head(q_nope, w_k)  # W_K^T q, (B, H, T, r)
+        if self.n_rope:
+            q = torch.cat((q, q_rope), dim=-1)
         kv = latent.unsqueeze(1).to(q.dtype)  # keys and values in one: (B, 1, S, r + R)
         if q.size(2) == 1:
             # one query per head, one memory for all heads: the heads become the rows of one matrix
@@ -204,7 +212,7 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             kv = kv.expand(-1, self.n_head, -1, -1)
             o = attend(q, kv, kv, self.scale, flash=self.flash)
-        y = torch.einsum('bhtr,hdr->bhtd', o[..., : self.n_latent], w_v)
+        y = per_head(o[..., : self.n_latent], w_v.mT)
         return y if b_v is None else y + b_v[:, None]
 
     def forward(self, x, rope=None, cache=None):

@@ -23,8 +23,11 @@ class UserError(Exception):
 
 
 def report_user_errors(kind, error, traceback):
-    """An excepthook: a UserError becomes one line on stderr and exit code 2; anything else keeps its traceback."""
-    if not issubclass(kind, UserError):
+    """An excepthook: a UserError becomes one line on stderr and exit code 2; most other errors keep their traceback."""
+    if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        first = (str(error) or kind.__name__).splitlines()[0]
+        error = f'not enough memory ({first}); make the batch, the sequences or the model smaller'
+    elif not issubclass(kind, UserError):
         sys.__excepthook__(kind, error, traceback)
         return
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
@@ -108,6 +111,8 @@ def set_threads(threads=0):
 
     OMP_NUM_THREADS is obeyed. More threads than free cores is much slower than fewer, so containers' quotas count.
     """
+    if threads > 1024:
+        raise UserError(f'threads={threads} is more than any machine has cores; leave it at 0 for those that are free')
     if not threads:
         threads = torch.get_num_threads()
         if 'OMP_NUM_THREADS' not in os.environ or 'LOCAL_WORLD_SIZE' in os.environ:
@@ -176,6 +181,13 @@ class Processes:
         """Whether `flag` holds in at least one process; every process gets the same answer."""
         return bool(self.sum(torch.tensor(int(bool(flag)))).item())
 
+    def min(self, number):
+        """The smallest of the processes' numbers (int), in every one of them."""
+        tensor = torch.tensor(number)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
+        return int(tensor)
+
     def close(self):
         """Leave the process group."""
         if self.world_size > 1:
@@ -205,6 +217,28 @@ def join_processes(device, backend='nccl'):
         torch.distributed.init_process_group(backends, timeout=datetime.timedelta(minutes=10))
         sys.excepthook = hook  # PyTorch's own would swallow the one line of a UserError
     return ranks, device
+
+
+def shard(model, device, dtype, compile=False):
+    """
+    Share out a model's parameters over all processes, and with them gradients and optimizer state (ZeRO-3, FSDP2).
+
+    Each block of model.transformer.h is gathered on `device` when it is needed, and given up again. Its parameters
+    travel and multiply in `dtype`; their sums, and what the optimizer sees, stay float32. The model may be one that no
+    device could hold whole: it comes from the CPU, block by block. Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    kind = device.split(':')[0]
+    mesh = torch.distributed.init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    low = None if dtype == 'float32' else DTYPES[dtype]
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        if compile:
+            block.compile()  # each by itself: what happens between them is no arithmetic
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'window_losses')
 
 
 # ---- randomness and signals ------------------------------------------------------------------------------------------

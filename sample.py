@@ -49,7 +49,7 @@ for ok, complaint in (
     (top_k >= 0, f'top_k is {top_k}; it must be 0 (all tokens) or more'),
     (0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1 (all tokens)'),
     (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
-    (min(threads, seed) >= 0, 'threads and seed must not be negative'),
+    (threads >= 0 and 0 <= seed < 2**63, 'threads and seed must not be negative, and seed below 2^63'),
 ):
     if not ok:
         raise UserError(complaint)

@@ -81,6 +81,7 @@ backend = 'nccl'  # between GPUs; CPUs always use gloo
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16' (with loss scaling)
 compile = 'auto'  # True, False, or on GPUs only
+fsdp = False  # with torchrun: parameters, gradients and optimizer shared out over the processes (FSDP), not repeated
 threads = 0  # CPU threads; 0: the cores that this process may use
 seed = 1337  # initial values, batches and dropout are functions of it
 exec(open('configurator.py').read())
@@ -206,6 +207,9 @@ if block_size > raw_model.config.block_size:
     raise UserError(
         f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}; lower it'
     )
+fsdp = fsdp and processes.world_size > 1
+if fsdp:
+    runtime.shard(raw_model, device, dtype, compile)
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
@@ -216,8 +220,8 @@ if resumed:
         scaler.load_state_dict(resumed['scaler'])
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
 resumed = None  # its tensors would stay in memory
-model = torch.compile(raw_model) if compile else raw_model
-if processes.world_size > 1:
+model = torch.compile(raw_model) if compile and not fsdp else raw_model
+if processes.world_size > 1 and not fsdp:
     model = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith('cuda') else None)
 
 runtime.notice(
@@ -258,14 +262,16 @@ def get_lr(iteration):
 def evaluate(split):
     """Mean loss over fixed windows of a split, in nats per token, and its standard error. Shared by all processes."""
     raw_model.eval()
-    starts = data.eval_windows(split, eval_iters * batch_size)[processes.rank :: processes.world_size]
+    starts = data.eval_windows(split, eval_iters * batch_size)
     losses = []
-    for first in range(0, len(starts), batch_size):
-        x, y = to_device(*data.windows(split, starts[first : first + batch_size]))
+    for first in range(0, len(starts), batch_size * processes.world_size):
+        mine = starts[first + processes.rank : first + batch_size * processes.world_size : processes.world_size]
+        # a sharded model needs every process in every pass, one with no window left too
+        x, y = to_device(*data.windows(split, mine if len(mine) else starts[:1]))
         with autocast:
-            losses.append(raw_model.window_losses(x, y))
+            losses.append(raw_model.window_losses(x, y)[: len(mine)])
     raw_model.train()
-    losses = torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
+    losses = torch.cat(losses).double().cpu()
     count, total, squares = processes.sum(
         torch.stack((torch.tensor(float(len(losses)), dtype=torch.float64), losses.sum(), losses.square().sum()))
     ).tolist()
@@ -319,16 +325,16 @@ if processes.rank == 0:
             if os.path.exists(path):
                 os.remove(path)
     log_file = open_log()
-saver = checkpoints.Writer()
+saver = checkpoints.Writer(writes=processes.rank == 0)
 bar = tqdm(total=max_iters, initial=iter_num, unit='it', disable=None if processes.rank == 0 else True)
 val_loss = None
-first_bad = torch.full((), -1, device=device)  # the first iteration whose loss was not finite
+first_bad = torch.full((), max_iters, device=device)  # the first iteration whose loss was not finite, if there is one
 measured_from, measured_iters = time.perf_counter(), 0
 
 
 def save(best=False):
-    """Save iteration iter_num in the background; rank 0 alone writes."""
-    if processes.rank == 0:
+    """Save iteration iter_num in the background; rank 0 alone writes, but all together gather a sharded model."""
+    if processes.rank == 0 or fsdp:
         state = checkpoints.contents(
             raw_model,
             config,
@@ -346,7 +352,7 @@ def save(best=False):
 
 def stop_if_not_finite():
     """A loss that is not a number never recovers, and must not reach a checkpoint."""
-    if (bad := int(first_bad)) >= 0:
+    if (bad := processes.min(int(first_bad))) < max_iters:
         saver.wait()
         raise UserError(f'the loss was not finite in iteration {bad}; the last checkpoint in {out_dir} is from before. '
                         'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
@@ -385,8 +391,8 @@ while True:
     for micro_step in range(micro_steps):
         if dropout:
             runtime.seed_dropout(seed, iter_num, micro_step, processes.rank)
-        # gradients are averaged over the processes once, in the last micro-step
-        alone = processes.world_size == 1 or micro_step == micro_steps - 1
+        # gradients are averaged over the processes once, in the last micro-step; sharded ones have no room to wait
+        alone = processes.world_size == 1 or fsdp or micro_step == micro_steps - 1
         with nullcontext() if alone else model.no_sync():
             with autocast:
                 micro_loss = model(x, y)[1] / micro_steps
@@ -397,10 +403,11 @@ while True:
     if grad_clip:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), iter_num, first_bad)
+    first_bad = torch.where(loss.isfinite() | (first_bad < iter_num), first_bad, iter_num)
     measured_iters += 1
 
     if iter_num % log_interval == 0 or row:

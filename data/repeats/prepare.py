@@ -40,8 +40,9 @@ def repeated_rows(count, rng):
     return np.take_along_axis(block, position % period, axis=1), (position <= period).astype(np.uint8)
 
 
-if not (2 <= min_period <= block_size // 2 and vocab_size >= 2 and min(rows, val_rows) >= 1):
-    raise UserError('min_period must be 2 to half of block_size, vocab_size at least 2, rows and val_rows at least 1')
+if not (2 <= min_period <= block_size // 2 and vocab_size >= 2 and min(rows, val_rows) >= 1 and seed >= 0):
+    raise UserError('min_period must be 2 to half of block_size, vocab_size at least 2, rows and val_rows at least 1, '
+                    'seed not negative')  # fmt: skip
 started = time.perf_counter()
 made = {'train': repeated_rows(rows, np.random.default_rng([seed, 0])),
         'val': repeated_rows(val_rows, np.random.default_rng([seed, 1]))}  # fmt: skip
