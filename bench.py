@@ -12,6 +12,7 @@ Times are of random weights, on which they do not depend. Other programs on the 
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -162,7 +163,7 @@ class Decoding:
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.step = lambda token: self.model(token, cache=self.cache)
+        self.step = functools.partial(model, cache=self.cache)
         if device.startswith('cuda'):
             self.cache.length = context - 1
             self.step = FixedStep(model, self.cache)
@@ -175,7 +176,7 @@ class Decoding:
         return times
 
     def run_attention(self, times=4):
-        """The same of the attention layers alone, projections included, on the CPU; a graph has no such parts."""
+        """The attention layers of a step alone, projections included, one after another and never captured."""
         self.cache.length = self.context - 1
         x = torch.ones(self.token.size(0), 1, n_embd, device=device)
         for _ in range(times):

@@ -91,8 +91,10 @@ class RMSNorm(nn.Module):
 def per_head(x, weight):
     """Every head's own product over all sequences: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
     B, H, T, _ = x.shape
-    # a broadcast matmul would copy the weights for each sequence
-    return torch.bmm(x.transpose(0, 1).reshape(H, B * T, -1), weight).view(H, B, T, -1).transpose(0, 1)
+    x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for each sequence
+    # memory is read fastest along the rows in which it lies
+    y = torch.bmm(weight.mT, x.mT).mT if weight.mT.is_contiguous() else torch.bmm(x, weight)
+    return y.reshape(H, B, T, -1).transpose(0, 1)
 
 
 class MultiHeadLatentAttention(nn.Module):

@@ -43,7 +43,7 @@ exec(open('configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 FORMED = 0.5  # a head is said to have formed when the best induction score passes this
-T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, n values
+T_QUANTILE = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, n values
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
 
 
@@ -188,12 +188,13 @@ def carry(rises):
 
 
 def interval(values):
-    """'mean +- half width' of the 95 % t interval over seeds."""
+    """'mean +- half width' of the 95 % t interval over seeds; the range instead where there are fewer than four."""
     values = [value for value in values if value is not None]
     if not values:
         return 'n/a'
     if len(values) not in T_QUANTILE:
-        return f'{mean(values):.3f}'
+        low, high = min(values), max(values)
+        return f'{mean(values):.3f}' + (f' [{low:.3f}, {high:.3f}]' if high > low else '')
     return f'{mean(values):.3f} +- {T_QUANTILE[len(values)] * stdev(values) / len(values) ** 0.5:.3f}'
 
 
@@ -399,8 +400,9 @@ outcomes = [outcome(run) for run in runs]
 steps, count = snapshots(), len({run['seed'] for run in runs})
 command = 'python study_induction.py' + (' --full=True' if full else '')
 intro = (f'Made by `{command}`: {len(runs)} runs of {steps[-1]} iterations, {count} training seeds each, measured at '
-         f'iterations {", ".join(map(str, steps))}. Values are means over seeds +- the half width of their 95 % t '
-         'interval; losses in nats.\n')  # fmt: skip
+         f'iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
+         + ('+- the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
+         + '; losses in nats.\n')  # fmt: skip
 parts = [
     ('When heads form and what they are (2 layers, 4 heads, C=64)', formation_table(outcomes)),
     ('MLA minus MHA, paired by seed', paired_table(outcomes)),

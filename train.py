@@ -209,7 +209,7 @@ if block_size > raw_model.config.block_size:
     )
 fsdp = fsdp and processes.world_size > 1
 if fsdp:
-    runtime.shard(raw_model, device, dtype, compile)
+    runtime.shard(raw_model, device, compile)
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
