@@ -33,3 +33,22 @@ def char_data(tmp_path):
     folder = tmp_path / 'data' / 'tiny'
     write_dataset(folder, 'char', {'train': ids[:3600], 'val': ids[3600:]}, chars=chars, source='a test text')
     return folder
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A data_dir with `tiny`, a small data set: each character is one to three steps after the last."""
+    import numpy as np
+
+    from tokens import write_dataset
+
+    folder = tmp_path_factory.mktemp('data')
+    state, ids = 12345, [0]
+    for _ in range(4000):
+        state = (state * 1103515245 + 12345) % 2**31
+        ids.append((ids[-1] + 1 + (state >> 16) % 3) % 12)
+    ids = np.array(ids)
+    write_dataset(
+        folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test'
+    )
+    return folder

@@ -3,84 +3,12 @@
 import csv
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-
-from tokens import write_dataset
-
-ROOT = Path(__file__).resolve().parent.parent
-COMMON = dict(
-    dataset='tiny',
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    block_size=16,
-    batch_size=8,
-    gradient_accumulation_steps=1,
-    bias=False,
-    learning_rate=1e-2,
-    warmup_iters=4,
-    lr_decay_iters=20,
-    min_lr=1e-3,
-    max_iters=20,
-    eval_interval=10,
-    eval_iters=4,
-    device='cpu',
-    dtype='float32',
-    compile=False,
-    threads=1,
-)
-SCRIPTS = {'mha': 'train.py', 'mla': 'train_mla.py'}
-
-
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    """A small data set: each character is one to three steps after the last, the same everywhere."""
-    folder = tmp_path_factory.mktemp('data')
-    state, ids = 12345, [0]
-    for _ in range(4000):
-        state = (state * 1103515245 + 12345) % 2**31
-        ids.append((ids[-1] + 1 + (state >> 16) % 3) % 12)
-    ids = np.array(ids)
-    write_dataset(
-        folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test'
-    )
-    return folder
-
-
-def command(script, data_dir, out_dir, **changes):
-    keys = {**COMMON, 'data_dir': data_dir, 'out_dir': out_dir, **changes}
-    return [script, *(f'--{key}={value}' for key, value in keys.items())]
-
-
-def run(script, data_dir, out_dir, launcher=(), **changes):
-    """The finished process of a training run with COMMON and these keys."""
-    arguments = [sys.executable, *launcher, *command(script, data_dir, out_dir, **changes)]
-    env = dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
-
-
-def log_of(out_dir):
-    """log.csv without what depends on the clock."""
-    with open(out_dir / 'log.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')} for row in rows]
-
-
-def weights(out_dir):
-    return torch.load(out_dir / 'ckpt.pt')['model']
-
-
-def assert_same_run(one, other):
-    assert log_of(one) == log_of(other)
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from training import ROOT, SCRIPTS, assert_same_run, log_of, run, started
 
 
 @pytest.mark.parametrize('kind', SCRIPTS)
