@@ -1,7 +1,7 @@
 """
 Runs scripts in forks of a process that has imported PyTorch already: a hundred starts of Python would take minutes.
 
-A program, not a test: for each line [script, [arguments]] of JSON on stdin it writes a line [exit code, stdout, stderr].
+A program, not a test: for each line [script, [arguments]] of JSON on stdin it writes [exit code, stdout, stderr].
 """
 
 import json

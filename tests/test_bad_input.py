@@ -478,7 +478,7 @@ def command_line(case, place):
 
 
 def check(case, place, code, errors):
-    """The promise, of one finished run."""
+    """What every wrong input ends in."""
     assert 'Traceback' not in errors, errors
     lines = errors.splitlines()
     assert code == 2, (code, errors)

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -41,14 +42,13 @@ def test_both_models_see_the_same_batches_whatever_else_differs(data_dir, tmp_pa
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
 
 
-@pytest.mark.parametrize('kind', SCRIPTS)
-def test_a_run_killed_and_resumed_is_the_run(kind, data_dir, tmp_path):
+def test_a_run_killed_and_resumed_is_the_run(data_dir, tmp_path):
+    """MHA, and gradient accumulation; test_faults.py kills more, and MLA."""
     extra = dict(dropout=0.2, checkpoint_interval=3, max_iters=60, lr_decay_iters=60, gradient_accumulation_steps=2)
-    assert run(SCRIPTS[kind], data_dir, tmp_path / 'whole', **extra).returncode == 0
+    assert run('train.py', data_dir, tmp_path / 'whole', **extra).returncode == 0
     broken = tmp_path / 'broken'
-    arguments = [sys.executable, *command(SCRIPTS[kind], data_dir, broken, init_from='auto', **extra)]
     for kills in range(2):
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = started('train.py', data_dir, broken, init_from='auto', **extra)
         seen = 0
         for line in process.stdout:
             seen += line.startswith('iter ')
@@ -57,7 +57,7 @@ def test_a_run_killed_and_resumed_is_the_run(kind, data_dir, tmp_path):
                 break
         process.wait()
         assert process.returncode == -signal.SIGKILL
-    done = run(SCRIPTS[kind], data_dir, broken, init_from='auto', **extra)
+    done = run('train.py', data_dir, broken, init_from='auto', **extra)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / 'whole', broken)
 
@@ -65,8 +65,8 @@ def test_a_run_killed_and_resumed_is_the_run(kind, data_dir, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
 def test_a_signal_lets_the_step_finish_and_saves(name, data_dir, tmp_path):
-    arguments = [sys.executable, *command('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    endless = dict(max_iters=100000, eval_interval=100000)
+    process = started('train.py', data_dir, tmp_path, errors=subprocess.PIPE, **endless)
     for line in process.stdout:
         if line.startswith('iter 5:'):
             break
@@ -75,21 +75,6 @@ def test_a_signal_lets_the_step_finish_and_saves(name, data_dir, tmp_path):
     assert process.returncode == 85
     assert f'stopped by {name} at iteration' in errors and 'Traceback' not in errors
     assert torch.load(tmp_path / 'ckpt.pt')['iter_num'] >= 6
-
-
-def test_two_processes_follow_the_same_curve_as_one(data_dir, tmp_path):
-    extra = dict(gradient_accumulation_steps=4, batch_size=4)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-    assert run('train_mla.py', data_dir, tmp_path / 'one', **extra).returncode == 0
-    done = run('train_mla.py', data_dir, tmp_path / 'two', torchrun, **extra)
-    assert done.returncode == 0, done.stderr
-    for one, two in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two'), strict=True):
-        for name in ('loss', 'train_loss', 'val_loss', 'val_stderr'):
-            assert bool(one[name]) == bool(two[name])
-            if one[name]:
-                assert float(two[name]) == pytest.approx(float(one[name]), abs=1e-5)
-    done = run('train.py', data_dir, tmp_path / 'odd', torchrun, gradient_accumulation_steps=3)
-    assert done.returncode and 'gradient_accumulation_steps=3 micro-batches cannot be shared' in done.stderr
 
 
 def test_another_run_is_not_overwritten_unasked(data_dir, tmp_path):
@@ -119,8 +104,7 @@ def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(data_dir, tmp_path
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
 def test_a_second_interrupt_stops_at_once(data_dir, tmp_path):
-    arguments = [sys.executable, *command('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = started('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)
     next(line for line in process.stdout if line.startswith('iter 5:'))
     for _ in range(50):
         process.send_signal(signal.SIGINT)

@@ -31,7 +31,11 @@ COMMON = dict(
     threads=1,
 )
 SCRIPTS = {'mha': 'train.py', 'mla': 'train_mla.py'}
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
+
+
+def environment():
+    """This process's, with one thread, and loopback for what processes say to each other."""
+    return dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
 
 
 def torchrun(processes, *arguments):
@@ -48,13 +52,13 @@ def command(script, data_dir, out_dir, launcher=(), **changes):
 def run(script, data_dir, out_dir, launcher=(), **changes):
     """The finished process of a training run with COMMON and these keys."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment())
 
 
 def started(script, data_dir, out_dir, launcher=(), errors=subprocess.DEVNULL, **changes):
     """The process of a training run that has just begun; its stdout is a pipe."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
 
 
 def log_of(out_dir):
