@@ -161,9 +161,8 @@ for label, key, form in ROWS:
     print(f'{label:36}{form.format(mha[key]):>18}{form.format(mla[key]):>18}{mla[key] / mha[key]:>12.2f}')
 for split in ('train', 'val'):
     cells = [f'{r[f"{split}_loss"]:.4f} +- {r[f"{split}_stderr"]:.4f}' for r in (mha, mla)]
-    print(
-        f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{mla[f"{split}_loss"] / mha[f"{split}_loss"]:>12.3f}'
-    )
+    ratio = mla[f'{split}_loss'] / mha[f'{split}_loss']
+    print(f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{ratio:>12.3f}')
 for name in models:
     print(f'\n---- a sample of {name.upper()} ----\n{results[name]["sample"].strip()}')
 
