@@ -224,7 +224,7 @@ def shard(model, device, compile=False):
     Share out a model's parameters over all processes, and with them gradients and optimizer state (ZeRO-3, FSDP2).
 
     Each block of model.transformer.h is gathered on `device` when it is needed, and given up again. The model may
-    be one that no device could hold whole: it comes from the CPU, block by block. All stays float32, as without sharding;
+    be one that no device could hold whole: it comes from the CPU, block by block. All stays float32 as before;
     autocast's copies, of 2 bytes per parameter, are whole on each device. Source: arXiv:1910.02054 (ZeRO).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
