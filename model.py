@@ -133,12 +133,33 @@ def causal_mask(T, S, device):
 
 def attention_pattern(q, k, scale):
     """softmax(q k^T scale) over the keys a query may see: q (..., T, size), k (..., S, size) -> (..., T, S)."""
-    scores = (q @ k.transpose(-2, -1)) * scale
     visible = causal_mask(q.size(-2), k.size(-2), q.device)
-    return scores.masked_fill(~visible, float('-inf')).softmax(dim=-1)
+    return ((q * scale) @ k.mT).masked_fill_(~visible, float('-inf')).softmax(dim=-1)
 
 
-def attend(q, k, v, scale, dropout=0.0, flash=True, causal=True, visible=None):
+def dropout(x, p):
+    """
+    Each number of x is 0 with probability p, the others grow by 1/(1-p) (arXiv:1207.0580).
+
+    As F.dropout, which on a CPU draws number after number on one core. Here 64 random bits serve four of them, so that
+    p is taken to the nearest 1/65536.
+    """
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = min(round(p * 65536), 65535)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+    return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the function above."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     """
     Attention of T queries over S keys: q (..., T, size), k and v (..., S, size) -> (..., T, size).
 
@@ -148,12 +169,14 @@ def attend(q, k, v, scale, dropout=0.0, flash=True, causal=True, visible=None):
     T, S = q.size(-2), k.size(-2)
     if visible is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    if causal and not flash:
-        return F.dropout(attention_pattern(q, k, scale), dropout) @ v
+    # fused attention has no dropout on a CPU: SDPA would take a formula of its own there, three times slower than ours
+    if causal and (not flash or (p_drop and q.device.type == 'cpu' and not torch.compiler.is_compiling())):
+        pattern = attention_pattern(q, k, scale)
+        return (dropout(pattern, p_drop) if p_drop else pattern) @ v
     # SDPA's is_causal aligns the mask at the top left: right only where T equals S. A single query sees every key.
     mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
     square = causal and T == S
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
 
 
 class Cache:
@@ -222,7 +245,7 @@ class CausalSelfAttention(nn.Module):
             config.n_embd, 3 * config.n_embd, bias=config.bias
         )  # queries, keys, values in one product
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     @staticmethod
     def cache_shapes(config):
@@ -265,7 +288,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
@@ -298,7 +321,7 @@ class GPT(nn.Module):
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['drop'] = nn.Dropout(config.dropout)
+        parts['drop'] = Dropout(config.dropout)
         parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
         parts['ln_f'] = LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)

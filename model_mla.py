@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import GPT, GPTConfig, Linear, apply_rope, attend
+from model import GPT, Dropout, GPTConfig, Linear, apply_rope, attend
 
 
 @dataclass
@@ -119,7 +119,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.n_latent) if config.latent_norm else nn.Identity()
         self.c_kv_up = Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
         self.c_proj = Linear(C, C, bias=bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     @staticmethod
     def cache_shapes(config):

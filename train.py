@@ -113,6 +113,8 @@ for ok, complaint in (
 device = runtime.pick_device(device)
 processes, device = runtime.join_processes(device, backend)
 threads = runtime.set_threads(threads)
+if device == 'cpu':
+    runtime.keep_freed_memory()
 dtype = runtime.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU

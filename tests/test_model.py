@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, causal_mask, draw
+from model import GPT, GPTConfig, causal_mask, draw, attend, dropout
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -167,3 +167,33 @@ def test_mlas_keys_values_and_queries_start_with_mhas_variance(extra):
         mla = MLAGPT(MLAConfig(**sizes, n_latent=64, **extra)).transformer.h[0].attn.qkv(x)
     for one, other in zip(mha, mla, strict=True):
         assert other.std().item() == pytest.approx(one.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize('p', [0.1, 0.2, 0.5, 0.99999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(1)
+    x = torch.ones(1000, 1001, requires_grad=True)
+    y = dropout(x, p)
+    share = (y == 0).double().mean().item()
+    assert abs(share - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2 / 65536
+    assert set(y.detach().unique().tolist()) == {0.0, y.max().item()}
+    if p < 0.9:
+        assert abs(y.mean().item() - 1) < 0.01
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, p), y)  # the same seed, the same mask
+    neighbours = (y[:, :1000].detach() == 0).view(-1, 4).double().T.corrcoef()  # four numbers share one draw
+    assert p > 0.9 or (neighbours - torch.eye(4)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize('flash', [True, False])
+def test_dropout_acts_in_training_alone_and_where_the_model_says(flash):
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, dropout=0.5, flash=flash))
+    x = torch.randint(11, (2, 16))
+    assert not torch.equal(model(x)[0], model(x)[0])
+    model.eval()
+    assert torch.equal(model(x)[0], model(x)[0])
+    q, k, v = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)
+    mean = torch.stack([attend(q, k, v, 0.3, 0.2, flash) for _ in range(4000)]).mean(0)
+    assert (mean - attend(q, k, v, 0.3)).abs().max() < 0.1
