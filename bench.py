@@ -1,5 +1,13 @@
 """
-Measure how fast the models are: side by side in one process, rounds alternating, medians and spread.
+Measure how fast the models are: side by side, rounds alternating, medians and spread.
+
+Training steps of MHA and MLA, and beside them nanoGPT's, and ours without one of our optimisations:
+$ python bench.py --mode=train --nanogpt=../nanoGPT --without=memory,fused,loss
+$ python bench.py --mode=train --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65 --batch_size=64 --block_size=256
+$ python bench.py --mode=train --profile=trace     # and what the time goes into: trace-MHA.json for chrome://tracing
+
+Tokenizing, and gathering batches:
+$ python bench.py --mode=data --text=FILE
 
 Decoding, over context lengths and batch sizes, with MHA's cache, with MLA's latent cache and without any:
 $ python bench.py --mode=sample
@@ -8,6 +16,9 @@ $ python bench.py --mode=sample --contexts=128,256,512,1024,2048,4096 --plot=ass
 The same, and whole texts against nanoGPT's generate and Hugging Face's, on the same random weights:
 $ python bench.py --mode=sample --nanogpt=../nanoGPT --huggingface=True
 
+Whether something has become slower since another measurement (exit code 1):
+$ python bench.py --mode=compare --files=before.json,after.json
+
 Times are of random weights, on which they do not depend. Other programs on the machine disturb them: watch the spread.
 """
 
@@ -15,39 +26,60 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from json import dump
+from json import dump, load
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import runtime
 from model import GPT, FixedStep, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from runtime import UserError
+from runtime import UserError, whole_numbers
+from tokens import TokenData, read_meta
 
 # ----------------------------------------------------------------------------------------------------------------------
-mode = 'sample'  # what to measure: 'sample'
+mode = 'sample'  # what to measure: 'train', 'sample' or 'data'; 'compare' compares two measurements
 json = ''  # a file for all numbers
 rounds = 9  # of which medians and quartiles are given, after one round of warm-up
+nanogpt = ''  # train, sample: folder of a nanoGPT checkout, to time it beside ours
 # model: GPT-2's smallest, 124M
 n_layer = 12
 n_head = 12
 n_embd = 768
 vocab_size = 50304
-n_latents = '384,192,96'  # MLA models, by the size of their latents
+n_latents = ''  # MLA models, by the size of their latents; '': C/2, and for sample C/4 and C/8 as well
 # sample
 contexts = '256,1024'  # tokens in the cache when a step is timed
 batch_sizes = '1,8'
 uncached_tokens = 4096  # without a cache, a step is timed up to this many tokens, sequences together: it is slow
 new_tokens = 256  # length of the texts
 prompt_tokens = 16
-nanogpt = ''  # folder of a nanoGPT checkout, to time its generate beside ours
 huggingface = False  # time transformers' GPT-2 beside ours
 plot = ''  # a file for the picture of decoding time and cache size
+# train
+batch_size = 12
+block_size = 1024
+dropout = 0.0
+bias = False
+compile = 'auto'  # True, False, or on GPUs only
+without = ''  # optimisations to leave out, each beside the rest: 'memory', 'fused', 'loss'
+profile = ''  # train: a name for traces of one step of each model
+serve = ''  # used by mode=train itself, for what needs a process of its own
+# data
+text = ''  # a text file to tokenize; without one, random words are made up
+megabytes = 64  # of made-up words
+# compare
+files = ''  # two files that --json made
+tolerance = 1.1  # how many times slower something may have become
 # machine
 device = 'auto'
 dtype = 'auto'
@@ -57,17 +89,6 @@ exec(open('configurator.py').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ---- what all modes share --------------------------------------------------------------------------------------------
-
-
-def numbers(text, key):
-    """The whole numbers in '1,8'. UserError where there are none."""
-    try:
-        values = [int(part) for part in text.split(',')]
-    except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise UserError(f"{key} is '{text}'; it must be whole numbers above 0 with commas between, such as 1,8")
-    return values
 
 
 def synchronize():
@@ -144,13 +165,214 @@ def cpu_name():
 
 
 def build(model_class, config_class, **settings):
-    """A model with random weights, ready to decode."""
+    """A model with random weights."""
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size)
     try:
         config = config_class(**sizes, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model_class(config, seed=seed).eval().to(device)
+    return model_class(config, seed=seed).to(device)
+
+
+def build_all(shares, **settings):
+    """MHA, and MLA of the latent sizes asked for, or of these shares of n_embd: {name: model}."""
+    sizes = whole_numbers(n_latents, 'n_latents') or [n_embd // share for share in shares]
+    models = {'MHA': build(GPT, GPTConfig, **settings)}
+    return models | {f'MLA, r={r}': build(MLAGPT, MLAConfig, n_latent=r, **settings) for r in sizes}
+
+
+def nanogpt_module():
+    """nanoGPT's model.py, imported from the folder that --nanogpt names. UserError if it is not there."""
+    file = os.path.join(nanogpt, 'model.py')
+    if not os.path.isfile(file):
+        raise UserError(f'there is no {file}; --nanogpt names the folder of a nanoGPT checkout')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', file)
+    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- mode=train ------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """Training steps of one model on random tokens, as train.py takes them."""
+
+    def __init__(self, model, folder, leave_out=''):
+        """folder: the tokens' data set. leave_out: an optimisation of WITHOUT to do without."""
+        self.model, self.data, self.iteration = model.train(), TokenData(folder, block_size), 0
+        self.optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.split(':')[0])
+        if leave_out == 'fused':
+            groups = [{k: group[k] for k in ('params', 'weight_decay')} for group in self.optimizer.param_groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+        self.call = torch.compile(model) if compile else model
+        self.logits = leave_out == 'loss'
+
+    def run(self):
+        """One step."""
+        x, y = self.data.batch(seed, self.iteration, batch_size, slice(0, batch_size))
+        if device.startswith('cuda'):
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with runtime.autocast(device, dtype):
+            loss = self.call(x, y, logits=self.logits)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+
+
+def batch_by_row(tokens):
+    """A random batch (x, y), gathered as nanoGPT does: row by row, each read, converted and stacked."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
+    rows = [tokens[i : i + block_size + 1].astype(np.int64) for i in starts]
+    return (torch.stack([torch.from_numpy(row[part]) for row in rows]) for part in (slice(-1), slice(1, None)))
+
+
+class NanoGPTTraining:
+    """The same steps by nanoGPT's model and optimizer, as its train.py takes them; on a CPU it never casts."""
+
+    def __init__(self, folder):
+        module = nanogpt_module()
+        config = module.GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+        with contextlib.redirect_stdout(sys.stderr):  # it announces its size
+            self.model = module.GPT(config).to(device)
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.split(':')[0])
+        self.tokens = np.memmap(os.path.join(folder, 'train.bin'), dtype=np.uint16, mode='r')
+        self.call = torch.compile(self.model) if compile else self.model
+        self.autocast = runtime.autocast(device, dtype if device.startswith('cuda') else 'float32')
+
+    def run(self):
+        x, y = batch_by_row(self.tokens)
+        with self.autocast:
+            loss = self.call(x.to(device), y.to(device))[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Elsewhere:
+    """A contender's steps in a process of its own: what it does to memory and libraries would touch the others."""
+
+    def __init__(self, name, folder):
+        keys = dict(config, mode='train', serve=name, device=device, dtype=dtype, compile=compile, text=folder, json='')
+        arguments = [f'--{key}={value}' for key, value in keys.items()]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.process = name, subprocess.Popen([sys.executable, sys.argv[0], *arguments], **pipes)
+        self.ask('peak')  # and so wait until it is ready
+
+    def ask(self, what):
+        """Its answer, a number, to 'step' (take one) or 'peak' (bytes of the most memory one holds)."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(what + '\n')
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise UserError(f'{self.name} could not be measured; its own message is above')
+        return float(answer)
+
+    def run(self):
+        self.ask('step')
+
+
+def serve_steps():
+    """The other end of Elsewhere: answer on stdout what is asked on stdin, until that is closed."""
+    if serve == 'nanoGPT':
+        training = NanoGPTTraining(text)
+    else:
+        leave_out = serve.removeprefix('MHA without ')
+        training = Training(build(GPT, GPTConfig, **train_settings()), text, leave_out)
+        if device == 'cpu' and leave_out != 'memory':
+            runtime.keep_freed_memory()
+    training.run()
+    for line in sys.stdin:
+        answer = peak_bytes(training.run) if line.strip() == 'peak' else training.run() or 0
+        synchronize()
+        print(answer, flush=True)
+    sys.exit(0)
+
+
+def train_settings():
+    return dict(block_size=block_size, dropout=dropout, bias=bias)
+
+
+def trace(name, function):
+    """Write a trace of `function` for chrome://tracing, and say what took longest."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+    with torch.profiler.profile() as found:  # of all devices there are
+        function()
+        synchronize()
+    path = f'{profile}-{name.replace(", ", "-").replace("=", "")}.json'
+    found.export_chrome_trace(path)
+    by = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
+    longest = sorted(found.key_averages(), key=lambda event: -getattr(event, by))
+    total = sum(getattr(event, by) for event in longest)
+    shares = ', '.join(f'{event.key.removeprefix("aten::")} {getattr(event, by) / total:.0%}' for event in longest[:8])
+    runtime.notice(f'{name}: {shares}; all of it in {path}')
+
+
+def bench_train():
+    """Training steps of MHA and MLA, and of what was asked for beside them. Returns the numbers as a dict."""
+    parts = [part for part in without.split(',') if part]
+    if unknown := set(parts) - set(WITHOUT):
+        raise UserError(f'without has {", ".join(unknown)}; it knows {", ".join(WITHOUT)}')
+    if min(batch_size, block_size) < 1:
+        raise UserError('batch_size and block_size must be at least 1')
+    if device == 'cpu':
+        runtime.keep_freed_memory()
+    models = build_all((2,), **train_settings())
+    flops = {name: model.flops_per_token() for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        random = np.random.default_rng(seed).integers(vocab_size, size=max(2**20, 2 * block_size), dtype=np.uint16)
+        for split in ('train', 'val'):
+            random.tofile(os.path.join(folder, f'{split}.bin'))
+        contenders = {name: Training(model, folder) for name, model in models.items()}
+        for name in ['nanoGPT'] * bool(nanogpt) + [f'MHA without {part}' for part in parts]:
+            contenders[name] = Elsewhere(name, folder)
+        on = ', '.join(f'{k}: {v}' for k, v in (machine() | {'compiled': compile}).items())
+        print(f'{on}; {n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}\n')
+        seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds)
+        rows = []
+        for name, contender in contenders.items():
+            row = {'name': name, **spread(seconds[name])}
+            row['peak_bytes'] = contender.ask('peak') if isinstance(contender, Elsewhere) else peak_bytes(contender.run)
+            row['tokens_per_s'] = 1e3 * batch_size * block_size / row['ms']
+            row['flops_per_s'] = flops.get(name, flops['MHA']) * row['tokens_per_s']
+            peak = runtime.peak_flops(device, dtype)
+            row['mfu'] = row['flops_per_s'] / peak if peak else None
+            rows.append(row)
+        for row in rows:
+            row['of_mha'] = row['ms'] / rows[0]['ms']
+            if nanogpt:
+                row['speed_of_nanogpt'] = next(r['ms'] for r in rows if r['name'] == 'nanoGPT') / row['ms']
+        columns = {
+            'training step of': lambda row: row['name'],
+            'ms (quartiles)': ms_text,
+            'tokens/s': lambda row: f'{row["tokens_per_s"]:,.0f}',
+            'time, of MHA': lambda row: f'{row["of_mha"]:.3f}',
+            'speed, of nanoGPT': lambda row: f'{row["speed_of_nanogpt"]:.2f}' if nanogpt else 'n/a',
+            'TFLOP/s': lambda row: f'{row["flops_per_s"] / 1e12:.3f}',
+            'MFU': lambda row: f'{row["mfu"]:.1%}' if row['mfu'] else 'n/a',
+            'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}',
+        }
+        print_table(rows, columns)
+        if profile:
+            for name in models:
+                trace(name, contenders[name].run)
+        for contender in contenders.values():
+            if isinstance(contender, Elsewhere):
+                contender.process.stdin.close()
+                contender.process.wait()
+    return {'steps': rows}
+
+
+WITHOUT = {
+    'memory': 'memory that is freed goes back to the system',
+    'fused': 'AdamW as a loop over tensors',
+    'loss': 'all logits at once',
+}
 
 
 # ---- mode=sample -----------------------------------------------------------------------------------------------------
@@ -241,13 +463,8 @@ def check_same(logits, expected, name):
 
 
 def nanogpt_model(ours, prompt):
-    """nanoGPT's model with the weights of ours, from its own model.py. UserError if that is not there."""
-    file = os.path.join(nanogpt, 'model.py')
-    if not os.path.isfile(file):
-        raise UserError(f'there is no {file}; --nanogpt names the folder of a nanoGPT checkout')
-    spec = importlib.util.spec_from_file_location('nanogpt_model', file)
-    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """nanoGPT's model with the weights of ours, from its own model.py."""
+    module = nanogpt_module()
     names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'dropout')
     with contextlib.redirect_stdout(sys.stderr):  # it announces its size
         theirs = module.GPT(module.GPTConfig(**{name: getattr(ours.config, name) for name in names})).eval().to(device)
@@ -314,11 +531,9 @@ def draw_plot(rows, file):
 
 def bench_sample():
     """Decoding steps over context and batch size, then whole texts. Returns the numbers as a dict."""
-    lengths, sizes = numbers(contexts, 'contexts'), numbers(batch_sizes, 'batch_sizes')
-    block_size = max(*lengths, prompt_tokens + new_tokens)
-    models = {'MHA': build(GPT, GPTConfig, block_size=block_size)}
-    for r in numbers(n_latents, 'n_latents'):
-        models[f'MLA, r={r}'] = build(MLAGPT, MLAConfig, block_size=block_size, n_latent=r)
+    lengths, sizes = whole_numbers(contexts, 'contexts'), whole_numbers(batch_sizes, 'batch_sizes')
+    longest = max(*lengths, prompt_tokens + new_tokens)
+    models = {name: model.eval() for name, model in build_all((2, 4, 8), block_size=longest).items()}
     print(f'{", ".join(f"{k}: {v}" for k, v in machine().items())}\n')
     steps, texts = [], []
     with torch.no_grad(), runtime.autocast(device, dtype):
@@ -361,16 +576,159 @@ def ms_text(row):
     return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'
 
 
+# ---- mode=data -------------------------------------------------------------------------------------------------------
+
+
+def made_up_words(path):
+    """Write `megabytes` of random words, whose frequencies fall as a language's do (Zipf), to `path`."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
+    words = [''.join(rng.choice(letters, size)) for size in rng.integers(1, 12, size=20000)]
+    with open(path, 'w', encoding='utf-8') as file:
+        while file.tell() < megabytes * 1e6:
+            line = rng.zipf(1.2, size=200000) % len(words)
+            file.write(' '.join(words[i] for i in line) + '\n')
+
+
+def most_memory(process):
+    """
+    Wait for a process, and return the most memory that it and its children held together, in bytes.
+
+    Shared pages count once. None where the system does not tell (it is Linux that does).
+    """
+    most = None
+    while process.poll() is None:
+        total, waiting = 0, [process.pid]
+        while waiting:
+            pid = waiting.pop()
+            with contextlib.suppress(OSError, ValueError):
+                with open(f'/proc/{pid}/smaps_rollup', encoding='ascii') as file:
+                    total += next(int(line.split()[1]) << 10 for line in file if line.startswith('Pss:'))
+                with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as file:
+                    waiting += file.read().split()
+        most = max(most or 0, total) or None
+        time.sleep(0.05)
+    return most
+
+
+def measure_tokenizing(path, folder):
+    """One row for each tokenizer: data/text/prepare.py on all of a file."""
+    rows = []
+    for tokenizer in ('char', 'byte', 'gpt2'):
+        to = os.path.join(folder, tokenizer)
+        script = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), 'data', 'text', 'prepare.py')
+        command = [sys.executable, script, f'--input={path}', f'--out_dir={to}', f'--tokenizer={tokenizer}']
+        runtime.notice(f'tokenizing by {tokenizer}')
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        memory = most_memory(process)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            runtime.notice(process.stderr.read().strip())
+            continue
+        count = sum(read_meta(Path(to))['tokens'].values())
+        row = {'name': f'tokenize, {tokenizer}', 'ms': 1e3 * seconds, 'tokens': count, 'peak_bytes': memory}
+        rows.append(row | {'tokens_per_s': count / seconds, 'bytes_per_s': os.path.getsize(path) / seconds})
+    return rows
+
+
+def measure_batches(folder):
+    """Gathering a batch: ours, in one vectorised read, and row by row as nanoGPT does."""
+    data, tokens = TokenData(folder, block_size), np.memmap(os.path.join(folder, 'train.bin'), np.uint16, 'r')
+    iteration = itertools.count()
+
+    def ours():
+        for _ in range(20):
+            data.batch(seed, next(iteration), batch_size, slice(0, batch_size))
+        return 20
+
+    def by_row():
+        for _ in range(20):
+            x, y = batch_by_row(tokens)
+        return 20
+
+    seconds = alternate({'batch, ours': ours, 'batch, row by row': by_row}, rounds)
+    return [{'name': name, **spread(times)} for name, times in seconds.items()]
+
+
+def bench_data():
+    """Tokenizing by each tokenizer, and gathering batches. Returns the numbers as a dict."""
+    if text and not os.path.isfile(text):
+        raise UserError(f'there is no file {text}; --text names a text file, or is left out')
+    if min(batch_size, block_size, megabytes) < 1:
+        raise UserError('batch_size, block_size and megabytes must be at least 1')
+    with tempfile.TemporaryDirectory() as folder:
+        path = text or os.path.join(folder, 'words.txt')
+        if not text:
+            made_up_words(path)
+        print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {runtime.available_cores()} cores\n')
+        tokenizing = measure_tokenizing(path, folder)
+        columns = {
+            'tokenizer': lambda row: row['name'].split()[-1],
+            'tokens': lambda row: f'{row["tokens"]:,}',
+            'seconds, start to end': lambda row: f'{row["ms"] / 1e3:.1f}',
+            'tokens/s': lambda row: f'{row["tokens_per_s"]:,.0f}',
+            'MB/s': lambda row: f'{row["bytes_per_s"] / 1e6:.1f}',
+            'peak MiB, all processes': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else 'n/a',
+        }
+        print_table(tokenizing, columns)
+        batches = measure_batches(os.path.join(folder, 'byte'))
+        heading = f'a batch of {batch_size} x {block_size}'
+        print_table(batches, {heading: lambda row: row['name'].split(', ')[1], 'ms (quartiles)': ms_text})
+    return {'tokenizing': tokenizing, 'batches': batches}
+
+
+# ---- mode=compare ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    """The timed rows of a file that --json made: {what was timed: milliseconds}."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = load(file)
+        rows = [row for part in found.values() if isinstance(part, list) for row in part]
+        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be read as a measurement ({error}); name a file that --json made") from error
+
+
+def compare():
+    """Print how two measurements differ; exit code 1 where something has become slower than `tolerance` allows."""
+    paths = files.split(',')
+    if len(paths) != 2:
+        raise UserError(f"files is '{files}'; it must be two files that --json made, such as before.json,after.json")
+    before, after = (rows_of(path) for path in paths)
+    rows = [{'name': name, 'before': before[name], 'after': after[name]} for name in before if name in after]
+    if not rows:
+        raise UserError(f'{paths[0]} and {paths[1]} have timed nothing in common')
+    columns = {
+        'name': lambda row: row['name'],
+        'ms before': lambda row: f'{row["before"]:.2f}',
+        'ms after': lambda row: f'{row["after"]:.2f}',
+        'after / before': lambda row: f'{row["after"] / row["before"]:.3f}',
+    }
+    print_table(rows, columns)
+    slower = [row['name'] for row in rows if row['after'] > tolerance * row['before']]
+    if slower:
+        print(f'slower by more than {tolerance:g} times: {"; ".join(slower)}', file=sys.stderr)
+    sys.exit(1 if slower else 0)
+
+
 # ---- the work --------------------------------------------------------------------------------------------------------
-modes = {'sample': bench_sample}
+modes = {'train': bench_train, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
 if mode not in modes:
-    raise UserError(f"mode is '{mode}'; it must be {' or '.join(modes)}")
-if rounds < 1:
-    raise UserError(f'rounds is {rounds}; it must be at least 1')
+    raise UserError(f"mode is '{mode}'; it must be {', '.join(modes)}")
+if rounds < 1 or vocab_size > 2**16:
+    raise UserError(f'rounds is {rounds} and vocab_size {vocab_size}; they must be at least 1, and at most 65536')
+if compile not in ('auto', True, False):
+    raise UserError(f"compile is '{compile}'; it must be True, False or auto")
 device = runtime.pick_device(device)
 dtype = runtime.pick_dtype(dtype, device, n_embd)
+compile = device.startswith('cuda') if compile == 'auto' else compile
 runtime.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
+if serve:
+    serve_steps()
 results = {'mode': mode, 'machine': machine(), 'config': config, **modes[mode]()}
 if json:
     with open(json, 'w', encoding='utf-8') as file:

@@ -132,19 +132,19 @@ class Writer:
     def __init__(self, writes=True):
         self.thread, self.error, self.writes = None, None, writes
 
-    def save(self, path, checkpoint, best_path=None):
-        """Copy `checkpoint` now and write it to `path` (and name it `best_path` too) while the caller goes on."""
+    def save(self, path, checkpoint, others=()):
+        """Copy `checkpoint` now and write it to `path`, with `others` as further names, while the caller goes on."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.thread = threading.Thread(target=self._write, args=(path, snapshot, best_path))
+            self.thread = threading.Thread(target=self._write, args=(path, snapshot, others))
             self.thread.start()
 
-    def _write(self, path, snapshot, best_path):
+    def _write(self, path, snapshot, others):
         try:
             save(path, snapshot)
-            if best_path:
-                link(path, best_path)
+            for other in others:
+                link(path, other)
         except Exception as error:
             self.error = error
 

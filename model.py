@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 GPT2_SIZES = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -179,6 +180,45 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    The output head and the loss in one, a few rows at a time: the (N, V) logits, often the largest tensor of all, never
+    exist. Their gradient is taken while they are at hand, so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        """x (N, C), weight (V, C), targets (N,; -1 is not scored) -> mean cross-entropy of the scored rows, float32."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        rows = max(1024 if kind == 'cuda' else 256, 2**22 // weight.size(0))
+        low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
+        grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+        with torch.autocast(kind, enabled=False):
+            for first in range(0, x.size(0), rows):
+                part = slice(first, first + rows)
+                ids = targets[part].clamp(min=0)[:, None]
+                log_p = (low_x[part] @ low_weight.T).to(total.dtype).log_softmax(dim=-1)
+                total -= (log_p.gather(1, ids)[:, 0] * scored[part]).sum()
+                # the gradient of a row's loss by its logits: p, less 1 at the target
+                error = log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=total.dtype))
+                error = (error * scored[part, None]).to(dtype)
+                grad_x[part] = error @ low_weight
+                grad_weight += error.T @ low_x[part]
+        count = scored.sum()
+        # divided by count only in `backward`: in float16 they would vanish
+        ctx.save_for_backward(grad_x, grad_weight, count)
+        ctx.x_dtype = x.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        grad = grad / count
+        return grad_x.to(ctx.x_dtype) * grad, grad_weight * grad.to(grad_weight.dtype), None
+
+
 class Cache:
     """
     What attention keeps of the tokens it has seen: one preallocated tensor per layer and kind, time on dimension -2.
@@ -241,9 +281,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_embd, self.head_size = config.n_head, config.n_embd, config.head_size
         self.dropout, self.flash = config.dropout, config.flash
         self.scale = 1 / math.sqrt(self.head_size)
-        self.c_attn = Linear(
-            config.n_embd, 3 * config.n_embd, bias=config.bias
-        )  # queries, keys, values in one product
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one product
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
@@ -329,6 +367,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
         table = rope_table(config.rope_size, config.block_size) if config.pos == 'rope' else None
         self.register_buffer('rope', table, persistent=False)
+        self.recompute = False  # train.py sets it
         self.init_weights(seed)
 
     def init_std(self, name):
@@ -394,16 +433,19 @@ class GPT(nn.Module):
         rope = None if self.rope is None else self.rope[:, positions]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rope, cache)
+            # recomputed: only the block's input is kept for the backward pass (arXiv:1604.06174)
+            again = self.recompute and self.training
+            x = checkpoint(block, x, rope, use_reentrant=False) if again else block(x, rope, cache)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, logits=True):
         """
         Token ids idx (B, T), int64 -> (logits, loss).
 
         With targets (B, T; -1 is not scored): logits (B, T, V) and the mean cross-entropy in nats per scored token.
+        logits=False gives None for them, and computes the loss in far less memory.
         Without: logits (B, 1, V) of the last position alone, and None.
         With a cache (see `init_cache`), idx continues the sequences in it, and it grows by T.
         Raises ValueError where the tokens exceed block_size.
@@ -411,14 +453,18 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if not logits:
+            return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def window_losses(self, idx, targets):
         """Mean loss of each row, in nats per scored token: idx and targets (B, T; -1 is not scored) -> float32 (B,)."""
-        logits = self.lm_head(self.hidden(idx)).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
-        return losses.view(targets.shape).sum(1) / (targets != -1).sum(1).clamp(min=1)
+        losses = [
+            F.cross_entropy(self.lm_head(x).float(), row, ignore_index=-1, reduction='sum')
+            for x, row in zip(self.hidden(idx), targets, strict=True)  # row by row: all logits at once may not fit
+        ]
+        return torch.stack(losses) / (targets != -1).sum(1).clamp(min=1)
 
     def init_cache(self, batch_size, max_tokens=None, dtype=None):
         """An empty Cache for `batch_size` sequences of up to `max_tokens` (block_size at most, and by default)."""

@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,17 @@ def notice(text):
     """Print `text` on stderr, once for all processes. Results go to stdout; this is for everything else."""
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
+
+
+def whole_numbers(text, key):
+    """The whole numbers above 0 in a key's value such as '1,8', as a list. UserError where it holds anything else."""
+    try:
+        values = [int(part) for part in text.split(',')] if text else []
+    except ValueError:
+        values = [0]
+    if min(values, default=1) < 1:
+        raise UserError(f"{key} is '{text}'; it must be whole numbers above 0 with commas between, such as 1,8")
+    return values
 
 
 def check_folder(path):
@@ -80,13 +93,13 @@ def pick_dtype(dtype, device, n_embd=0):
     """
     The number format of matrix products: 'float32', 'bfloat16' or 'float16'.
 
-    'auto': on CUDA bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where AMX multiplies it and the
-    model is wide enough (n_embd) to gain, else float32. A rule, not a measurement: a resumed run must choose the same.
+    'auto': on CUDA bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where the model is wide enough to
+    gain (n_embd) and the CPU multiplies it faster: AMX does, AVX512-BF16 is tried out. Else float32.
     """
     if dtype == 'auto':
         if device.startswith('cuda'):
             return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
-        return 'bfloat16' if device == 'cpu' and n_embd >= 256 and cpu_has_amx() else 'float32'
+        return 'bfloat16' if device == 'cpu' and n_embd >= 256 and cpu_has_fast_bfloat16() else 'float32'
     if dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}")
     if dtype == 'float16' and not device.startswith('cuda'):
@@ -94,9 +107,26 @@ def pick_dtype(dtype, device, n_embd=0):
     return dtype
 
 
-def cpu_has_amx():
-    """Whether this CPU multiplies bfloat16 tiles in hardware (Intel AMX)."""
-    return bool(getattr(torch.cpu, '_is_amx_tile_supported', bool)())
+def cpu_has_fast_bfloat16():
+    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones."""
+
+    def has(feature):
+        return bool(getattr(torch.cpu, f'_is_{feature}_supported', bool)())
+
+    return has('amx_tile') or (has('avx512_bf16') and bfloat16_gain() > 1.5)
+
+
+def bfloat16_gain(trials=5):
+    """How many times faster than in float32 a product of a small model's size is in bfloat16; takes some 50 ms."""
+    best = {}
+    for trial in range(trials + 1):
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+            began = time.perf_counter()
+            a @ b
+            if trial:  # the first sets the library up
+                best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - began)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def autocast(device, dtype):
@@ -133,6 +163,12 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def keep_compiled():
+    """Let torch.compile find what it has compiled before, after a restart of the machine too: not in /tmp."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'torchinductor'))
 
 
 def available_cores():

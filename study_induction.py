@@ -7,8 +7,8 @@ $ python study_induction.py --text_models=out-imdb,out-imdb-mla    # with models
 
 Trains every model through train.py on data/repeats, measures it at several iterations through
 find_induction_heads.py, and writes tables.md, study.json and formation.png into out_dir. What is finished is kept: run
-the same command again after an interruption. To keep checkpoints of several iterations, a run is stopped and resumed
-there, which changes none of its bits. --results=RESULTS.md puts the tables between that file's <!-- study --> marks.
+the same command again after an interruption. --results=RESULTS.md puts the tables between that file's <!-- study -->
+marks.
 """
 
 import csv
@@ -94,16 +94,14 @@ def call(arguments, folder):
 
 def train(run):
     """Train one run as far as it is not trained yet, and keep a checkpoint of each of snapshots()."""
-    for iteration in snapshots():
-        kept = os.path.join(run['folder'], f'ckpt_{iteration:06}.pt')
-        if os.path.exists(kept):
-            continue
-        arguments = ['train.py', 'config/train_repeats.py', f'--out_dir={run["folder"]}', f'--data_dir={data_dir}',
-                     '--init_from=auto', f'--max_iters={iteration}', f'--attention={run["attention"]}',
-                     f'--n_latent={run["n_latent"]}', f'--pos={run["pos"]}', f'--n_layer={run["n_layer"]}',
-                     f'--seed={run["seed"]}', '--threads=1']  # fmt: skip
-        call(arguments, run['folder'])
-        checkpoints.link(os.path.join(run['folder'], 'ckpt.pt'), kept)
+    steps = snapshots()
+    if os.path.exists(os.path.join(run['folder'], f'ckpt_{steps[-1]:06}.pt')):
+        return
+    arguments = ['train.py', 'config/train_repeats.py', f'--out_dir={run["folder"]}', f'--data_dir={data_dir}',
+                 '--init_from=auto', f'--max_iters={steps[-1]}', f'--keep_checkpoints={",".join(map(str, steps))}',
+                 f'--attention={run["attention"]}', f'--n_latent={run["n_latent"]}', f'--pos={run["pos"]}',
+                 f'--n_layer={run["n_layer"]}', f'--seed={run["seed"]}', '--threads=1']  # fmt: skip
+    call(arguments, run['folder'])
 
 
 def measure(folder, sweep):

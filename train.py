@@ -41,6 +41,7 @@ eval_iters = 200  # evaluation reads at most eval_iters * batch_size windows of 
 eval_only = False  # evaluate once and stop: trains nothing, writes nothing
 always_save_checkpoint = True  # save after every evaluation, not only where the validation loss is a new best
 checkpoint_interval = 0  # iterations between further saves; 0: only at evaluations
+keep_checkpoints = ''  # iterations to keep a checkpoint of, beside the last and the best: '500,1000' -> ckpt_000500.pt
 # wandb
 wandb_log = False  # offline where there is no key
 wandb_project = 'gpt2mla'
@@ -64,6 +65,7 @@ pos = 'learned'  # 'learned' or 'rope'
 dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times
 bias = False  # biases in Linear and LayerNorm
 flash = True  # fused attention; False computes attention patterns in the open
+recompute = False  # compute each block again in the backward pass, and keep its input alone: slower, less memory
 # AdamW
 learning_rate = 6e-4
 max_iters = 600000
@@ -109,16 +111,18 @@ for ok, complaint in (
     if not ok:
         raise UserError(complaint)
 
+kept_iterations = set(runtime.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
+
 # ---- machine ---------------------------------------------------------------------------------------------------------
 device = runtime.pick_device(device)
 processes, device = runtime.join_processes(device, backend)
 threads = runtime.set_threads(threads)
+if compile is not False:
+    runtime.keep_compiled()
 if device == 'cpu':
     runtime.keep_freed_memory()
-dtype = runtime.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
-autocast = runtime.autocast(device, dtype)
 if gradient_accumulation_steps % processes.world_size:
     raise UserError(
         f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be shared equally by '
@@ -137,6 +141,10 @@ data = TokenData(os.path.join(data_dir, dataset), block_size)
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 resumed = checkpoints.load(ckpt_path) if init_from == 'resume' else None
+if dtype == 'auto' and device == 'cpu' and resumed and 'attention' in resumed:
+    dtype = resumed['config'].get('dtype', dtype)  # on a CPU a run goes on in the number format that it began with
+config['dtype'] = dtype = runtime.pick_dtype(dtype, device, n_embd)
+autocast = runtime.autocast(device, dtype)
 if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_only:
     raise UserError(f'{out_dir} holds another run; go on with it by --init_from=resume, choose another --out_dir, '
                     'or give it up with --overwrite=True')  # fmt: skip
@@ -213,6 +221,7 @@ fsdp = fsdp and processes.world_size > 1
 if fsdp:
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
+raw_model.recompute = recompute
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 if resumed:
@@ -248,6 +257,11 @@ def micro_batches(iteration):
             first = (micro_step * processes.world_size + processes.rank) * batch_size
             yield to_device(*data.batch(seed, iteration, rows_per_iter, slice(first, first + batch_size)))
         iteration += 1
+
+
+def kept_path(iteration):
+    """Where the checkpoint of an iteration stays that keep_checkpoints names."""
+    return os.path.join(out_dir, f'ckpt_{iteration:06}.pt')
 
 
 def get_lr(iteration):
@@ -323,7 +337,8 @@ log_file = None
 if processes.rank == 0:
     os.makedirs(out_dir, exist_ok=True)
     if not iter_num:
-        for path in (ckpt_path, best_path):  # given up with --overwrite: --init_from=auto must not find it again
+        # given up with --overwrite: --init_from=auto must not find it again
+        for path in (ckpt_path, best_path, *map(kept_path, kept_iterations)):
             if os.path.exists(path):
                 os.remove(path)
     log_file = open_log()
@@ -349,7 +364,8 @@ def save(best=False):
             scaler=scaler,
             wandb_run_id=wandb_run_id,
         )
-        saver.save(ckpt_path, state, best_path if best else None)
+        others = [best_path] * best + [kept_path(iter_num)] * (iter_num in kept_iterations)
+        saver.save(ckpt_path, state, others)
 
 
 def stop_if_not_finite():
@@ -378,10 +394,10 @@ while True:
             )
         # not '<': a run killed between its two files is resumed here with the same loss, and names the best again
         improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
-        if iter_num and (always_save_checkpoint or improved):
+        if iter_num and (always_save_checkpoint or improved or iter_num in kept_iterations):
             save(best=improved)
         measured_from += time.perf_counter() - started
-    elif iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0:
+    elif iter_num in kept_iterations or (iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0):
         stop_if_not_finite()
         save()
     if iter_num >= max_iters or processes.any(stop_request.signal):
@@ -397,7 +413,7 @@ while True:
         alone = processes.world_size == 1 or fsdp or micro_step == micro_steps - 1
         with nullcontext() if alone else model.no_sync():
             with autocast:
-                micro_loss = model(x, y)[1] / micro_steps
+                micro_loss = model(x, y, logits=False)[1] / micro_steps
             loss += micro_loss.detach()
             x, y = next(batches)  # while a GPU is still busy with the forward pass
             scaler.scale(micro_loss).backward()

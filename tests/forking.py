@@ -1,21 +1,59 @@
 """
 Runs scripts in forks of a process that has imported PyTorch already: a hundred starts of Python would take minutes.
 
-A program, not a test: for each line [script, [arguments]] of JSON on stdin it writes [exit code, stdout, stderr].
+`run(script, arguments)` starts that process, which is this file as a program, when it is first needed.
 """
 
+import atexit
+import functools
 import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, arguments, seconds=120):
+    """The subprocess.CompletedProcess of `python script arguments`, run in ROOT; killed when it takes longer."""
+    request = [str(script), [str(argument) for argument in arguments], seconds]
+    process = server()
+    process.stdin.write(json.dumps(request) + '\n')
+    process.stdin.flush()
+    return subprocess.CompletedProcess(request[:2], *json.loads(process.stdout.readline()))
+
+
+@functools.cache
+def server():
+    """The process that forks, once it is ready. One thread: PyTorch's others would not survive a fork."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
+    environment.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+    # no network, at once and everywhere, and nothing that was downloaded before
+    nowhere, dead_end = str(Path(tempfile.gettempdir(), 'no-such-cache')), 'http://127.0.0.1:9'
+    environment.update(HF_HUB_OFFLINE='1', HF_HUB_CACHE=nowhere, TIKTOKEN_CACHE_DIR=os.devnull)
+    environment.update(https_proxy=dead_end, HTTPS_PROXY=dead_end)
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)
+    assert process.stdout.readline() == 'ready\n'
+    return process
+
 
 def run_script(script, arguments):
-    """Run a script as `python script arguments` would; returns the exit code."""
+    """Run a script as Python would; returns the exit code."""
     sys.argv = [script, *arguments]
     try:
         try:
@@ -30,8 +68,8 @@ def run_script(script, arguments):
     return 0
 
 
-def run_forked(script, arguments, seconds=60):
-    """[exit code, stdout, stderr] of a script in a fork of this process; code -9 where it takes longer."""
+def run_forked(script, arguments, seconds):
+    """[exit code, stdout, stderr] of a script in a fork of this process."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
@@ -42,6 +80,9 @@ def run_forked(script, arguments, seconds=60):
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 code = run_script(script, arguments)
+                for thread in threading.enumerate():
+                    if thread is not threading.current_thread() and not thread.daemon:
+                        thread.join()
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:
@@ -59,9 +100,8 @@ def run_forked(script, arguments, seconds=60):
 
 
 if __name__ == '__main__':
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    # OMP_NUM_THREADS=1 is expected: PyTorch's threads would not survive a fork
-    for name in ('torch', 'torch._dynamo', 'tqdm', 'matplotlib.pyplot', 'checkpoint', 'tokens', 'induction'):
+    sys.path[0] = str(ROOT)
+    for name in ('torch._dynamo', 'matplotlib.pyplot', 'tqdm', 'tokens', 'checkpoint', 'conversion', 'induction'):
         __import__(name)
     print('ready', flush=True)
     for line in sys.stdin:

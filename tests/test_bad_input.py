@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -29,27 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
 SMALL = dict(SIZES, batch_size=2, gradient_accumulation_steps=1, max_iters=1, eval_iters=1)
 CPU = dict(device='cpu', threads=1)
-
-
-@pytest.fixture(scope='module')
-def run():
-    """run(script, arguments) -> (exit code, stdout, stderr)."""
-    environment = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
-    environment.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1', TIKTOKEN_CACHE_DIR=os.devnull)
-    server = subprocess.Popen(
-        [sys.executable, ROOT / 'tests' / 'forking.py'],
-        cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )
-
-    def ask(script, arguments):
-        server.stdin.write(json.dumps([script, arguments]) + '\n')
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    assert server.stdout.readline() == 'ready\n'
-    yield ask
-    server.stdin.close()
-    server.wait(timeout=30)
+PROOF = Path(tempfile.gettempdir()) / f'a_pickle_ran_code_{os.getpid()}'
 
 
 # ---- the place in which everything is as it should be ----------------------------------------------------------------
@@ -162,7 +143,7 @@ class Payload:
     """Makes a folder when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, (str(Path(tempfile.gettempdir()) / 'a_pickle_ran_code'),)
+        return os.mkdir, (str(PROOF),)
 
 
 def nanogpt_meta(content):
@@ -200,7 +181,8 @@ ARGUMENTS = {
     'convert_mla.py': {'source': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
     'export_hf.py': {'source': '{place}/mha', 'out_dir': '{place}/out'},
     'find_induction_heads.py': {'models': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
-    'test_shakespeare_quick.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny', 'max_iters': 1, **CPU},
+    'test_shakespeare_quick.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny',
+                                  'max_iters': 1, **CPU},
     'study_induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
     'study_mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
     'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
@@ -208,7 +190,7 @@ ARGUMENTS = {
     'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/openwebtext/prepare.py': {'out_dir': '{place}/out'},
     'data/repeats/prepare.py': {'folder': '{place}/out', 'rows': 8, 'val_rows': 8},
-}
+}  # fmt: skip
 ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']
 ARGUMENTS['sample_mla.py'] = {**ARGUMENTS['sample.py'], 'out_dir': '{place}/mla'}
 
@@ -260,6 +242,11 @@ FLAGS = [
     Case(T, '--checkpoint_interval=-1', 'checkpoint_interval', 'not be negative'),
     Case(T, '--seed=-1', 'seed', 'not be negative'),
     Case(T, '--threads=-1', 'threads', 'not be negative'),
+    Case(T, '--threads=100000', 'threads=100000', 'leave it at 0'),
+    Case(T, '--n_embd=1e14', 'not enough memory', 'smaller'),
+    Case(S, '--num_samples=1e15', 'not enough memory', 'smaller'),
+    Case(S, '--seed=1e30', 'seed', 'below 2'),
+    Case(REPEATS, '--seed=-1', 'seed', 'not negative'),
     Case(T, '--learning_rate=0', 'learning_rate=0', 'above 0'),
     Case(T, '--learning_rate=inf', 'learning_rate=inf', 'finite'),
     Case(T, '--min_lr=-1', 'min_lr=-1', 'at least 0'),
@@ -432,7 +419,8 @@ CHECKPOINTS = [
     Case(S, '', "'tokenizer'", OTHER, ckpt(lambda c: c.update(tokenizer='char'))),
     Case(S, '', "'config'", OTHER, ckpt(lambda c: c.update(config=3, tokenizer=None))),
     Case(S, '', 'vocabulary|chars|tokenizer', 'meta|char', ckpt(lambda c: c['tokenizer'].update(chars=''))),
-    Case(S, '', "unknown tokenizer 'bpe'", 'char, byte or gpt2', ckpt(lambda c: c['tokenizer'].update(tokenizer='bpe'))),
+    Case(S, '', "unknown tokenizer 'bpe'", 'char, byte or gpt2',
+         ckpt(lambda c: c['tokenizer'].update(tokenizer='bpe'))),
     Case(S, '', 'model knows 12 tokens, and the tokenizer .* 256', 'meta.json',
          ckpt(lambda c: c.update(tokenizer={'tokenizer': 'byte'}))),
     Case(T, RESUME, "'iter_num'", OTHER, ckpt(lambda c: c.update(iter_num='one'))),
@@ -456,7 +444,8 @@ PROMPTS = [
     Case(S, '--start=', 'start is empty', 'newline'),
     Case(S, '--start=FILE:{place}/nowhere.txt', r'nowhere\.txt', 'UTF-8 text file'),
     Case(S, '--start=FILE:{place}', "can't be read", 'UTF-8 text file'),
-    Case(S, '--start=FILE:{place}/prompt.txt', "can't be read .*utf-8", 'UTF-8 text file', write('prompt.txt', b'\xe9')),
+    Case(S, '--start=FILE:{place}/prompt.txt', "can't be read .*utf-8", 'UTF-8 text file',
+         write('prompt.txt', b'\xe9')),
     Case(S, '--start=FILE:{place}/prompt.txt', 'start is empty', 'newline', write('prompt.txt', '')),
     Case(S, '--start=FILE:{place}/prompt.txt', "the character '!'", "knows: 'abc", write('prompt.txt', 'a!')),
     Case(S, '--start=FILE:', "can't be read", 'UTF-8 text file'),
@@ -496,11 +485,34 @@ def cases():
 
 
 @pytest.mark.parametrize('case', list(cases()))
-def test_bad_input_gets_one_line_and_changes_nothing(case, run, place):
+def test_bad_input_gets_one_line_and_changes_nothing(case, place):
     if case.damage:
         case.damage(place)
     before = snapshot(place)
-    code, _, errors = run(case.script, command_line(case, place))
-    check(case, place, code, errors)
+    done = forking.run(case.script, command_line(case, place))
+    check(case, place, done.returncode, done.stderr)
     assert snapshot(place) == before
-    assert not (Path(tempfile.gettempdir()) / 'a_pickle_ran_code').exists()
+    assert not PROOF.exists()
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_a_checkpoint_cut_at_fifty_places_is_refused(script, place):
+    path = place / 'mha' / 'ckpt.pt'
+    whole = path.read_bytes()
+    case = Case(script, RESUME if script == 'train.py' else '', 'cut short or is not a checkpoint', OTHER)
+    for part in range(50):
+        path.write_bytes(whole[: len(whole) * part // 50])
+        done = forking.run(script, command_line(case, place))
+        check(case, place, done.returncode, done.stderr)
+    path.write_bytes(whole)
+    assert forking.run(script, command_line(case, place)).returncode == 0  # it was the cut
+
+
+@pytest.mark.parametrize('case', [FLAGS[0], CHECKPOINTS[7]], ids=['flag', 'checkpoint'])
+def test_a_process_of_its_own_ends_the_same_way(case, place):
+    """The table's runs are forks of one process; what they show holds for `python script` too."""
+    if case.damage:
+        case.damage(place)
+    command = [sys.executable, case.script, *command_line(case, place)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    check(case, place, done.returncode, done.stderr)

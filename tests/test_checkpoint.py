@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_the_background_writer_saves_what_was_there_when_asked(tmp_path):
     tensor, writer, path = torch.zeros(3), checkpoints.Writer(), str(tmp_path / 'ckpt.pt')
-    writer.save(path, {'model': {'a': tensor, 'b': tensor}, 'n': [1]}, str(tmp_path / 'ckpt_best.pt'))
+    writer.save(path, {'model': {'a': tensor, 'b': tensor}, 'n': [1]}, [str(tmp_path / 'ckpt_best.pt')])
     tensor += 1
     writer.wait()
     back = torch.load(path)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, causal_mask, draw, attend, dropout
+from model import GPT, GPTConfig, attend, causal_mask, draw, dropout
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -158,7 +158,9 @@ def test_draw_follows_the_probabilities():
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), rtol=0, atol=0.015)
 
 
-@pytest.mark.parametrize('extra', [{}, dict(latent_norm=True), dict(n_latent_q=48), dict(n_latent_q=48, latent_norm=True)])
+@pytest.mark.parametrize(
+    'extra', [{}, dict(latent_norm=True), dict(n_latent_q=48), dict(n_latent_q=48, latent_norm=True)]
+)
 def test_mlas_keys_values_and_queries_start_with_mhas_variance(extra):
     sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=4, n_embd=256)
     x = torch.randn(8, 64, 256, generator=torch.Generator().manual_seed(0))
@@ -197,3 +199,52 @@ def test_dropout_acts_in_training_alone_and_where_the_model_says(flash):
     q, k, v = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)
     mean = torch.stack([attend(q, k, v, 0.3, 0.2, flash) for _ in range(4000)]).mean(0)
     assert (mean - attend(q, k, v, 0.3)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('vocab_size', [11, 40000])
+def test_the_loss_without_logits_is_the_loss(dtype, vocab_size):
+    """40,000 tokens make several pieces of 600 rows."""
+    config = GPTConfig(block_size=60, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8)
+    autocast = dtype == torch.bfloat16
+    model = GPT(config).to(torch.float32 if autocast else dtype)
+    torch.nn.init.normal_(model.lm_head.weight)  # far from uniform
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(vocab_size, (2, 10, 60), generator=generator)
+    y[0, :7] = -1
+    found = []
+    for logits in (True, False):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            out, loss = model(x, y, logits=logits)
+        assert (out is None) != logits
+        found.append((loss, *torch.autograd.grad(3 * loss, list(model.parameters()))))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= tolerance * a.norm()
+
+
+def test_the_loss_without_logits_needs_a_fraction_of_the_memory():
+    def peak(logits):
+        model = GPT(GPTConfig(block_size=256, vocab_size=20000, n_layer=1, n_head=1, n_embd=8))
+        x = torch.zeros(8, 256, dtype=torch.int64)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(x, x, logits=logits)[1].backward()
+        held = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+        return max(torch.tensor(held).cumsum(0).tolist())
+
+    assert peak(False) < 0.4 * peak(True)
+
+
+@pytest.mark.parametrize('kind', [(GPT, GPTConfig), (MLAGPT, MLAConfig)])
+@pytest.mark.parametrize('pos', ['learned', 'rope'])
+def test_recomputed_blocks_give_the_same_gradients(kind, pos):
+    model_class, config_class = kind
+    sizes = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, pos=pos, dropout=0.2)
+    model = model_class(config_class(**sizes))
+    x = torch.randint(11, (2, 16))
+    found = []
+    for model.recompute in (False, True):
+        torch.manual_seed(1)  # the same dropout masks, the second time in the backward pass too
+        found.append(torch.autograd.grad(model(x, x)[1], list(model.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

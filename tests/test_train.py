@@ -14,7 +14,7 @@ from training import ROOT, SCRIPTS, assert_same_run, log_of, run, started
 
 @pytest.mark.parametrize('kind', SCRIPTS)
 def test_the_golden_curve_holds(kind, data_dir, tmp_path):
-    done = run(SCRIPTS[kind], data_dir, tmp_path)
+    done = run(SCRIPTS[kind], data_dir, tmp_path, fresh=kind == 'mha')
     assert done.returncode == 0, done.stderr
     rows = log_of(tmp_path)
     with open(ROOT / 'tests' / 'golden' / f'{kind}.csv', newline='') as file:
@@ -120,10 +120,21 @@ def test_wandb_without_a_key_logs_offline_and_a_resumed_run_keeps_its_id(data_di
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
-    done = run('train.py', data_dir, tmp_path / 'out', max_iters=4, wandb_log=True)
+    done = run('train.py', data_dir, tmp_path / 'out', max_iters=4, wandb_log=True, fresh=True)
     assert done.returncode == 0, done.stderr
     assert 'logged offline' in done.stderr
     run_id = torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id']
     assert len(list((tmp_path / 'wandb').glob(f'offline-run-*-{run_id}'))) == 1
-    assert run('train.py', data_dir, tmp_path / 'out', max_iters=6, wandb_log=True, init_from='resume').returncode == 0
+    again = dict(max_iters=6, wandb_log=True, init_from='resume', fresh=True)
+    assert run('train.py', data_dir, tmp_path / 'out', **again).returncode == 0
     assert torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id'] == run_id
+
+
+def test_kept_checkpoints_stay_and_are_those_of_their_iterations(data_dir, tmp_path):
+    done = run('train.py', data_dir, tmp_path / 'a', max_iters=6, eval_interval=5, keep_checkpoints='2,5,6')
+    assert done.returncode == 0, done.stderr
+    kept = {path.name: torch.load(path)['iter_num'] for path in (tmp_path / 'a').glob('ckpt_0*.pt')}
+    assert kept == {'ckpt_000002.pt': 2, 'ckpt_000005.pt': 5, 'ckpt_000006.pt': 6}
+    run('train.py', data_dir, tmp_path / 'b', max_iters=2)
+    model, other = (torch.load(tmp_path / name)['model'] for name in ('a/ckpt_000002.pt', 'b/ckpt.pt'))
+    assert all(torch.equal(model[name], other[name]) for name in other)

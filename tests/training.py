@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +50,11 @@ def command(script, data_dir, out_dir, launcher=(), **changes):
     return [sys.executable, *launcher, script, *(f'--{key}={value}' for key, value in keys.items())]
 
 
-def run(script, data_dir, out_dir, launcher=(), **changes):
-    """The finished process of a training run with COMMON and these keys."""
+def run(script, data_dir, out_dir, launcher=(), fresh=False, **changes):
+    """The finished process of a training run with COMMON and these keys; fresh: one that imports everything itself."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
+    if not (fresh or launcher) and hasattr(os, 'fork'):
+        return forking.run(script, arguments[2:])
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment())
 
 
