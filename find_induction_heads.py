@@ -101,6 +101,9 @@ def load(spec):
     facts.update(parameters=model.get_num_params(), attention=checkpoints.attention_of(model),
                  model_args=checkpoints.model_args(model.config))  # fmt: skip
     ids, bos = drawable(meta, model.config.vocab_size)
+    text = validation_text(dataset, model.config, 1024) if meta.get('tokenizer') in ('byte', 'char') else None
+    if text is not None:
+        ids = np.intersect1d(ids, text.numpy())  # the others, most of the 256 bytes for one, were never learned
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     return Loaded(name, model.eval().to(device), facts, ids, bos, tokenizer_of(meta), dataset)
 
@@ -227,18 +230,25 @@ def ranked(scores):
     return [tuple(int(i) for i in np.unravel_index(n, scores.shape)) for n in np.argsort(-scores, axis=None)]
 
 
-def in_context(loaded):
-    """The in-context score on the run's own validation data; None where that is not at hand."""
-    folder, T = os.path.join(data_dir, loaded.dataset), loaded.model.config.block_size
-    if not loaded.dataset or not os.path.isfile(os.path.join(folder, 'val.bin')):
+def validation_text(dataset, config, count):
+    """`count` windows (count, T) of the run's own validation data, int64; None where that is not at hand."""
+    folder = os.path.join(data_dir, dataset)
+    if not dataset or not os.path.isfile(os.path.join(folder, 'val.bin')):
         return None
     try:
-        data = TokenData(folder, T)
-        windows = data.windows('val', data.eval_windows('val', text_windows))[0]
+        data = TokenData(folder, config.block_size)
+        windows = data.windows('val', data.eval_windows('val', count))[0]
     except UserError as error:
-        runtime.notice(f'no in-context score: {error}')
+        runtime.notice(f'the validation text is not used: {error}')
         return None
-    if int(windows.max()) >= loaded.model.config.vocab_size:
+    return None if int(windows.max()) >= config.vocab_size else windows
+
+
+def in_context(loaded):
+    """The in-context score on the run's own validation data; None where that is not at hand."""
+    T = loaded.model.config.block_size
+    windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
+    if windows is None:
         return None
     early, late = (50, 500) if T >= 500 else (max(2, T // 10), T)
     losses = induction.text_losses(loaded.model, windows, (early, late))

@@ -1,0 +1,33 @@
+# Trains a small model with multi-head attention on text of your own, byte by byte, on a CPU.
+# config/train_text_cpu_mla.py differs in the attention alone.
+#
+# $ python data/text/prepare.py --input=FOLDER --name=mytext --tokenizer=byte
+# $ python train.py config/train_text_cpu.py --dataset=mytext
+#
+# COSTS
+
+out_dir = 'out-text'
+wandb_run_name = 'text-mha'
+device = 'cpu'
+
+dataset = 'text'
+gradient_accumulation_steps = 1
+batch_size = 16  # 16 x 256 = 4,096 bytes per iteration
+block_size = 256
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0
+bias = False
+
+learning_rate = 2e-3
+max_iters = 4000
+lr_decay_iters = 4000
+warmup_iters = 100
+min_lr = 2e-4
+beta2 = 0.99
+
+eval_interval = 250
+eval_iters = 64  # 1,024 windows of each split
+log_interval = 50
