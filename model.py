@@ -16,9 +16,11 @@ Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learne
 arXiv:1706.03762 (attention); Su et al. 2021, arXiv:2104.09864 (RoPE); Chowdhery et al. 2022, arXiv:2204.02311 (MFU).
 """
 
+import functools
 import hashlib
 import math
 import os
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -76,25 +78,36 @@ class GPTConfig:
         return self.head_size
 
 
+@functools.cache
+def cpu_is_intel():
+    """Whether MKL, by which PyTorch multiplies, is at home on this CPU; on others it takes different code."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return 'GenuineIntel' in file.read(4096)
+    except OSError:
+        return 'Intel' in platform.processor()
+
+
 class Linear(nn.Linear):
     """
     nn.Linear, with another way to multiply the few rows of a decoding step on a CPU.
 
-    Such a product is over when the weight has been read, and PyTorch's reads it with little more than one core. As a
-    batch of smaller products it is read with all of them.
+    Such a product is over when the weight has been read, and PyTorch's reads it with little more than one core: on AMD
+    always, on Intel from 3 rows on. As a batch of smaller products it is read with all of them.
     """
 
     def forward(self, x):
         rows = x.numel() // self.in_features
-        if rows > 16 or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        by_itself = rows > 16 or (rows <= 2 and cpu_is_intel()) or x.device.type != 'cpu'
+        if by_itself or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
         # a multiple of the threads, each with about 768 outputs: much larger pieces outgrow a core's cache
         pieces = torch.get_num_threads() * max(1, self.out_features // (768 * torch.get_num_threads()))
         shared = self.out_features // pieces * pieces
         weight = self.weight[:shared].view(pieces, -1, self.in_features)
         x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
-        # both are the same (pieces, rows, outputs); a single row is faster as a column
-        y = torch.bmm(weight, x_each.mT).mT if rows == 1 else torch.bmm(x_each, weight.mT)
+        # both are the same (pieces, rows, outputs)
+        y = torch.bmm(weight, x_each.mT).mT if rows == 1 or cpu_is_intel() else torch.bmm(x_each, weight.mT)
         y = y.transpose(0, 1).reshape(*x.shape[:-1], shared)
         if shared < self.out_features:
             y = torch.cat((y, F.linear(x, self.weight[shared:])), dim=-1)

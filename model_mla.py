@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import GPT, Dropout, GPTConfig, Linear, apply_rope, attend
+from model import GPT, Dropout, GPTConfig, Linear, apply_rope, attend, cpu_is_intel
 
 
 @dataclass
@@ -92,8 +92,9 @@ def per_head(x, weight):
     """Every head's own product over all sequences: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
     B, H, T, _ = x.shape
     x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for each sequence
-    # memory is read fastest along the rows in which it lies
-    y = torch.bmm(weight.mT, x.mT).mT if weight.mT.is_contiguous() else torch.bmm(x, weight)
+    # on other CPUs than Intel's memory is read fastest along the rows in which it lies
+    along = weight.mT.is_contiguous() and not cpu_is_intel()
+    y = torch.bmm(weight.mT, x.mT).mT if along else torch.bmm(x, weight)
     return y.reshape(H, B, T, -1).transpose(0, 1)
 
 
