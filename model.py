@@ -688,8 +688,9 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, valid_ids=None, genera
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what lies before a token already reaches p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float('-inf'))
+    # the noise lies row by row, however the logits lie: the same seed, the same text
     # the exponential race: argmax of p_i / e_i draws i with probability p_i, and unlike multinomial never waits
-    noise = torch.empty_like(logits).exponential_(generator=generator)
+    noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
     winner = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
     return (winner if ids is None else ids.gather(-1, winner)).squeeze(-1)
 
