@@ -44,7 +44,7 @@ import runtime
 from model import GPT, FixedStep, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from runtime import UserError, whole_numbers
-from tokens import TokenData, read_meta
+from tokens import GPT2_VOCAB, TokenData, read_meta
 
 # ----------------------------------------------------------------------------------------------------------------------
 mode = 'sample'  # what to measure: 'train', 'sample' or 'data'; 'compare' compares two measurements
@@ -236,7 +236,7 @@ class NanoGPTTraining:
     def __init__(self, folder):
         module = nanogpt_module()
         config = module.GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
-        with contextlib.redirect_stdout(sys.stderr):  # it announces its size
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):  # it announces its size
             self.model = module.GPT(config).to(device)
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.split(':')[0])
         self.tokens = np.memmap(os.path.join(folder, 'train.bin'), dtype=np.uint16, mode='r')
@@ -260,6 +260,7 @@ class Elsewhere:
         keys = dict(config, mode='train', serve=name, device=device, dtype=dtype, compile=compile, text=folder, json='')
         arguments = [f'--{key}={value}' for key, value in keys.items()]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes['env'] = dict(os.environ, RANK='1')  # so that it leaves talking to this process
         self.name, self.process = name, subprocess.Popen([sys.executable, sys.argv[0], *arguments], **pipes)
         self.ask('peak')  # and so wait until it is ready
 
@@ -325,7 +326,8 @@ def bench_train():
     models = build_all((2,), **train_settings())
     flops = {name: model.flops_per_token() for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
-        random = np.random.default_rng(seed).integers(vocab_size, size=max(2**20, 2 * block_size), dtype=np.uint16)
+        ids, size = min(vocab_size, GPT2_VOCAB), max(2**20, 2 * block_size)
+        random = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
         for split in ('train', 'val'):
             random.tofile(os.path.join(folder, f'{split}.bin'))
         contenders = {name: Training(model, folder) for name, model in models.items()}

@@ -108,7 +108,8 @@ class Linear(nn.Linear):
         x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
         # both are the same (pieces, rows, outputs)
         y = torch.bmm(weight, x_each.mT).mT if rows == 1 or cpu_is_intel() else torch.bmm(x_each, weight.mT)
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], shared)
+        # attention's kernels want each row in one piece
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], shared).contiguous()
         if shared < self.out_features:
             y = torch.cat((y, F.linear(x, self.weight[shared:])), dim=-1)
         return y if self.bias is None else y + self.bias

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, attend, causal_mask, draw, dropout
+from model import GPT, GPTConfig, Linear, attend, causal_mask, draw, dropout
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -248,3 +248,16 @@ def test_recomputed_blocks_give_the_same_gradients(kind, pos):
         found.append(torch.autograd.grad(model(x, x)[1], list(model.parameters())))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('intel', [True, False])
+@pytest.mark.parametrize('rows', [1, 2, 3, 8, 16, 17])
+@pytest.mark.parametrize('sizes', [(8, 6), (16, 1600), (5, 1)])
+def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, sizes, intel, monkeypatch):
+    monkeypatch.setattr('model.cpu_is_intel', lambda: intel)
+    layer = Linear(*sizes).double()
+    x = torch.randn(rows, 1, sizes[0], dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-14)
+    assert y.is_contiguous()
