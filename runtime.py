@@ -238,10 +238,16 @@ class Processes:
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor)
 
-    def close(self):
-        """Leave the process group."""
+    def exit(self, code=0):
+        """
+        End this process. Of several each leaves at once: the threads of torch.distributed, when they are taken down
+        one by one, now and then abort a process whose work is done (torch 2.13, gloo), and with it the job.
+        """
         if self.world_size > 1:
-            torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def join_processes(device, backend='nccl'):
@@ -264,7 +270,14 @@ def join_processes(device, backend='nccl'):
     if ranks.world_size > 1:
         backends = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
         hook = sys.excepthook
-        torch.distributed.init_process_group(backends, timeout=datetime.timedelta(minutes=10))
+        limit = datetime.timedelta(minutes=10)
+        store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # On one node the store outlives a restart by torchrun, and the addresses of the processes that died with it.
+            # (Nodes count their restarts each for themselves: see --max-restarts in the README.)
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
+        torch.distributed.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
         sys.excepthook = hook  # PyTorch's own would swallow the one line of a UserError
     return ranks, device
 

@@ -330,8 +330,7 @@ if eval_only:
         mean, error = evaluate(split)
         if processes.rank == 0:
             print(f'step {iter_num}: {split} loss {mean:.4f} +- {error:.4f}')
-    processes.close()
-    sys.exit(0)
+    processes.exit()
 
 log_file = None
 if processes.rank == 0:
@@ -467,10 +466,9 @@ saver.wait()
 processes.any(False)  # torchrun ends the job when one process leaves: none may, before the checkpoint is on disk
 if wandb_run is not None:
     wandb_run.finish()
-processes.close()
 if stopped_early:
     runtime.notice(
         f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
         'go on with --init_from=resume'
     )
-    sys.exit(runtime.PREEMPTED)
+processes.exit(runtime.PREEMPTED if stopped_early else 0)

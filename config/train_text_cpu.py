@@ -1,14 +1,11 @@
 # Trains a small model with multi-head attention on text of your own, byte by byte, on a CPU.
 # config/train_text_cpu_mla.py differs in the attention alone.
 #
-# $ python data/text/prepare.py --input=FOLDER --name=mytext --tokenizer=byte
-# $ python train.py config/train_text_cpu.py --dataset=mytext
-#
-# COSTS
+# $ python data/text/prepare.py --input=FOLDER --tokenizer=byte
+# $ python train.py config/train_text_cpu.py
 
 out_dir = 'out-text'
 wandb_run_name = 'text-mha'
-device = 'cpu'
 
 dataset = 'text'
 gradient_accumulation_steps = 1

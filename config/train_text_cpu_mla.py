@@ -1,14 +1,11 @@
 # Trains a small model with multi-head latent attention on text of your own, byte by byte, on a CPU.
 # The same run as config/train_text_cpu.py but for the attention.
 #
-# $ python data/text/prepare.py --input=FOLDER --name=mytext --tokenizer=byte
-# $ python train_mla.py config/train_text_cpu_mla.py --dataset=mytext
-#
-# COSTS
+# $ python data/text/prepare.py --input=FOLDER --tokenizer=byte
+# $ python train_mla.py config/train_text_cpu_mla.py
 
 out_dir = 'out-text-mla'
 wandb_run_name = 'text-mla'
-device = 'cpu'
 
 dataset = 'text'
 gradient_accumulation_steps = 1
@@ -20,7 +17,8 @@ n_head = 4
 n_embd = 128
 dropout = 0.0
 bias = False
-n_latent = 64
+attention = 'mla'
+n_latent = 64  # half of n_embd
 
 learning_rate = 2e-3
 max_iters = 4000
