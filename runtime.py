@@ -273,7 +273,7 @@ def join_processes(device, backend='nccl'):
         limit = datetime.timedelta(minutes=10)
         store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # On one node the store outlives a restart by torchrun, and the addresses of the processes that died with it.
+            # On one node the store outlives a restart by torchrun, with the addresses of the processes that died.
             # (Nodes count their restarts each for themselves: see --max-restarts in the README.)
             attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
             store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
