@@ -41,10 +41,11 @@ import numpy as np
 import torch
 
 import runtime
+import tokens as token_data
 from model import GPT, FixedStep, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from runtime import UserError, whole_numbers
-from tokens import GPT2_VOCAB, TokenData, read_meta
+from tokens import TokenData, read_meta
 
 # ----------------------------------------------------------------------------------------------------------------------
 mode = 'sample'  # what to measure: 'train', 'sample' or 'data'; 'compare' compares two measurements
@@ -326,7 +327,7 @@ def bench_train():
     models = build_all((2,), **train_settings())
     flops = {name: model.flops_per_token() for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
-        ids, size = min(vocab_size, GPT2_VOCAB), max(2**20, 2 * block_size)
+        ids, size = min(vocab_size, token_data.GPT2_VOCAB), max(2**20, 2 * block_size)
         random = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
         for split in ('train', 'val'):
             random.tofile(os.path.join(folder, f'{split}.bin'))

@@ -143,7 +143,9 @@ if init_from == 'auto':
 resumed = checkpoints.load(ckpt_path) if init_from == 'resume' else None
 if dtype == 'auto' and device == 'cpu' and resumed and 'attention' in resumed:
     dtype = resumed['config'].get('dtype', dtype)  # on a CPU a run goes on in the number format that it began with
-config['dtype'] = dtype = runtime.pick_dtype(dtype, device, n_embd)
+dtype = runtime.pick_dtype(dtype, device, n_embd)
+all_agree = bool(processes.min(int(dtype == 'bfloat16')))  # the trial behind 'auto' may not come out alike everywhere
+config['dtype'] = dtype = 'float32' if dtype == 'bfloat16' and not all_agree else dtype
 autocast = runtime.autocast(device, dtype)
 if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_only:
     raise UserError(f'{out_dir} holds another run; go on with it by --init_from=resume, choose another --out_dir, '
