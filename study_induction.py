@@ -355,15 +355,14 @@ def write(path, text):
     runtime.notice(f'wrote {path}')
 
 
-def put_between_marks(path, text):
-    """Replace what stands between <!-- study --> and <!-- /study --> in a file."""
+def around_marks(path):
+    """What stands before <!-- study --> and after <!-- /study --> in a file. UserError where it has no such marks."""
     try:
         with open(path, encoding='utf-8') as file:
             before, rest = file.read().split('<!-- study -->')
-        after = rest.split('<!-- /study -->')[1]
+        return before, rest.split('<!-- /study -->')[1]
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part to put the tables in') from error
-    write(path, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
 
 
 # ---- from top to bottom ----------------------------------------------------------------------------------------------
@@ -372,6 +371,8 @@ if seeds == 1 or seeds < 0 or max_iters < 0 or jobs < 0:
     raise UserError(
         'seeds must be at least 2 (one gives no interval), or 0 for the default; max_iters and jobs not negative'
     )
+if results:
+    around_marks(results)  # before hours of training, not after
 folders = [folder.strip() for folder in text_models.split(',') if folder.strip()]
 for folder in folders:
     checkpoints.find(folder)
@@ -416,5 +417,6 @@ draw_formation(outcomes)
 if folders:
     draw_losses(folders)
 if results:
-    put_between_marks(results, text)
+    before, after = around_marks(results)
+    write(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
 print(text)

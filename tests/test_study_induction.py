@@ -1,0 +1,123 @@
+"""The study says what its runs' files say, keeps what is finished and does what is missing."""
+
+import json
+import shutil
+
+import forking
+import pytest
+import torch
+
+import checkpoint
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+
+STEP, SEEDS = 10, (1337, 1338)
+SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up, to be found in the tables
+NAMES = [
+    f'{kind}-{name}-s{seed}'
+    for kind in ('2l-learned', '2l-rope', '4l-learned')
+    for name in ('MHA', 'MLA-r16')
+    for seed in SEEDS
+]
+
+
+def study(out_dir, data_dir, *more):
+    keys = (f'--out_dir={out_dir}', f'--data_dir={data_dir}', f'--max_iters={STEP}', '--jobs=1', *more)
+    return forking.run('study_induction.py', keys, seconds=200)
+
+
+def trained_like(kind):
+    """A small model with the study's shape and a random parameter everywhere."""
+    sizes = dict(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64)
+    model = GPT(GPTConfig(**sizes)) if kind == 'MHA' else MLAGPT(MLAConfig(**sizes, n_latent=16))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def measured(folder, kind):
+    """What find_induction_heads.py writes about one model and its only checkpoint: two dicts."""
+    folder.mkdir()
+    state = checkpoint.contents(trained_like(kind), {'dataset': 'none'}, val_loss=1.0, best_val_loss=1.0, iter_num=STEP)
+    checkpoint.save(str(folder / 'ckpt.pt'), state)
+    keys = (f'--models={folder}', f'--sweep={folder}', f'--out_dir={folder}', '--html=False', '--sequences=8')
+    done = forking.run('find_induction_heads.py', (*keys, '--resamples=100', '--controls=1', '--device=cpu'))
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / name).read_text()) for name in ('induction.json', 'formation.json')]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """The folder of a study whose every run is finished, with scores that are known."""
+    folder = tmp_path_factory.mktemp('study')
+    templates = {kind: measured(folder / f'template-{kind}', kind) for kind in SCORES}
+    for name in NAMES:
+        kind = next(kind for kind in SCORES if kind in name)
+        found, steps = templates[kind]
+        score = SCORES[kind][SEEDS.index(int(name[-4:]))]
+        layer, head = found['models'][0]['ranking'][0]
+        found['models'][0]['induction']['mean'][layer][head] = score
+        steps['runs'][0]['checkpoints'][0]['induction']['mean'] = score
+        run = folder / 'out' / name
+        shutil.copytree(folder / f'template-{kind}', run)
+        (run / 'ckpt.pt').rename(run / f'ckpt_{STEP:06}.pt')
+        shutil.copy(run / f'ckpt_{STEP:06}.pt', run / 'ckpt.pt')
+        (run / 'induction').mkdir()
+        for part, value in (('induction', found), ('formation', steps)):
+            (run / 'induction' / f'{part}.json').write_text(json.dumps(value))
+    (folder / 'data' / 'repeats').mkdir(parents=True)
+    (folder / 'data' / 'repeats' / 'train.bin').touch()  # nothing is trained, so nothing reads it
+    return folder
+
+
+def row_of(text, *cells):
+    """The cells of the table row that begins with `cells`."""
+    wanted = '| ' + ' | '.join(cells) + ' |'
+    return [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith(wanted)).split('|')]
+
+
+def test_the_tables_say_what_the_runs_files_say(finished):
+    results = finished / 'RESULTS.md'
+    results.write_text('above\n<!-- study -->\nold\n<!-- /study -->\nbelow\n')
+    done = study(finished / 'out', finished / 'data', f'--results={results}')
+    assert done.returncode == 0, done.stderr
+    text = (finished / 'out' / 'tables.md').read_text()
+    row = row_of(text, 'learned', 'MHA')
+    assert row[3] == str(STEP) and row[4] == '0.800 [0.750, 0.850]'
+    row = row_of(text, 'rope', 'MLA r=16')
+    assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 does not pass 0.5
+    paired = text[text.index('paired') :]
+    assert row_of(paired, 'learned', 'MLA r=16')[3] == '-0.250'
+    found = json.loads((finished / 'out' / 'study.json').read_text())['runs']
+    assert [run['name'] for run in found] == NAMES and found[2]['latent']['effective_rank'] > 1
+    assert results.read_text() == f'above\n<!-- study -->\n{text}<!-- /study -->\nbelow\n'
+    assert (finished / 'out' / 'formation.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp_path):
+    out, data = tmp_path / 'out', tmp_path / 'data'
+    shutil.copytree(finished / 'out', out)
+    shutil.rmtree(out / '2l-rope-MLA-r16-s1338')
+    before = {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in NAMES if 'MHA' in name}
+    done = study(out, data)  # which makes the data set first
+    assert done.returncode == 0, done.stderr + ''.join(path.read_text()[-500:] for path in out.glob('*/log.txt'))
+    new = json.loads((out / '2l-rope-MLA-r16-s1338' / 'induction' / 'induction.json').read_text())['models'][0]
+    assert new['iteration'] == STEP and new['model_args']['pos'] == 'rope' and new['model_args']['n_latent'] == 16
+    assert before == {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in before}
+    best = new['ranking'][0]
+    run = next(run for run in json.loads((out / 'study.json').read_text())['runs'] if run['pos'] == 'rope' and
+               run['name'].endswith('r16-s1338'))  # fmt: skip
+    assert run['best'] == best and run['score'] == new['induction']['mean'][best[0]][best[1]] and run['formed'] is None
+
+
+def test_bad_keys_are_said_before_anything_is_trained(tmp_path):
+    plain = tmp_path / 'plain.md'
+    plain.write_text('no marks')
+    cases = (('--seeds=1', 'seeds'), (f'--results={plain}', '<!-- study -->'), ('--text_models=nowhere', 'nowhere'))
+    for key, complaint in cases:
+        done = study(tmp_path / 'out', tmp_path / 'data', key)
+        assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+        assert complaint in done.stderr and not (tmp_path / 'out').exists()
+    assert plain.read_text() == 'no marks'
