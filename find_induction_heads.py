@@ -103,7 +103,7 @@ def load(spec):
     ids, bos = drawable(meta, model.config.vocab_size)
     text = validation_text(dataset, model.config, 1024) if meta.get('tokenizer') in ('byte', 'char') else None
     if text is not None:
-        ids = np.intersect1d(ids, text.numpy())  # the others, most of the 256 bytes for one, were never learned
+        ids = np.intersect1d(ids, text[0].numpy())  # the others, most of the 256 bytes for one, were never learned
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     return Loaded(name, model.eval().to(device), facts, ids, bos, tokenizer_of(meta), dataset)
 
@@ -231,26 +231,32 @@ def ranked(scores):
 
 
 def validation_text(dataset, config, count):
-    """`count` windows (count, T) of the run's own validation data, int64; None where that is not at hand."""
+    """`count` windows of the run's own validation data: tokens and targets (count, T); None where that is not there."""
     folder = os.path.join(data_dir, dataset)
     if not dataset or not os.path.isfile(os.path.join(folder, 'val.bin')):
         return None
     try:
         data = TokenData(folder, config.block_size)
-        windows = data.windows('val', data.eval_windows('val', count))[0]
+        tokens, targets = data.windows('val', data.eval_windows('val', count))
     except UserError as error:
         runtime.notice(f'the validation text is not used: {error}')
         return None
-    return None if int(windows.max()) >= config.vocab_size else windows
+    return None if int(tokens.max()) >= config.vocab_size else (tokens, targets)
 
 
 def in_context(loaded):
     """The in-context score on the run's own validation data; None where that is not at hand."""
     T = loaded.model.config.block_size
-    windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
-    if windows is None:
+    text = validation_text(loaded.dataset, loaded.model.config, text_windows)
+    if text is None:
         return None
+    windows, targets = text
     early, late = (50, 500) if T >= 500 else (max(2, T // 10), T)
+    masked = (targets == -1).any(0).nonzero().flatten()  # never trained, so their loss means nothing
+    if len(masked):
+        early = max(early, int(masked[-1]) + 3)  # the target of column i is token i + 2, counted from 1
+    if early >= late:
+        return None
     losses = induction.text_losses(loaded.model, windows, (early, late))
     score = induction.in_context_score(losses, early, late)
     low, high = induction.bootstrap(score, resamples, seed)

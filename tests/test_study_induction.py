@@ -105,6 +105,7 @@ def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp
     assert done.returncode == 0, done.stderr + ''.join(path.read_text()[-500:] for path in out.glob('*/log.txt'))
     new = json.loads((out / '2l-rope-MLA-r16-s1338' / 'induction' / 'induction.json').read_text())['models'][0]
     assert new['iteration'] == STEP and new['model_args']['pos'] == 'rope' and new['model_args']['n_latent'] == 16
+    assert 9 < new['in_context']['early'] <= 34  # tokens up to the period, of 8 to 32, and one more are masked
     assert before == {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in before}
     best = new['ranking'][0]
     run = next(run for run in json.loads((out / 'study.json').read_text())['runs'] if run['pos'] == 'rope' and
