@@ -188,16 +188,18 @@ def find(path):
     return file
 
 
-def load(path, device='cpu'):
+def load(path, device='cpu', mapped=False):
     """
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
+
+    mapped: tensors stay in the file until they are used; who wants the model alone then never reads the optimizer's.
 
     Raises UserError where there is none, where it is cut short or not a checkpoint, where it holds anything but
     tensors and plain values, and where a part is of another type than in TYPES.
     """
     file = find(path)
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # a file cut short fails in many ways, all of which mean the same to the reader
         if 'weights_only' in str(error) or 'Unsupported' in str(error):

@@ -87,7 +87,7 @@ def load(spec):
         meta, dataset = {'tokenizer': 'gpt2'}, ''
     else:
         file = checkpoints.find(spec)
-        saved = checkpoints.load(file)
+        saved = checkpoints.load(file, mapped=True)
         if not saved.get('iter_num'):
             raise UserError(f'{file} is of iteration 0: an untrained model has no heads to find; train it first')
         model = checkpoints.build_model(saved)
@@ -162,7 +162,7 @@ def layouts_for(loaded):
     layouts = {'main': dict(length=L), 'short': dict(length=half)}
     if gap > 0:
         layouts['random gap'] = dict(length=half, max_gap=gap)
-    layouts['four copies'] = dict(length=max(2, min(half, room // 4)), copies=4)
+    layouts['four copies'] = dict(length=max(2, L // 4), copies=4)
     return layouts
 
 
@@ -173,17 +173,26 @@ def repeats_for(loaded, layout, count=None, **changes):
 
 
 def summary(values):
-    """Mean and interval over the reported half of the sequences, and the mean over the half that ranks."""
-    chosen_on, reported = values[: len(values) // 2], values[len(values) // 2 :]
-    low, high = induction.bootstrap(reported, resamples, seed)
-    return {'mean': reported.mean(0), 'low': low, 'high': high, 'ranking': chosen_on.mean(0)}
+    """Mean over sequences, and its interval."""
+    low, high = induction.bootstrap(values, resamples, seed)
+    return {'mean': values.mean(0), 'low': low, 'high': high}
+
+
+def scores_of(model, repeats):
+    """Scores (mean, interval) and losses on one half of the sequences; `ranking`: the mean on the other half."""
+    half = len(repeats) // 2
+    chosen_on = induction.head_scores(model, repeats[:half], losses=False)
+    reported = induction.head_scores(model, repeats[half:])
+    out = {name: dict(summary(reported[name]), ranking=chosen_on[name].mean(0)) for name in induction.SCORES}
+    return dict(out, repeat_loss=summary(reported['repeat_loss']), token_losses=reported['losses'].mean(0))
 
 
 def random_controls(loaded, layout):
     """Induction scores (controls, L, H) of fresh, never trained models of this shape: the labelled control."""
-    repeats, found = repeats_for(loaded, layout, count=min(sequences, 32)), []
+    repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
+    fresh = type(loaded.model)(loaded.model.config).eval().to(device)
     for number in range(controls):
-        fresh = type(loaded.model)(loaded.model.config, seed=10_000 * (seed + 1) + number).eval().to(device)
+        fresh.init_weights(10_000 * (seed + 1) + number)
         found.append(induction.head_scores(fresh, repeats, losses=False)['induction'].mean(0))
     return np.stack(found)
 
@@ -191,24 +200,21 @@ def random_controls(loaded, layout):
 def measure(loaded):
     """Every measurement on one model: a dict of arrays and numbers."""
     model, layouts = loaded.model, layouts_for(loaded)
+    as_reported = sequences - sequences // 2  # where no head is chosen, no half is needed to choose on
     repeats = repeats_for(loaded, layouts['main'])
-    scores = induction.head_scores(model, repeats)
-    out = {name: summary(scores[name]) for name in induction.SCORES}
-    out['layouts'] = layouts
-    out['repeat_loss'] = summary(scores['repeat_loss'])
-    out['token_losses'] = scores['losses'].mean(0)
+    out = dict(scores_of(model, repeats), layouts=layouts)
     out['chance'] = induction.chance(repeats)
-    shuffled = repeats_for(loaded, layouts['main'], shuffled=True)
+    shuffled = repeats_for(loaded, layouts['main'], count=as_reported, shuffled=True)
     out['shuffled'] = summary(induction.head_scores(model, shuffled, losses=False)['induction'])
     out['random_init'] = random_controls(loaded, layouts['main'])
     out['random_null'] = float(out['random_init'].max())
     for name, layout in layouts.items():
         if name != 'main':
-            other = repeats_for(loaded, layout)
+            other = repeats_for(loaded, layout, count=as_reported)
             found = induction.head_scores(model, other, losses=False)
             out[name] = {score: summary(found[score]) for score in ('induction', 'prefix_matching')}
             out[name]['chance'] = induction.chance(other)
-    sample = np.random.default_rng(seed).choice(loaded.ids, min(len(loaded.ids), 64), replace=False)
+    sample = np.random.default_rng(seed).choice(loaded.ids, min(len(loaded.ids), 32), replace=False)
     out['copying_eigenvalues'] = induction.copying_eigenvalues(model, loaded.ids)
     out['copying_eigenvalues_raw'] = induction.copying_eigenvalues(model, loaded.ids, effective=False)
     out['copying_top5'] = induction.copying_tokens(model, sample)
@@ -274,7 +280,8 @@ def measure_latent(loaded, repeats):
         out[f'{name}_overlap'] = np.stack([layer[name][0] for layer in overlaps])
         out[f'{name}_overlap_chance'] = overlaps[0][name][1]
     if model.config.n_rope:
-        out['logit_parts'] = {name: summary(values) for name, values in induction.logit_parts(model, repeats).items()}
+        parts = induction.logit_parts(model, repeats[len(repeats) // 2 :])
+        out['logit_parts'] = {name: summary(values) for name, values in parts.items()}
     if ablate:
         bands = min(16, model.config.n_latent)
         with progress(f'{loaded.name}: latent directions', 2 * bands * model.config.n_layer) as bar:
@@ -561,7 +568,7 @@ def sweep_files(folder):
     files = sorted(glob.glob(os.path.join(folder, 'ckpt*.pt')))
     if not files:
         raise UserError(f'there is no ckpt*.pt in {folder}; name the folder of a run that kept its checkpoints')
-    found = {checkpoints.load(file).get('iter_num', 0): file for file in files}
+    found = {checkpoints.load(file, mapped=True).get('iter_num', 0): file for file in files}
     return sorted((iteration, file) for iteration, file in found.items() if iteration)
 
 
@@ -571,13 +578,12 @@ def formation(folder):
     for iteration, file in tqdm(sweep_files(folder), desc=folder, disable=None, leave=False):
         loaded = load(file)
         layout = layouts_for(loaded)['main']
-        scores = induction.head_scores(loaded.model, repeats_for(loaded, layout))
+        scores = scores_of(loaded.model, repeats_for(loaded, layout))
         row = dict(iteration=iteration, file=file, val_loss=loaded.facts['val_loss'], in_context=in_context(loaded))
         for name in ('induction', 'previous_token'):
-            of_heads = summary(scores[name])
-            at = ranked(of_heads['ranking'])[0]
-            row[name] = dict(head=at, **{key: of_heads[key][at] for key in ('mean', 'low', 'high')})
-        row['repeat_loss'] = {key: float(value) for key, value in summary(scores['repeat_loss']).items()}
+            at = ranked(scores[name]['ranking'])[0]
+            row[name] = dict(head=at, **{key: scores[name][key][at] for key in ('mean', 'low', 'high')})
+        row['repeat_loss'] = {key: float(value) for key, value in scores['repeat_loss'].items()}
         rows.append(row)
     null = float(random_controls(loaded, layout).max())
     chance = induction.chance(repeats_for(loaded, layout))

@@ -119,9 +119,11 @@ class Attention:
 
 
 @torch.no_grad()
-def run(model, x, start=0, visit=None, edit=None, qkv=None):
+def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
     """
     Carry the residual stream x (B, T, C) from block `start` through the last one; returns it after ln_f.
+
+    finish=False: stops when the last pattern was seen, and returns None: the rest costs much, and patterns need it not.
 
     visit(layer, Attention): sees each layer; without it no pattern is made. edit(layer, z) -> z: may change the heads'
     outputs z (B, H, T, d). qkv(layer, attn, normed, rope): takes the place of attn.qkv(normed, rope).
@@ -136,6 +138,8 @@ def run(model, x, start=0, visit=None, edit=None, qkv=None):
         else:
             pattern = attention_pattern(q, k, attn.scale)
             visit(layer, Attention(q, k, v, pattern, normed))
+            if not finish and layer == model.config.n_layer - 1:
+                return None
             z = pattern @ v
         x = close_block(block, x, z if edit is None else edit(layer, z))
     return model.transformer.ln_f(x)
@@ -151,7 +155,7 @@ def close_block(block, x, z):
 def patterns(model, tokens):
     """Every layer's attention pattern of a few sequences (B, T), for looking at: (L, B, H, T, T) on the CPU."""
     seen = []
-    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()))
+    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()), finish=False)
     return torch.stack(seen)
 
 
@@ -166,7 +170,7 @@ def device_of(model):
 
 
 @torch.no_grad()
-def losses_of(model, hidden, targets, max_logits=2**23):
+def losses_of(model, hidden, targets, max_logits=2**24):
     """Cross-entropy (n,) of targets (n,) given hidden (n, C), without ever holding more than `max_logits` logits."""
     step = max(1, max_logits // model.config.vocab_size)
     parts = [
@@ -235,14 +239,14 @@ def pattern_scores(pattern, repeats):
     }
 
 
-def run_and_score(model, repeats, score):
+def run_and_score(model, repeats, score, finish=True):
     """
-    One forward pass over a few sequences: (hidden (B, T, C), {name: (B, L, H)}).
+    One forward pass over a few sequences: (hidden (B, T, C), or None if not to be finished; {name: (B, L, H)}).
 
     score(layer, Attention) returns a dict of (B, H) tensors; the layer's pattern is dropped as soon as it is scored.
     """
-    layers = []
-    hidden = run(model, embed(model, repeats.tokens), visit=lambda layer, a: layers.append(score(layer, a)))
+    layers, x = [], embed(model, repeats.tokens)
+    hidden = run(model, x, visit=lambda layer, a: layers.append(score(layer, a)), finish=finish)
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
 
 
@@ -261,7 +265,9 @@ def head_scores(model, repeats, batch_size=16, losses=True):
     """
     found = []
     for part in batches(repeats, batch_size, device_of(model)):
-        hidden, scores = run_and_score(model, part, lambda layer, a, part=part: pattern_scores(a.pattern, part))
+        hidden, scores = run_and_score(
+            model, part, lambda layer, a, part=part: pattern_scores(a.pattern, part), finish=losses
+        )
         if losses:
             targets = part.tokens[:, 1:]
             loss = losses_of(model, hidden[:, :-1].flatten(0, 1), targets.flatten()).view(targets.shape)
@@ -288,7 +294,7 @@ def stream_weights(block):
 
 
 @torch.no_grad()
-def effective_embeddings(model, ids, batch_size=4096):
+def effective_embeddings(model, ids, batch_size=1024):
     """
     Token embeddings (n, C) as later layers find them: E + MLP_0(E), block 0's attention and positions left out.
 
@@ -312,7 +318,7 @@ def copying_eigenvalues(model, ids, effective=True):
     ids, gain = torch.as_tensor(ids, device=device_of(model)), model.transformer.ln_f.weight
     C = model.config.n_embd
     middle = torch.zeros(C, C, device=gain.device, dtype=gain.dtype)
-    for chunk in ids.split(4096):
+    for chunk in ids.split(1024):
         embedding = effective_embeddings(model, chunk) if effective else model.transformer.wte(chunk)
         unembedding = model.lm_head.weight[chunk] * gain
         middle += F.layer_norm(embedding, (C,)).T @ (unembedding - unembedding.mean(-1, keepdim=True))
@@ -325,7 +331,7 @@ def copying_eigenvalues(model, ids, effective=True):
 
 
 @torch.no_grad()
-def copying_tokens(model, ids, top=5, max_logits=2**23):
+def copying_tokens(model, ids, top=5, max_logits=2**24):
     """
     Share of tokens `ids` that a head, attending to one, puts among its own `top` logits: (L, H) in 0 to 1.
 
@@ -481,7 +487,7 @@ def latent_moments(model, repeats, batch_size=16):
         squares[layer] += (latent.T @ latent).cpu()
 
     for part in batches(repeats, batch_size, device_of(model)):
-        run(model, embed(model, part.tokens), visit=add)
+        run(model, embed(model, part.tokens), visit=add, finish=False)
     mean = total / repeats.tokens.numel()
     return [(m, s / repeats.tokens.numel() - m[:, None] * m) for m, s in zip(mean, squares, strict=True)]
 
@@ -593,7 +599,7 @@ def logit_parts(model, repeats, batch_size=16):
         return parts
 
     return joined([
-        run_and_score(model, part, lambda layer, a, part=part: split_logits(layer, a, part))[1]
+        run_and_score(model, part, lambda layer, a, part=part: split_logits(layer, a, part), finish=False)[1]
         for part in batches(repeats, batch_size, device_of(model))
     ])  # fmt: skip
 

@@ -370,15 +370,16 @@ class GPT(nn.Module):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
         super().__init__()
         self.config = config
-        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        head = Linear(config.n_embd, config.vocab_size, bias=False)
+        parts = dict(wte=nn.Embedding.from_pretrained(head.weight, freeze=False))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['drop'] = Dropout(config.dropout)
         parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
         parts['ln_f'] = LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: arXiv:1608.05859
+        self.lm_head = head
+        self.transformer.wte.weight = head.weight  # tied: arXiv:1608.05859
         table = rope_table(config.rope_size, config.block_size) if config.pos == 'rope' else None
         self.register_buffer('rope', table, persistent=False)
         self.recompute = False  # train.py sets it
@@ -395,7 +396,8 @@ class GPT(nn.Module):
             if parameter.dim() >= 2:
                 digest = hashlib.sha256(f'{seed}:{name}'.encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
-                values = torch.empty(parameter.shape).normal_(0.0, self.init_std(name), generator=generator)
+                values = parameter if parameter.device.type == 'cpu' else torch.empty(parameter.shape)
+                values.normal_(0.0, self.init_std(name), generator=generator)
                 parameter.copy_(values)
             else:
                 parameter.fill_(0.0 if name.endswith('bias') else 1.0)
