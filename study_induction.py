@@ -2,7 +2,7 @@
 The study behind RESULTS.md: does MLA form induction heads, when, how strong, where, and out of what?
 
 $ python study_induction.py                    # short form: minutes on two cores
-$ python study_induction.py --full=True        # all seeds and latent sizes: about two hours on two cores
+$ python study_induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
 $ python study_induction.py --text_models=out-imdb,out-imdb-mla    # with models of real text, trained before
 
 Trains every model through train.py on data/repeats, measures it at several iterations through
@@ -226,13 +226,22 @@ def column(rows, key, sign=''):
 
 
 def formation_table(outcomes):
+    heading = ('positions', 'attention', f'best head passes {FORMED} at', 'best induction score', 'by seed',
+               'best previous-token score', 'induction heads of 8', 'loss on repeats', 'val loss')  # fmt: skip
+    rows = []
+    for (pos, name), group in groups(outcomes, LAYERS).items():
+        by_seed = ', '.join(f'{o["score"]:.2f}' for o in group)
+        values = [column(group, key) for key in ('previous', 'called', 'repeat_loss', 'val_loss')]
+        rows.append((pos, name, when(group), column(group, 'score'), by_seed, *values))
+    return table(heading, rows)
+
+
+def head_table(outcomes):
+    """What the best head does, of the runs in which one formed: an average with the others would describe neither."""
     cells = {
-        'best induction score': 'score',
         'same head, shuffled copy': 'shuffled',
-        'induction heads of 8': 'called',
         'its copying': 'copying',
         'K-composition lift': 'lift',
-        'loss on repeats': 'repeat_loss',
         'without best head': 'ablate_best',
         'without best 2': 'ablate_two',
         'without 2 random others of their layers': 'ablate_random',
@@ -240,9 +249,11 @@ def formation_table(outcomes):
     }
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
-        values = [column(group, key, '+' if key.startswith('ablate') else '') for key in cells.values()]
-        rows.append((pos, name, when(group), *values))
-    return table(('positions', 'attention', f'best head passes {FORMED} at', *cells), rows)
+        formed = [o for o in group if o['score'] > FORMED]
+        if formed:
+            values = [column(formed, key, '+' if key.startswith('ablate') else '') for key in cells.values()]
+            rows.append((pos, name, f'{len(formed)} of {len(group)}', *values))
+    return table(('positions', 'attention', 'runs', *cells), rows)
 
 
 def paired_table(outcomes):
@@ -269,16 +280,17 @@ def depth_table(outcomes):
 def latent_table(outcomes):
     heading = ('positions', 'attention', 'effective rank', 'overlap of keys (chance)', 'of values',
                'of keys with values', 'bands for 90 % of the cost: keys', 'values', 'cost in common', 'content logit',
-               'position logit')  # fmt: skip
+               'position logit', 'runs')  # fmt: skip
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
-        found = [o['latent'] for o in group if 'latent' in o]
+        found = [o['latent'] for o in group if 'latent' in o and o['score'] > FORMED]
         if found:
             overlaps = [f'{column(found, f"{kind}_overlap")} ({found[0][f"{kind}_overlap_chance"]:.2f})'
                         for kind in ('key', 'value', 'key_value')]  # fmt: skip
             parts = [column(found, part) if part in found[0] else '' for part in ('content', 'position')]
             shares = [column(found, key) for key in ('keys_carry', 'values_carry', 'shared')]
-            rows.append((pos, name, column(found, 'effective_rank'), *overlaps, *shares, *parts))
+            rows.append((pos, name, column(found, 'effective_rank'), *overlaps, *shares, *parts,
+                         f'{len(found)} of {len(group)}'))  # fmt: skip
     return table(heading, rows)
 
 
@@ -310,7 +322,7 @@ def text_table(folders):
 
 def draw_formation(outcomes):
     """Best induction score over iterations: a thin line per seed, a panel per kind of positions."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout='constrained')
     styles = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
     for axis, pos in zip(axes, ('learned', 'rope'), strict=True):
         chosen = [(name, group) for (of, name), group in groups(outcomes, LAYERS).items() if of == pos]
@@ -319,9 +331,9 @@ def draw_formation(outcomes):
                 axis.plot(*zip(*o['curve'], strict=True), linestyle=styles[number], color=f'C{number}', linewidth=1,
                           label=name if o is group[0] else None)  # fmt: skip
         axis.axhline(FORMED, color='grey', linewidth=0.6)
-        axis.set(xlabel='iteration', title=f'{pos} positions', ylim=(0, 1))
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel('best induction score')
+        axis.set(xlabel='iteration', title='RoPE' if pos == 'rope' else 'learned positions', ylim=(0, 1))
+    axes[0].set_ylabel('best induction score (a line per seed)')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', fontsize=9)
     save_figure(figure, 'formation.png')
 
 
@@ -403,10 +415,11 @@ intro = (f'Made by `{command}`: {len(runs)} runs of {steps[-1]} iterations, {cou
          + ('+- the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
          + '; losses in nats.\n')  # fmt: skip
 parts = [
-    ('When heads form and what they are (2 layers, 4 heads, C=64)', formation_table(outcomes)),
+    ('When heads form, and how strong they end (2 layers, 4 heads, C = 64)', formation_table(outcomes)),
+    (f'What the best head is, where it passed {FORMED}: losses without it', head_table(outcomes)),
     ('MLA minus MHA, paired by seed', paired_table(outcomes)),
     ('Where in depth (4 layers, learned positions)', depth_table(outcomes)),
-    ('How the latent divides (in the layer of the best head)', latent_table(outcomes)),
+    (f'How the latent divides, in the layer of the best head, where it passed {FORMED}', latent_table(outcomes)),
 ]
 if folders:
     parts.append(('Models trained on real text', text_table(folders)))
