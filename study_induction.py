@@ -44,6 +44,8 @@ exec(open('configurator.py', encoding='utf-8').read())
 
 FORMED = 0.5  # a head is said to have formed when the best induction score passes this
 T_QUANTILE = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, n values
+STYLES = [dict(linestyle=line, marker=mark) for line, mark in (('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D'))]
+STYLES.append(dict(linestyle=(0, (5, 1, 1, 1, 1, 1)), marker='v'))
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
 
 
@@ -70,6 +72,11 @@ def planned():
 
 def label(run):
     return f'MLA r={run["n_latent"]}' if run['n_latent'] else 'MHA'
+
+
+def shown(run):
+    """What tables and pictures call a run's attention."""
+    return f'{label(run)} (C/{WIDTH // run["n_latent"]})' if run['n_latent'] else 'MHA'
 
 
 def snapshots():
@@ -186,14 +193,14 @@ def carry(rises):
 
 
 def interval(values):
-    """'mean +- half width' of the 95 % t interval over seeds; the range instead where there are fewer than four."""
+    """'mean ± half width' of the 95 % t interval over seeds; the range instead where there are fewer than four."""
     values = [value for value in values if value is not None]
     if not values:
         return 'n/a'
     if len(values) not in T_QUANTILE:
         low, high = min(values), max(values)
         return f'{mean(values):.3f}' + (f' [{low:.3f}, {high:.3f}]' if high > low else '')
-    return f'{mean(values):.3f} +- {T_QUANTILE[len(values)] * stdev(values) / len(values) ** 0.5:.3f}'
+    return f'{mean(values):.3f} ± {T_QUANTILE[len(values)] * stdev(values) / len(values) ** 0.5:.3f}'
 
 
 def when(outcomes):
@@ -216,7 +223,7 @@ def groups(outcomes, n_layer):
     found = {}
     for o in outcomes:
         if o['n_layer'] == n_layer:
-            found.setdefault((o['pos'], label(o)), []).append(o)
+            found.setdefault((o['pos'], shown(o)), []).append(o)
     return found
 
 
@@ -244,7 +251,7 @@ def head_table(outcomes):
         'K-composition lift': 'lift',
         'without best head': 'ablate_best',
         'without best 2': 'ablate_two',
-        'without 2 random others of their layers': 'ablate_random',
+        'without 2 others of their layers': 'ablate_random',
         'without best 4': 'ablate_four',
     }
     rows = []
@@ -268,12 +275,14 @@ def paired_table(outcomes):
 
 
 def depth_table(outcomes):
-    heading = ('attention', f'best head passes {FORMED} at', 'best induction score', 'where (layer.head, by seed)',
-               'best previous-token score', 'where')  # fmt: skip
+    heading = ('attention', f'best head passes {FORMED} at', 'best induction score by seed', 'where (layer.head)',
+               'best previous-token score', 'where', 'loss on repeats', 'val loss')  # fmt: skip
     rows = []
     for (_, name), group in groups(outcomes, DEEP).items():
         best, previous = (', '.join(f'{o[key][0]}.{o[key][1]}' for o in group) for key in ('best', 'best_previous'))
-        rows.append((name, when(group), column(group, 'score'), best, column(group, 'previous'), previous))
+        losses = (column(group, 'repeat_loss'), column(group, 'val_loss'))
+        by_seed = ', '.join(f'{o["score"]:.2f}' for o in group)
+        rows.append((name, when(group), by_seed, best, column(group, 'previous'), previous, *losses))
     return table(heading, rows)
 
 
@@ -322,18 +331,23 @@ def text_table(folders):
 
 def draw_formation(outcomes):
     """Best induction score over iterations: a thin line per seed, a panel per kind of positions."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout='constrained')
-    styles = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout='constrained')
     for axis, pos in zip(axes, ('learned', 'rope'), strict=True):
         chosen = [(name, group) for (of, name), group in groups(outcomes, LAYERS).items() if of == pos]
         for number, (name, group) in enumerate(chosen):
+            formed = sum(o['score'] > FORMED for o in group)
             for o in group:
-                axis.plot(*zip(*o['curve'], strict=True), linestyle=styles[number], color=f'C{number}', linewidth=1,
-                          label=name if o is group[0] else None)  # fmt: skip
+                title = f'{name}: {formed} of {len(group)} end above' if o is group[0] else None
+                x, y = zip(*o['curve'], strict=True)
+                axis.plot(x, y, **STYLES[number], color=f'C{number}', linewidth=1, markersize=3, label=title)
         axis.axhline(FORMED, color='grey', linewidth=0.6)
-        axis.set(xlabel='iteration', title='RoPE' if pos == 'rope' else 'learned positions', ylim=(0, 1))
+        axis.annotate(
+            f'{FORMED}', (1.0, FORMED), xycoords=('axes fraction', 'data'), fontsize=8, va='bottom', ha='right'
+        )
+        positions = 'RoPE' if pos == 'rope' else 'learned positions'
+        axis.set(xlabel='iteration', title=f'{positions}, {LAYERS} layers, C = {WIDTH}', ylim=(0, 1))
+        axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
     axes[0].set_ylabel('best induction score (a line per seed)')
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', fontsize=9)
     save_figure(figure, 'formation.png')
 
 
@@ -412,8 +426,9 @@ steps, count = snapshots(), len({run['seed'] for run in runs})
 command = 'python study_induction.py' + (' --full=True' if full else '')
 intro = (f'Made by `{command}`: {len(runs)} runs of {steps[-1]} iterations, {count} training seeds each, measured at '
          f'iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
-         + ('+- the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
-         + '; losses in nats.\n')  # fmt: skip
+         + ('± the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
+         + '; where some runs form heads and others do not, such an interval says little: see the column by seed. '
+         'Iterations of forming are medians [range] over the runs that formed. Losses are in nats.\n')  # fmt: skip
 parts = [
     ('When heads form, and how strong they end (2 layers, 4 heads, C = 64)', formation_table(outcomes)),
     (f'What the best head is, where it passed {FORMED}: losses without it', head_table(outcomes)),

@@ -86,12 +86,12 @@ def test_the_tables_say_what_the_runs_files_say(finished):
     text = (finished / 'out' / 'tables.md').read_text()
     row = row_of(text, 'learned', 'MHA')
     assert row[3] == str(STEP) and row[4] == '0.800 [0.750, 0.850]' and row[5] == '0.75, 0.85'
-    row = row_of(text, 'rope', 'MLA r=16')
+    row = row_of(text, 'rope', 'MLA r=16 (C/4)')
     assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 does not pass 0.5
     heads = text[text.index('What the best head is') :]
-    assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16')[3] == '1 of 2'
+    assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16 (C/4)')[3] == '1 of 2'
     paired = text[text.index('paired') :]
-    assert row_of(paired, 'learned', 'MLA r=16')[3] == '-0.250'
+    assert row_of(paired, 'learned', 'MLA r=16 (C/4)')[3] == '-0.250'
     found = json.loads((finished / 'out' / 'study.json').read_text())['runs']
     assert [run['name'] for run in found] == NAMES and found[2]['latent']['effective_rank'] > 1
     assert results.read_text() == f'above\n<!-- study -->\n{text}<!-- /study -->\nbelow\n'
