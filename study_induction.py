@@ -118,7 +118,8 @@ def measure(folder, sweep):
     if os.path.exists(done) and os.path.getmtime(done) >= os.path.getmtime(os.path.join(folder, 'ckpt.pt')):
         return
     arguments = ['find_induction_heads.py', f'--models={folder}', f'--out_dir={to}', f'--data_dir={data_dir}']
-    call(arguments + ([f'--sweep={folder}', '--html=False', '--threads=1'] if sweep else []), folder)
+    more = [f'--sweep={folder}', '--html=False', '--threads=1'] if sweep else ['--text_windows=1024']
+    call(arguments + more, folder)
 
 
 def train_and_measure(run):
