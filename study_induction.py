@@ -353,16 +353,22 @@ def draw_formation(outcomes):
 
 
 def draw_losses(folders):
-    """Train and val loss of the text models over their runs, from their log.csv."""
+    """Train and val loss of the text models over their runs, from their log.csv, with the val loss's standard error."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    seen = []
     for number, folder in enumerate(folders):
         with open(os.path.join(folder, 'log.csv'), encoding='utf-8', newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['val_loss']]
         iterations = [int(row['iter']) for row in rows]
-        name = os.path.basename(os.path.normpath(folder))
-        for key, style in (('train_loss', '--'), ('val_loss', '-')):
-            axis.plot(iterations, [float(row[key]) for row in rows], style, color=f'C{number}',
-                      label=f'{name}, {key.replace("_", " ")}', marker='os^D'[number % 4], markersize=3)  # fmt: skip
+        train, val, error = ([float(row[key]) for row in rows] for key in ('train_loss', 'val_loss', 'val_stderr'))
+        name, color, mark = os.path.basename(os.path.normpath(folder)), f'C{number}', 'os^D'[number % 4]
+        axis.errorbar(iterations, val, error, color=color, marker=mark, markersize=4, label=f'{name}, val loss')
+        axis.plot(iterations, train, '--', color=color, marker=mark, markersize=4, markerfacecolor='white',
+                  label=f'{name}, train loss')  # fmt: skip
+        seen += train[1:] + val[1:]  # the untrained model's would leave the rest no room
+    if seen:
+        room = 0.05 * (max(seen) - min(seen))
+        axis.set_ylim(min(seen) - room, max(seen) + room)
     axis.set(xlabel='iteration', ylabel='loss (nats per token)')
     axis.legend(fontsize=8)
     save_figure(figure, 'full_run.png')

@@ -81,7 +81,10 @@ def row_of(text, *cells):
 def test_the_tables_say_what_the_runs_files_say(finished):
     results = finished / 'RESULTS.md'
     results.write_text('above\n<!-- study -->\nold\n<!-- /study -->\nbelow\n')
-    done = study(finished / 'out', finished / 'data', f'--results={results}')
+    novel = finished / 'out-novel'
+    shutil.copytree(finished / 'out' / NAMES[0], novel)
+    (novel / 'log.csv').write_text('iter,train_loss,val_loss,val_stderr\n0,5,5,.1\n5,,,\n10,2,3,.1\n')
+    done = study(finished / 'out', finished / 'data', f'--results={results}', f'--text_models={novel}')
     assert done.returncode == 0, done.stderr
     text = (finished / 'out' / 'tables.md').read_text()
     row = row_of(text, 'learned', 'MHA')
@@ -95,7 +98,10 @@ def test_the_tables_say_what_the_runs_files_say(finished):
     found = json.loads((finished / 'out' / 'study.json').read_text())['runs']
     assert [run['name'] for run in found] == NAMES and found[2]['latent']['effective_rank'] > 1
     assert results.read_text() == f'above\n<!-- study -->\n{text}<!-- /study -->\nbelow\n'
-    assert (finished / 'out' / 'formation.png').read_bytes().startswith(b'\x89PNG')
+    real = text[text.index('real text') :]
+    assert row_of(real, 'template-MHA', 'mha', str(STEP))[4] == '1.0000' and '0.750 [' in real
+    for name in ('formation.png', 'full_run.png'):
+        assert (finished / 'out' / name).read_bytes().startswith(b'\x89PNG')
 
 
 def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp_path):
