@@ -23,7 +23,7 @@ import torch
 import checkpoint as checkpoints
 import runtime
 from runtime import UserError
-from tokens import load_tokenizer
+from tokens import byte_letters, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint, or a folder with one
@@ -40,6 +40,7 @@ saved = checkpoints.load(source)
 model = checkpoints.build_model(saved)
 meta = saved.get('tokenizer') or {}
 kind = meta.get('tokenizer')
+PAIRS = ('gpt2', 'bpe')  # byte-pair encodings
 
 
 def write_json(name, value):
@@ -91,6 +92,7 @@ tensors = model.state_dict() if is_mla else gpt2_tensors()
 tensors = {name: value.contiguous() for name, value in tensors.items() if name != 'lm_head.weight'}  # tied to wte
 dtype = str(model.lm_head.weight.dtype).removeprefix('torch.')
 end_of_text = 50256 if kind == 'gpt2' or model.config.vocab_size in (50257, 50304) else None
+end_of_text = len(meta['pieces']) if kind == 'bpe' else end_of_text
 special = {'bos_token_id': end_of_text, 'eos_token_id': end_of_text}
 write_json('config.json', {**(mla_config() if is_mla else gpt2_config()), **special, 'dtype': dtype, 'use_cache': True,
                            'tie_word_embeddings': True})  # fmt: skip
@@ -101,16 +103,8 @@ if is_mla:
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
-def byte_letters():
-    """GPT-2's printable stand-in for each byte: a list of 256 characters."""
-    shown = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in shown}
-    hidden = (byte for byte in range(256) if byte not in letters)
-    return [*dict(sorted({**letters, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}.items())).values()]
-
-
 def merges_of(ranks):
-    """GPT-2's merges in order: the two parts that each token is made from, by the merges in front of it."""
+    """Byte pairs' merges in order: the two parts that each token is made from, by the merges in front of it."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -132,7 +126,7 @@ def fast_tokenizer():
     letters = byte_letters()
     if kind == 'byte':
         vocab, merges = {letter: byte for byte, letter in enumerate(letters)}, []
-    elif kind == 'gpt2':
+    elif kind in PAIRS:
         ranks = load_tokenizer(meta).encoding._mergeable_ranks
         spelled = {token: ''.join(letters[byte] for byte in token) for token in ranks}
         vocab = {spelled[token]: rank for token, rank in ranks.items()}
@@ -140,16 +134,16 @@ def fast_tokenizer():
     else:
         return None
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == 'gpt2')
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in PAIRS)
     tokenizer.decoder = decoders.ByteLevel()
-    if kind == 'gpt2':
+    if kind in PAIRS:
         tokenizer.add_special_tokens([AddedToken('<|endoftext|>', normalized=False)])
     return tokenizer
 
 
 tokenizer = fast_tokenizer()
 if tokenizer is not None:
-    names = {name: '<|endoftext|>' for name in ('bos_token', 'eos_token', 'unk_token')} if kind == 'gpt2' else {}
+    names = {name: '<|endoftext|>' for name in ('bos_token', 'eos_token', 'unk_token')} if kind in PAIRS else {}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=model.config.block_size,

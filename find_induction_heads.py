@@ -101,7 +101,7 @@ def load(spec):
     facts.update(parameters=model.get_num_params(), attention=checkpoints.attention_of(model),
                  model_args=checkpoints.model_args(model.config))  # fmt: skip
     ids, bos = drawable(meta, model.config.vocab_size)
-    text = validation_text(dataset, model.config, 1024) if meta.get('tokenizer') in ('byte', 'char') else None
+    text = validation_text(dataset, model.config, 1024) if meta.get('tokenizer') in ('byte', 'char', 'bpe') else None
     if text is not None:
         ids = np.intersect1d(ids, text[0].numpy())  # the others, most of the 256 bytes for one, were never learned
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
@@ -114,7 +114,8 @@ def drawable(meta, vocab_size):
         if vocab_size > GPT2_BOS:
             return np.arange(GPT2_BOS), GPT2_BOS
         return np.arange(vocab_size), None
-    return np.arange(min(meta.get('vocab_size', vocab_size), vocab_size)), None
+    ids = np.arange(min(meta.get('vocab_size', vocab_size), vocab_size))
+    return (ids[:-1], int(ids[-1])) if meta.get('tokenizer') == 'bpe' else (ids, None)  # its last id ends a document
 
 
 def tokenizer_of(meta):

@@ -125,6 +125,20 @@ class GPT2Tokenizer:
         return self.encoding.decode_bytes(known_ids(ids, self.n_vocab))
 
 
+class BPETokenizer(GPT2Tokenizer):
+    """
+    A byte-pair encoding of one's own, as `learn_bpe` gives it; <|endoftext|> is its last id.
+
+    pieces: a list of str in the order of their ids, a character for each byte (Latin-1).
+    """
+
+    name = 'bpe'
+
+    def __init__(self, pieces):
+        self.n_vocab, self.end_of_text = len(pieces) + 1, len(pieces)
+        self.encoding = bpe_encoding(pieces)
+
+
 def load_tokenizer(meta):
     """
     The tokenizer that a data set's or a checkpoint's meta describes.
@@ -139,9 +153,11 @@ def load_tokenizer(meta):
         return ByteTokenizer()
     if name == 'gpt2':
         return GPT2Tokenizer()
+    if name == 'bpe' and are_pieces(meta.get('pieces')):
+        return BPETokenizer(meta['pieces'])
     if name == 'none':
         raise UserError('these tokens stand for no text (tokenizer: none), so none can be encoded or written')
-    raise UserError(f'unknown tokenizer {name!r}; it must be char, byte or gpt2')
+    raise UserError(f'unknown tokenizer {name!r}; it must be char, byte, bpe or gpt2')
 
 
 def gpt2_encoding(seconds=60):
@@ -157,6 +173,57 @@ def gpt2_encoding(seconds=60):
             f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): it downloads two files once; without a "
             'network, copy its cache from a machine that has one and set TIKTOKEN_CACHE_DIR to that folder'
         ) from error
+
+
+def bpe_encoding(pieces):
+    """tiktoken's encoding by these pieces (see BPETokenizer), after the same cuts into words as GPT-2's."""
+    try:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+    except ImportError:
+        raise UserError('the bpe tokenizer needs tiktoken: pip install tiktoken') from None
+    ranks = {piece.encode('latin-1'): i for i, piece in enumerate(pieces)}
+    special = {'<|endoftext|>': len(pieces)}
+    return tiktoken.Encoding('bpe', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def learn_bpe(texts, vocab_size):
+    """
+    Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str: the pieces of a BPETokenizer.
+
+    vocab_size: ids, <|endoftext|> among them; fewer come out where the text has no more pairs. The 256 bytes come
+    first, so that there is no text that can't be encoded. UserError where the library is missing.
+    """
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        raise UserError('learning a byte-pair encoding needs tokenizers: pip install tokenizers') from None
+    letter_of = byte_letters()
+    byte_of = {letter: chr(byte) for byte, letter in enumerate(letter_of)}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=letter_of, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = tokenizer.get_vocab()
+    return [''.join(byte_of[letter] for letter in piece) for piece in sorted(ids, key=ids.get)]
+
+
+def evenly(texts, total, most):
+    """Of an iterable of str, `total` characters long, as many as make up about `most`, in even steps; all if fewer."""
+    taken = position = 0
+    for text in texts:
+        if taken * total <= position * most:
+            taken += len(text)
+            yield text
+        position += len(text)
+
+
+def byte_letters():
+    """GPT-2's printable stand-in for each byte, by which its vocabulary is written: a list of 256 characters."""
+    shown = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in shown}
+    hidden = (byte for byte in range(256) if byte not in letters)
+    return [*dict(sorted({**letters, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}.items())).values()]
 
 
 def within(seconds, work):
@@ -277,25 +344,28 @@ def token_dtype(vocab_size):
 
 
 def write_dataset(
-    folder, tokenizer, splits, *, source, vocab_size=None, chars=None, input_sha256=None, row_tokens=None, masks=None
-):
+    folder, tokenizer, splits, *, source, vocab_size=None, chars=None, pieces=None, input_sha256=None,
+    row_tokens=None, masks=None
+):  # fmt: skip
     """
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
 
-    tokenizer: 'char' (then `chars`: its characters in the order of their ids), 'byte', 'gpt2', or 'none' for ids that
-    stand for no text (then `vocab_size`). splits: {'train': ..., 'val': ...}, each an integer array, an iterable of
-    them (written as they come, so that nothing needs to fit into memory) or the Path of a finished token file, which
-    is renamed. source: one line that says what text this is. row_tokens: R where every R tokens are a row of their own.
-    masks: like splits, uint8, 1 where a token is never a target.
+    tokenizer: 'char' (then `chars`: its characters in the order of their ids), 'byte', 'gpt2', 'bpe' (then `pieces`:
+    see BPETokenizer), or 'none' for ids that stand for no text (then `vocab_size`). splits: {'train': ..., 'val': ...},
+    each an integer array, an iterable of them (written as they come, so that nothing needs to fit into memory) or the
+    Path of a finished token file, which is renamed. source: one line that says what text this is. row_tokens: R where
+    every R tokens are a row of their own. masks: like splits, uint8, 1 where a token is never a target.
 
     All files are written beside the old ones and renamed when complete, so that a failed run changes nothing. A run
     killed between two renames leaves a meta.json that says so. UserError where a split is empty or the disk is full.
     """
     folder = Path(folder)
-    vocab_size = {'char': len(chars or ''), 'byte': 256, 'gpt2': GPT2_VOCAB}.get(tokenizer, vocab_size)
+    sizes = {'char': len(chars or ''), 'byte': 256, 'gpt2': GPT2_VOCAB, 'bpe': len(pieces or ()) + 1}
+    vocab_size = sizes.get(tokenizer, vocab_size)
     dtype = token_dtype(vocab_size)
     meta = {'format': FORMAT, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': dtype.name, 'tokens': {}}
     meta |= {'chars': chars} if tokenizer == 'char' else {}
+    meta |= {'pieces': pieces} if tokenizer == 'bpe' else {}
     meta |= {'source': ' '.join(source.split())}
     meta |= {'row_tokens': row_tokens} if row_tokens else {}
     meta |= {'masked': True} if masks else {}
@@ -592,7 +662,7 @@ def checked_meta(meta, folder):
             return f'has format {meta.get("format")!r}, and this version reads {FORMAT}'
         if meta.get('replacing'):
             return 'says that the data set was being replaced when the run that did so was killed'
-        if meta.get('tokenizer') not in ('char', 'byte', 'gpt2', 'none'):
+        if meta.get('tokenizer') not in ('char', 'byte', 'gpt2', 'bpe', 'none'):
             return f'has the unknown tokenizer {meta.get("tokenizer")!r}'
         if meta.get('dtype') not in ('uint16', 'uint32'):
             return f'has dtype {meta.get("dtype")!r}, which must be uint16 or uint32'
@@ -602,6 +672,9 @@ def checked_meta(meta, folder):
         if meta['tokenizer'] == 'char':
             if not isinstance(chars, str) or len(set(chars)) != len(chars) or len(chars) != meta['vocab_size']:
                 return f'has "chars" that are not {meta["vocab_size"]} different characters'
+        elif meta['tokenizer'] == 'bpe':
+            if not are_pieces(meta.get('pieces')) or len(meta['pieces']) != meta['vocab_size'] - 1:
+                return f'has "pieces" that are not {meta["vocab_size"] - 1} different ones, with all bytes'
         elif meta['vocab_size'] != {'byte': 256, 'gpt2': GPT2_VOCAB}.get(meta['tokenizer'], meta['vocab_size']):
             return f'has vocab_size {meta["vocab_size"]}, which is not that of the tokenizer {meta["tokenizer"]}'
         counts = meta.get('tokens')
@@ -616,6 +689,14 @@ def checked_meta(meta, folder):
     if problem():
         raise UserError(f'{folder / "meta.json"} {problem()}: {prepare_hint(folder)}')
     return meta
+
+
+def are_pieces(pieces):
+    """Whether `pieces` can be those of a BPETokenizer: different strings of bytes, every single byte among them."""
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) and piece for piece in pieces):
+        return False
+    single = {chr(byte) for byte in range(256)}
+    return len(set(pieces)) == len(pieces) and set(pieces) >= single >= set(''.join(pieces))
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -1,16 +1,19 @@
-# Trains a small model with multi-head attention on text of your own, byte by byte, on a CPU.
+# Trains a small model with multi-head attention on text of your own, on a CPU, until induction heads form.
 # config/train_text_cpu_mla.py differs in the attention alone.
 #
-# $ python data/text/prepare.py --input=FOLDER --tokenizer=byte
+# $ python data/text/prepare.py --input=FOLDER --tokenizer=bpe --vocab_size=2048
 # $ python train.py config/train_text_cpu.py
+#
+# Induction heads form after about 10^5.7 sqrt(batch_size x block_size) tokens, whatever the model's size (Aoyama et al.
+# 2025, arXiv:2511.16893): 11 million here, of 14. With larger batches it takes more of them.
 
 out_dir = 'out-text'
 wandb_run_name = 'text-mha'
 
 dataset = 'text'
 gradient_accumulation_steps = 1
-batch_size = 16  # 16 x 256 = 4,096 bytes per iteration
-block_size = 256
+batch_size = 4  # 4 x 128 = 512 tokens per iteration
+block_size = 128
 
 n_layer = 4
 n_head = 4
@@ -18,13 +21,13 @@ n_embd = 128
 dropout = 0.0
 bias = False
 
-learning_rate = 2e-3
-max_iters = 4000
-lr_decay_iters = 4000
-warmup_iters = 100
-min_lr = 2e-4
+learning_rate = 1e-3
+max_iters = 28000
+lr_decay_iters = 28000
+warmup_iters = 200
+min_lr = 1e-4
 beta2 = 0.99
 
-eval_interval = 250
-eval_iters = 64  # 1,024 windows of each split
-log_interval = 50
+eval_interval = 1000
+eval_iters = 128  # 512 windows of each split
+log_interval = 100

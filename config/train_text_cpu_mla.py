@@ -1,7 +1,7 @@
-# Trains a small model with multi-head latent attention on text of your own, byte by byte, on a CPU.
+# Trains a small model with multi-head latent attention on text of your own, on a CPU, until induction heads form.
 # The same run as config/train_text_cpu.py but for the attention.
 #
-# $ python data/text/prepare.py --input=FOLDER --tokenizer=byte
+# $ python data/text/prepare.py --input=FOLDER --tokenizer=bpe --vocab_size=2048
 # $ python train_mla.py config/train_text_cpu_mla.py
 
 out_dir = 'out-text-mla'
@@ -9,8 +9,8 @@ wandb_run_name = 'text-mla'
 
 dataset = 'text'
 gradient_accumulation_steps = 1
-batch_size = 16  # 16 x 256 = 4,096 bytes per iteration
-block_size = 256
+batch_size = 4  # 4 x 128 = 512 tokens per iteration
+block_size = 128
 
 n_layer = 4
 n_head = 4
@@ -20,13 +20,13 @@ bias = False
 attention = 'mla'
 n_latent = 64  # half of n_embd
 
-learning_rate = 2e-3
-max_iters = 4000
-lr_decay_iters = 4000
-warmup_iters = 100
-min_lr = 2e-4
+learning_rate = 1e-3
+max_iters = 28000
+lr_decay_iters = 28000
+warmup_iters = 200
+min_lr = 1e-4
 beta2 = 0.99
 
-eval_interval = 250
-eval_iters = 64  # 1,024 windows of each split
-log_interval = 50
+eval_interval = 1000
+eval_iters = 128  # 512 windows of each split
+log_interval = 100

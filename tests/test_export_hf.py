@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import checkpoint as checkpoints
+import tokens
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from runtime import UserError
@@ -159,6 +160,16 @@ def test_gpt2_tokenizer(monkeypatch, tmp_path, shared_data):
     assert tokenizer('<|endoftext|>')['input_ids'] == [50256] == [tokenizer.eos_token_id]
     assert len(tokenizer) == 50257
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 50256
+
+
+def test_learned_byte_pair_tokenizer(monkeypatch, tmp_path):
+    text = 'low lower lowest, newer newest; the lowest newest of them. ' * 20
+    pieces = tokens.learn_bpe([text], 310)
+    model = random_model('mla', vocab_size=len(pieces) + 1)
+    folder = export(monkeypatch, tmp_path, model, {'tokenizer': 'bpe', 'pieces': pieces})
+    tokenizer = same_tokens(folder, {'tokenizer': 'bpe', 'pieces': pieces}, [text, "don't\n\n 1 \u00e9\u4e2d\t x", ''])
+    assert tokenizer('<|endoftext|>')['input_ids'] == [len(pieces)] == [tokenizer.eos_token_id]
+    assert len(tokenizer) == len(pieces) + 1
 
 
 def test_tokens_that_are_no_text_have_no_tokenizer(monkeypatch, tmp_path, capsys):

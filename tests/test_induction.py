@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import induction
+import tokens
 from model import GPT, GPTConfig, attention_pattern
 from model_mla import MLAGPT, MLAConfig
 from tokens import TokenData
@@ -436,6 +437,19 @@ def save(folder, model, **changes):
 
 
 QUICK = ('--sequences=16', '--resamples=200', '--ablate_sequences=8', '--controls=1', '--device=cpu')
+
+
+def test_sequences_begin_with_the_end_token_of_a_learned_encoding(tmp_path):
+    pieces = tokens.learn_bpe(['some words, more words'], 260)
+    model = GPT(GPTConfig(block_size=32, vocab_size=260, n_layer=1, n_head=2, n_embd=16))
+    model.transformer.ln_f.weight.data.fill_(2.0)  # as training would have moved it
+    meta = dict(tokenizer='bpe', vocab_size=260, pieces=pieces)
+    folder, out = save(tmp_path / 'out-pairs', model, tokenizer=meta), tmp_path / 'found'
+    done = call('find_induction_heads.py', f'--models={folder}', f'--out_dir={out}', '--ablate=False', *QUICK)
+    assert done.returncode == 0, done.stderr
+    data = (out / 'patterns.html').read_text().split('const MODELS = ')[1].split(';\n')[0]
+    shown = json.loads(data)[0]['sequences'][0]['tokens']
+    assert shown[0] == '<bos>' and '<bos>' not in shown[1:] and len(shown) > 20
 
 
 def test_the_script_finds_planted_heads_in_both_models_and_writes_its_files(tmp_path):

@@ -362,6 +362,24 @@ def test_own_text_a_document_per_line(prepare, tmp_path, gpt2_cache, monkeypatch
     assert ids[-1] == 50256 and found == documents
 
 
+def test_own_text_in_pairs_learned_from_it(prepare, tmp_path):
+    """By lines; what is for validation takes no part in the learning."""
+    documents = [f'the {"fox" if i % 2 else "dog"} and the {i}' for i in range(300)] + ['zzzzzzzz'] * 100
+    (tmp_path / 'in.txt').write_text('\n'.join(documents), encoding='utf-8')
+    keys = dict(input=tmp_path / 'in.txt', tokenizer='bpe', documents='line', vocab_size=320, val_fraction=0.3)
+    out, _ = prepare(TEXT, out_dir=tmp_path / 'out', **keys)
+    meta = TokenData(tmp_path / 'out', 4).meta
+    tokenizer, end = load_tokenizer(meta), meta['vocab_size'] - 1
+    ids = np.concatenate([split_of(tmp_path / 'out', split) for split in ('train', 'val')])
+    found = [tokenizer.decode(part[part != end]) for part in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
+    whole = [document for document in found if document in documents]
+    assert ids[-1] == end and ''.join(found) == ''.join(documents) and len(whole) >= len(documents) - 2
+    assert ' the' in meta['pieces'] and 'zz' not in meta['pieces'] and f'(bpe, {end + 1} ids)' in out
+    first = (tmp_path / 'out' / 'train.bin').read_bytes()
+    prepare(TEXT, out_dir=tmp_path / 'again', workers=2, **keys)
+    assert (tmp_path / 'again' / 'train.bin').read_bytes() == first
+
+
 def test_a_line_longer_than_a_block_stays_one_document(prepare, tmp_path, gpt2_cache):
     text = 'one two ' * 300_000 + '\nthe next\n' + 'x y ' * 100_000
     (tmp_path / 'in.txt').write_text(text, encoding='utf-8')
@@ -388,8 +406,9 @@ BAD = {
     'not UTF-8': (dict(input='latin.txt'), r'not UTF-8 text \(line 3, byte 0xe9\).*--tokenizer=byte'),
     'broken gz': (dict(input='broken.txt.gz'), "broken.txt.gz can't be read"),
     'empty': (dict(input='empty.txt'), 'there is no text in'),
-    'tokenizer': (dict(tokenizer='bpe'), 'must be char, byte or gpt2'),
+    'tokenizer': (dict(tokenizer='words'), 'must be char, byte, bpe or gpt2'),
     'documents': (dict(documents='page'), 'must be file or line'),
+    'vocab_size': (dict(tokenizer='bpe', vocab_size=256), 'vocab_size=256 must be from 300'),
     'documents of char': (dict(documents='line'), 'needs --tokenizer=gpt2'),
     'val_fraction': (dict(val_fraction=1.0), 'above 0 and below 1'),
     'name': (dict(name='../other'), 'plain folder name'),

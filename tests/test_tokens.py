@@ -148,7 +148,7 @@ BROKEN = {
     'list for meta': (lambda f: (f / 'meta.json').write_text('[]'), 'not a JSON object'),
     'other format': (break_meta(format=2), 'has format 2'),
     'killed while replacing': (break_meta(replacing=True), 'was being replaced'),
-    'tokenizer': (break_meta(tokenizer='bpe'), "unknown tokenizer 'bpe'"),
+    'tokenizer': (break_meta(tokenizer='words'), "unknown tokenizer 'words'"),
     'dtype': (break_meta(dtype='int64'), "dtype 'int64'"),
     'right bytes, wrong dtype': (break_meta(dtype='uint32'), 'has 1,800 uint32 tokens'),
     'chars': (break_meta(chars='aab'), '"chars" that are not'),
@@ -299,11 +299,53 @@ def test_gpt2(gpt2_cache):
         tokenizer.decode([50257])
 
 
+WORDS = ['low lower lowest newest', 'the quick brown fox jumps over a lazy dog', 'wide wider widest caf\u00e9'] * 50
+
+
+@pytest.fixture(scope='module')
+def learned():
+    return tokens.learn_bpe(WORDS, 300)
+
+
+def test_a_byte_pair_encoding_is_learned(learned):
+    tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': learned})
+    assert tokenizer.n_vocab == 300 and tokenizer.end_of_text == 299
+    assert sorted(learned[:256]) == [chr(byte) for byte in range(256)] and learned == tokens.learn_bpe(WORDS, 300)
+    ids = tokenizer.encode(' newest lowest')
+    assert [tokenizer.decode([i]) for i in ids] == [' new', 'est', ' lowest']  # what occurs most is joined
+    assert len(tokenizer.encode('lo wer')) > 2
+    text = 'caf\u00e9 <|endoftext|> \U0001f600 \n\tnew\0'
+    assert tokenizer.decode(tokenizer.encode(text)) == text and 299 not in tokenizer.encode(text)
+    assert tokenizer.encode(text, special=True).count(299) == 1
+    assert tokenizer.decode_bytes([tokenizer.encode('\u00ff')[0]]) == b'\xc3'
+    with pytest.raises(ValueError, match='beyond a vocabulary of 300'):
+        tokenizer.decode([300])
+    assert len(tokens.learn_bpe(['ab'], 300)) == 257  # there are no more pairs in it
+
+
+def test_a_long_text_is_sampled_evenly():
+    texts = [f'{i:05}' for i in range(1000)]
+    assert list(tokens.evenly(texts, 5000, 5000)) == list(tokens.evenly(texts, 5000, 10**6)) == texts
+    assert list(tokens.evenly(texts, 5000, 500)) == texts[::10]
+
+
+def test_a_byte_pair_encoding_on_disk(tmp_path, learned):
+    ids = np.array(load_tokenizer({'tokenizer': 'bpe', 'pieces': learned}).encode(WORDS[0] * 9))
+    write_dataset(tmp_path, 'bpe', {'train': ids, 'val': ids}, pieces=learned, source='words')
+    data = TokenData(tmp_path, 4)
+    assert data.n_vocab == data.padded_vocab_size == 300
+    assert load_tokenizer(data.meta).decode(ids) == WORDS[0] * 9
+    for pieces in (learned[:-1], learned[1:], learned[:-1] + learned[:1], [*learned[:-1], 'a\u0100'], 7, None):
+        (tmp_path / 'meta.json').write_text(json.dumps({**data.meta, 'pieces': pieces}))
+        with pytest.raises(UserError, match='"pieces" that are not 299 different ones') as error:
+            TokenData(tmp_path, 4)
+        one_line(error)
+
+
 def test_no_tokenizer():
-    with pytest.raises(UserError, match='must be char, byte or gpt2'):
-        load_tokenizer({})
-    with pytest.raises(UserError, match='must be char, byte or gpt2'):
-        load_tokenizer({'tokenizer': 'char'})
+    for meta in ({}, {'tokenizer': 'char'}, {'tokenizer': 'bpe'}, {'tokenizer': 'bpe', 'pieces': ['a']}):
+        with pytest.raises(UserError, match='must be char, byte, bpe or gpt2'):
+            load_tokenizer(meta)
 
 
 def test_without_a_network_tiktoken_is_explained(monkeypatch):
@@ -338,6 +380,13 @@ def test_pieces_encode_to_the_same_tokens(size, gpt2_cache):
     pieces = list(tokens.chunks(blocks, size))
     assert ''.join(pieces) == text and (len(pieces) > 30 or size == 50)
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7])
+def test_pieces_encode_to_the_same_tokens_by_a_learned_encoding(size):
+    tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': tokens.learn_bpe([AWKWARD], 400)})
+    pieces = list(tokens.chunks([AWKWARD[i : i + 5] for i in range(0, len(AWKWARD), 5)], size))
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(AWKWARD)
 
 
 def test_pieces_of_shakespeare(shared_data, gpt2_cache):

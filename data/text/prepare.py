@@ -8,6 +8,10 @@ $ python train.py config/train_shakespeare_char.py --dataset=novel --out_dir=out
 All .txt and .md files below a folder, and one file more, in GPT-2's tokens:
 $ python data/text/prepare.py --input=notes,diary.txt --name=notes --tokenizer=gpt2
 
+In pairs of bytes learned from the text itself (byte-pair encoding): for small models, since GPT-2's 50257 ids are most
+of the arithmetic there:
+$ python data/text/prepare.py --input=notes --name=notes --tokenizer=bpe --vocab_size=2048
+
 A compressed file with one document per line:
 $ python data/text/prepare.py --input=reviews.txt.gz --name=reviews --tokenizer=gpt2 --documents=line
 
@@ -15,7 +19,7 @@ Notable features:
 - any size: the text streams through all cores in bounded memory; the result is that of encoding each file in one go
 - text is UTF-8, whatever the system's default; a byte order mark goes, \\r\\n becomes \\n (byte: bytes as they are)
 - files come in the order of their paths; the last part of the text, by position, is for validation
-- gpt2 puts <|endoftext|> after each document; char and byte have no such token: files follow each other as they are
+- gpt2 and bpe put <|endoftext|> after each document; char and byte have no such token: file follows file as it is
 """
 
 import gzip
@@ -36,8 +40,9 @@ from runtime import UserError
 input = ''  # a file or a folder, or several with commas between
 name = 'text'  # the data set goes to data/NAME; train with --dataset=NAME
 out_dir = ''  # a folder to take the place of data/NAME
-tokenizer = 'char'  # char, byte or gpt2
-documents = 'file'  # gpt2: <|endoftext|> after every file, or after every line
+tokenizer = 'char'  # char, byte, gpt2 or bpe
+vocab_size = 4096  # bpe: number of ids
+documents = 'file'  # gpt2, bpe: <|endoftext|> after every file, or after every line
 suffixes = '.txt,.md,.txt.gz'  # which files of a folder to read
 val_fraction = 0.1  # the part of the text that is for validation
 workers = 0  # threads; 0 = all cores
@@ -45,6 +50,8 @@ workers = 0  # threads; 0 = all cores
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
 BLOCK = 1 << 20  # characters, or bytes, that are read at a time
+LEARN_FROM = 1 << 25  # bpe: characters of the training text that pairs are learned from
+PAIRS = ('gpt2', 'bpe')  # tokenizers that cut a text into words, and end a document
 
 
 def input_files(given):
@@ -147,7 +154,7 @@ def pieces(files, lengths, start, stop):
         stream, whole = part(path, first, last), last == length
         if documents == 'line':
             yield from lines(stream, whole)
-        elif tokenizer == 'gpt2':
+        elif tokenizer in PAIRS:
             yield from ((piece, False) for piece in tokens.chunks(stream))
             yield '', whole
         else:
@@ -161,11 +168,12 @@ def digest(files):
 
 
 for holds, complaint in (
-    (tokenizer in ('char', 'byte', 'gpt2'), f"tokenizer is '{tokenizer}'; it must be char, byte or gpt2"),
+    (tokenizer in ('char', 'byte', *PAIRS), f"tokenizer is '{tokenizer}'; it must be char, byte, bpe or gpt2"),
+    (300 <= vocab_size <= 65536, f'vocab_size={vocab_size} must be from 300 (the 256 bytes are in it) to 65536'),
     (documents in ('file', 'line'), f"documents is '{documents}'; it must be file or line"),
     (
-        documents == 'file' or tokenizer == 'gpt2',
-        '--documents=line needs --tokenizer=gpt2: the others have no end token',
+        documents == 'file' or tokenizer in PAIRS,
+        '--documents=line needs --tokenizer=gpt2 or bpe: the others have no end token',
     ),
     (0 < val_fraction < 1, f'val_fraction={val_fraction} must be above 0 and below 1'),
     (workers >= 0, f'workers={workers} must not be negative'),
@@ -188,7 +196,11 @@ total = sum(lengths)
 if total < 2:
     raise UserError(f'there is no text in {input}; name another file or folder with --input')
 cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
-encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars})
+pairs = None
+if tokenizer == 'bpe':
+    stream = (text for text, _ in pieces(files, lengths, 0, cut))
+    pairs = tokens.learn_bpe(tokens.evenly(stream, cut, LEARN_FROM), vocab_size)
+encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': pairs})
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
 source = f'file {files[0].name}' if len(files) == 1 else f'{len(files):,} files of {named}'
 
@@ -200,5 +212,7 @@ with tqdm(desc='encoding', total=total, unit=unit, unit_scale=True, disable=None
         split: tokens.encode_stream(encoder, pieces(files, lengths, *ends), workers, bar)
         for split, ends in ranges.items()
     }
-    meta = tokens.write_dataset(folder, tokenizer, splits, chars=chars, source=source, input_sha256=digest(files))
+    meta = tokens.write_dataset(
+        folder, tokenizer, splits, chars=chars, pieces=pairs, source=source, input_sha256=digest(files)
+    )
 print(tokens.summary(folder, meta, time.perf_counter() - start))
