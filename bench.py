@@ -27,6 +27,7 @@ import functools
 import gc
 import importlib.util
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -98,22 +99,34 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def alternate(contenders, rounds):
+def timed(function, times=1):
+    """Seconds of one of `times` calls. A function that returns a number is taken to do its work so often in a call."""
+    synchronize()
+    began = time.perf_counter()
+    done = sum(function() or 1 for _ in range(times))
+    synchronize()
+    return (time.perf_counter() - began) / done
+
+
+def alternate(contenders, rounds, turn=0.0):
     """
     Time functions {name: function} in alternating rounds, so that what the machine does besides hits all alike.
 
-    Every other round runs backwards, since one contender's last memory is the next one's start. Returns {name: seconds
-    of each round}; a function that returns a number is taken to have done its work that many times.
+    Every other round runs backwards, since one contender's last memory is the next one's start. turn: seconds that a
+    function is called for in its turn; of several calls the first is not counted, as it finds the caches full of
+    another's data, and another's threads not asleep yet. Returns {name: seconds of each round}.
     """
-    seconds = {name: [] for name in contenders}
+    seconds, times = {name: [] for name in contenders}, {}
     for n in range(rounds + 1):
         for name in list(contenders)[:: 1 if n % 2 else -1]:
-            synchronize()
-            began = time.perf_counter()
-            times = contenders[name]() or 1
-            synchronize()
-            if n > 0:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / times)
+            function = contenders[name]
+            if n == 0:  # warms up
+                function()
+                times[name] = math.ceil(turn / timed(function)) if turn else 1
+            else:
+                if times[name] > 1:
+                    function()
+                seconds[name].append(timed(function, times[name]))
     return seconds
 
 
@@ -154,6 +167,18 @@ def machine():
     """What the numbers were measured on: a dict."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu_name()
     return {'device': name, 'threads': torch.get_num_threads(), 'dtype': dtype, 'torch': torch.__version__}
+
+
+def peak_flops():
+    """FLOP/s that the device can do in matrix products: by its data sheet, or on a CPU the best of a few large ones."""
+    if device != 'cpu':
+        return runtime.peak_flops(device, dtype)
+    a, b = (torch.ones(2048, 2048, dtype=runtime.DTYPES[dtype]) for _ in range(2))
+
+    def product():
+        torch.mm(a, b)
+
+    return 2 * 2048**3 / min(timed(product) for _ in range(8))
 
 
 def cpu_name():
@@ -335,15 +360,17 @@ def bench_train():
         for name in ['nanoGPT'] * bool(nanogpt) + [f'MHA without {part}' for part in parts]:
             contenders[name] = Elsewhere(name, folder)
         on = ', '.join(f'{k}: {v}' for k, v in (machine() | {'compiled': compile}).items())
-        print(f'{on}; {n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}\n')
-        seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds)
+        peak = peak_flops()
+        products = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'at an unknown rate'
+        print(f'{on}; {n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}')
+        print(f'matrix products, to which MFU refers: {products}\n')
+        seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds, turn=0.5)
         rows = []
         for name, contender in contenders.items():
             row = {'name': name, **spread(seconds[name])}
             row['peak_bytes'] = contender.ask('peak') if isinstance(contender, Elsewhere) else peak_bytes(contender.run)
             row['tokens_per_s'] = 1e3 * batch_size * block_size / row['ms']
             row['flops_per_s'] = flops.get(name, flops['MHA']) * row['tokens_per_s']
-            peak = runtime.peak_flops(device, dtype)
             row['mfu'] = row['flops_per_s'] / peak if peak else None
             rows.append(row)
         for row in rows:
