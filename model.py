@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -174,6 +175,60 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training and self.p else x
 
 
+class OpenAttention(torch.autograd.Function):
+    """
+    Causal attention of T positions over themselves, its pattern in the open and its backward pass written out.
+
+    For training on a CPU: PyTorch's fused kernel has no dropout there, and its formula in place of that is slow. The
+    price is memory for the patterns. They are made for QUERY_BLOCK queries at a time, without the keys that none of
+    these may see. With P the pattern, D = P under dropout, O = D V the output, and g(.) a gradient of the loss:
+    g(D) = g(O) V^T, and by softmax's derivative g(scores) = D g(D) - P (O . g(O)), element by element.
+    """
+
+    QUERY_BLOCK = 128
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, p_drop):
+        """q, k (B, H, T, size), v (B, H, T, d), scale and p_drop numbers -> (B, H, T, d)."""
+        B, H, T, _ = q.shape
+        q, k, v = (t.reshape(B * H, T, -1) for t in (q * scale, k, v))
+        out = torch.empty(B, T, H, v.size(-1), dtype=v.dtype).transpose(1, 2)  # laid out as what follows reads it
+        patterns = []
+        with torch.autocast('cpu', enabled=False):
+            for first in range(0, T, OpenAttention.QUERY_BLOCK):
+                end = min(first + OpenAttention.QUERY_BLOCK, T)
+                scores = torch.bmm(q[:, first:end], k[:, :end].mT)
+                scores[..., first:] += torch.full_like(scores[0, :, first:], float('-inf')).triu_(1)
+                pattern = scores.softmax(dim=-1)
+                dropped = dropout(pattern, p_drop) if p_drop else pattern
+                out[:, :, first:end] = torch.bmm(dropped, v[:, :end]).view(B, H, end - first, -1)
+                patterns += [pattern, dropped]
+        ctx.scale, ctx.p_drop = scale, p_drop
+        ctx.save_for_backward(q, k, v, out, *patterns)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, *patterns = ctx.saved_tensors
+        B, H, T, _ = out.shape
+        inner = (out * grad).sum(-1).view(B * H, T, 1) if ctx.p_drop else None  # O . g(O)
+        grad = grad.reshape(B * H, T, -1)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for pattern, dropped in zip(patterns[::2], patterns[1::2], strict=True):
+            end = pattern.size(2)
+            rows, seen = slice(end - pattern.size(1), end), slice(end)
+            grad_scores = torch.bmm(grad[:, rows], v[:, seen].mT)
+            if ctx.p_drop:
+                grad_scores.mul_(dropped).addcmul_(pattern, inner[:, rows], value=-1)
+            else:
+                grad_scores = torch._softmax_backward_data(grad_scores, pattern, -1, pattern.dtype)
+            grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen]).mul_(ctx.scale)
+            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, rows])
+            grad_v[:, seen].baddbmm_(dropped.mT, grad[:, rows])
+        return *(t.view(B, H, T, -1) for t in (grad_q, grad_k, grad_v)), None, None
+
+
 def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     """
     Attention of T queries over S keys: q (..., T, size), k and v (..., S, size) -> (..., T, size).
@@ -184,13 +239,16 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     T, S = q.size(-2), k.size(-2)
     if visible is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    # fused attention has no dropout on a CPU: SDPA would take a formula of its own there, three times slower than ours
-    if causal and (not flash or (p_drop and q.device.type == 'cpu' and not torch.compiler.is_compiling())):
+    square = causal and T == S
+    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    # without dropout only where patterns are small: there it is a little faster than the fused kernel
+    if square and flash and trains_on_cpu and (p_drop or T <= OpenAttention.QUERY_BLOCK):
+        return OpenAttention.apply(q, k, v, scale, p_drop)
+    if causal and not flash:
         pattern = attention_pattern(q, k, scale)
         return (dropout(pattern, p_drop) if p_drop else pattern) @ v
     # SDPA's is_causal aligns the mask at the top left: right only where T equals S. A single query sees every key.
     mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
-    square = causal and T == S
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
 
 
@@ -227,6 +285,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_weight, count = ctx.saved_tensors
         grad = grad / count

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Linear, attend, causal_mask, draw, dropout
+from model import GPT, GPTConfig, Linear, OpenAttention, attend, attention_pattern, causal_mask, draw, dropout
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -261,3 +261,47 @@ def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, size
         y = layer(x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-14)
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize('T', [1, 5, 64, 200])
+@pytest.mark.parametrize('p', [0.0, 0.3])
+def test_open_attention_and_its_gradients_are_those_of_the_formula(T, p, monkeypatch):
+    """Over several blocks of queries, with a value size of its own, and under dropout with the same masks."""
+    monkeypatch.setattr(OpenAttention, 'QUERY_BLOCK', 64)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, d, generator=generator, dtype=torch.float64) for d in (4, 4, 6))
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
+
+    def formula(q, k, v, scale, p_drop):
+        blocks = []
+        for first in range(0, T, 64):
+            seen = slice(min(first + 64, T))
+            pattern = attention_pattern(q[:, :, first : first + 64], k[:, :, seen], scale)
+            dropped = dropout(pattern.flatten(0, 1), p_drop).view(pattern.shape) if p_drop else pattern
+            blocks.append(dropped @ v[:, :, seen])
+        return torch.cat(blocks, dim=2)
+
+    found = []
+    for function in (OpenAttention.apply, formula):
+        torch.manual_seed(7)
+        y = function(q, k, v, 0.4, p)
+        found.append([y, *torch.autograd.grad((y * torch.arange(6)).sum(), (q, k, v))])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('p', [0.0, 0.2])
+def test_open_attention_in_bfloat16_is_the_fused_kernels_to_its_precision(p):
+    q, k, v = (torch.randn(2, 3, 80, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    low = [t.bfloat16().requires_grad_() for t in (q, k, v)]
+    with torch.autocast('cpu', torch.bfloat16):
+        y = attend(*low, 0.35, p)
+    assert type(y.grad_fn).__name__ == 'OpenAttentionBackward' and y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().square().sum(), low)
+    assert all(grad.dtype == torch.bfloat16 and grad.isfinite().all() for grad in grads)
+    if not p:
+        full = [t.requires_grad_() for t in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*full, is_causal=True, scale=0.35)
+        torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.03)
+        for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), full), strict=True):
+            torch.testing.assert_close(grad.float(), other, rtol=0.03, atol=0.15)
