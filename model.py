@@ -263,7 +263,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """x (N, C), weight (V, C), targets (N,; -1 is not scored) -> mean cross-entropy of the scored rows, float32."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = max(1024 if kind == 'cuda' else 256, 2**22 // weight.size(0))
+        rows = max(1024 if kind == 'cuda' else 512, 2**22 // weight.size(0))
         low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
         grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
@@ -275,9 +275,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                 total -= (log_p.gather(1, ids)[:, 0] * scored[part]).sum()
                 # the gradient of a row's loss by its logits: p, less 1 at the target
                 error = log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=total.dtype))
-                error = (error * scored[part, None]).to(dtype)
+                error = error.mul_(scored[part, None]).to(dtype)
                 grad_x[part] = error @ low_weight
-                grad_weight += error.T @ low_x[part]
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(error.T, low_x[part])
+                else:
+                    grad_weight += error.T @ low_x[part]
         count = scored.sum()
         # divided by count only in `backward`: in float16 they would vanish
         ctx.save_for_backward(grad_x, grad_weight, count)
@@ -289,7 +292,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_weight, count = ctx.saved_tensors
         grad = grad / count
-        return grad_x.to(ctx.x_dtype) * grad, grad_weight * grad.to(grad_weight.dtype), None
+        return grad_x.to(ctx.x_dtype) * grad, grad_weight.mul_(grad.to(grad_weight.dtype)), None
 
 
 class Cache:
