@@ -100,7 +100,7 @@ def synchronize():
 
 
 def timed(function, times=1):
-    """Seconds of one of `times` calls. A function that returns a number is taken to do its work so often in a call."""
+    """Seconds of one of `times` calls. A function that returns a number is taken to do its work that many times."""
     synchronize()
     began = time.perf_counter()
     done = sum(function() or 1 for _ in range(times))
@@ -361,9 +361,9 @@ def bench_train():
             contenders[name] = Elsewhere(name, folder)
         on = ', '.join(f'{k}: {v}' for k, v in (machine() | {'compiled': compile}).items())
         peak = peak_flops()
-        products = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'at an unknown rate'
+        rate = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'unknown'
         print(f'{on}; {n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}')
-        print(f'matrix products, to which MFU refers: {products}\n')
+        print(f'peak rate of matrix products, to which MFU refers: {rate}\n')
         seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds, turn=0.5)
         rows = []
         for name, contender in contenders.items():
@@ -395,7 +395,7 @@ def bench_train():
             if isinstance(contender, Elsewhere):
                 contender.process.stdin.close()
                 contender.process.wait()
-    return {'steps': rows}
+    return {'steps': rows, 'peak_flops': peak}
 
 
 WITHOUT = {
@@ -644,7 +644,7 @@ def most_memory(process):
 def measure_tokenizing(path, folder):
     """One row for each tokenizer: data/text/prepare.py on all of a file."""
     rows = []
-    for tokenizer in ('char', 'byte', 'gpt2'):
+    for tokenizer in ('char', 'byte', 'bpe', 'gpt2'):
         to = os.path.join(folder, tokenizer)
         script = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), 'data', 'text', 'prepare.py')
         command = [sys.executable, script, f'--input={path}', f'--out_dir={to}', f'--tokenizer={tokenizer}']

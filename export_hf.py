@@ -23,7 +23,7 @@ import torch
 import checkpoint as checkpoints
 import runtime
 from runtime import UserError
-from tokens import byte_letters, load_tokenizer
+from tokens import BYTE_PAIR_TOKENIZERS, byte_letters, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint, or a folder with one
@@ -40,7 +40,6 @@ saved = checkpoints.load(source)
 model = checkpoints.build_model(saved)
 meta = saved.get('tokenizer') or {}
 kind = meta.get('tokenizer')
-PAIRS = ('gpt2', 'bpe')  # byte-pair encodings
 
 
 def write_json(name, value):
@@ -87,12 +86,12 @@ try:
     from transformers import PreTrainedTokenizerFast
 except ImportError as error:
     raise UserError(f'exporting needs {error.name}: pip install {error.name}') from error
+encoder = load_tokenizer(meta) if kind in BYTE_PAIR_TOKENIZERS else None
 os.makedirs(out_dir, exist_ok=True)
 tensors = model.state_dict() if is_mla else gpt2_tensors()
 tensors = {name: value.contiguous() for name, value in tensors.items() if name != 'lm_head.weight'}  # tied to wte
 dtype = str(model.lm_head.weight.dtype).removeprefix('torch.')
-end_of_text = 50256 if kind == 'gpt2' or model.config.vocab_size in (50257, 50304) else None
-end_of_text = len(meta['pieces']) if kind == 'bpe' else end_of_text
+end_of_text = encoder.end_of_text if encoder else 50256 if model.config.vocab_size in (50257, 50304) else None
 special = {'bos_token_id': end_of_text, 'eos_token_id': end_of_text}
 write_json('config.json', {**(mla_config() if is_mla else gpt2_config()), **special, 'dtype': dtype, 'use_cache': True,
                            'tie_word_embeddings': True})  # fmt: skip
@@ -126,24 +125,24 @@ def fast_tokenizer():
     letters = byte_letters()
     if kind == 'byte':
         vocab, merges = {letter: byte for byte, letter in enumerate(letters)}, []
-    elif kind in PAIRS:
-        ranks = load_tokenizer(meta).encoding._mergeable_ranks
+    elif encoder:
+        ranks = encoder.encoding._mergeable_ranks
         spelled = {token: ''.join(letters[byte] for byte in token) for token in ranks}
         vocab = {spelled[token]: rank for token, rank in ranks.items()}
         merges = [(spelled[a], spelled[b]) for a, b in merges_of(ranks)]
     else:
         return None
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in PAIRS)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=encoder is not None)
     tokenizer.decoder = decoders.ByteLevel()
-    if kind in PAIRS:
+    if encoder:
         tokenizer.add_special_tokens([AddedToken('<|endoftext|>', normalized=False)])
     return tokenizer
 
 
 tokenizer = fast_tokenizer()
 if tokenizer is not None:
-    names = {name: '<|endoftext|>' for name in ('bos_token', 'eos_token', 'unk_token')} if kind in PAIRS else {}
+    names = {name: '<|endoftext|>' for name in ('bos_token', 'eos_token', 'unk_token')} if encoder else {}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=model.config.block_size,

@@ -103,7 +103,8 @@ def load(spec):
     ids, bos = drawable(meta, model.config.vocab_size)
     text = validation_text(dataset, model.config, 1024) if meta.get('tokenizer') in ('byte', 'char', 'bpe') else None
     if text is not None:
-        ids = np.intersect1d(ids, text[0].numpy())  # the others, most of the 256 bytes for one, were never learned
+        seen = text[0].numpy()  # the other ids, most of the 256 bytes for one, were never learned
+        ids, bos = np.intersect1d(ids, seen), bos if bos in seen else None
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     return Loaded(name, model.eval().to(device), facts, ids, bos, tokenizer_of(meta), dataset)
 

@@ -5,7 +5,7 @@ Read this first, then model_mla.py: it replaces the attention and nothing else.
 
 Notable features:
 - pre-norm blocks, learned positions (or RoPE), GELU, tied output head, optional biases
-- fused attention kernels (PyTorch SDPA), with the plain formula behind `flash=False`
+- fused attention kernels (PyTorch SDPA), on a CPU one with dropout of our own, the plain formula by `flash=False`
 - a preallocated key/value cache: `cache = model.init_cache(B, max_tokens)`, then `model(idx, cache=cache)`
 - initial values are a function of seed and parameter name, so that two models which share a tensor start it equal
 - GPT-2's published weights load through `GPT.from_pretrained`
@@ -50,7 +50,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has; without: a little faster
     gelu: str = 'exact'  # 'exact' as nanoGPT trains, 'tanh' as OpenAI trained GPT-2
     pos: str = 'learned'  # 'learned' position embeddings, or 'rope' on queries and keys
-    flash: bool = True  # fused attention; False computes the pattern in the open (the numbers are the same)
+    flash: bool = True  # fastest attention; False: the plain formula (the same but for which numbers dropout drops)
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -175,33 +175,35 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training and self.p else x
 
 
-class OpenAttention(torch.autograd.Function):
+class EagerAttention(torch.autograd.Function):
     """
-    Causal attention of T positions over themselves, its pattern in the open and its backward pass written out.
+    Causal attention of T positions over themselves that keeps its patterns, with the backward pass written out.
 
-    For training on a CPU: PyTorch's fused kernel has no dropout there, and its formula in place of that is slow. The
-    price is memory for the patterns. They are made for QUERY_BLOCK queries at a time, without the keys that none of
-    these may see. With P the pattern, D = P under dropout, O = D V the output, and g(.) a gradient of the loss:
-    g(D) = g(O) V^T, and by softmax's derivative g(scores) = D g(D) - P (O . g(O)), element by element.
+    For training on a CPU. PyTorch's fused kernel has no dropout there and falls back to a slow formula, and for short
+    sequences it is a little slower than plain products. The price is memory for the patterns. They are made for
+    QUERY_BLOCK queries at a time, without the keys that none of these may see.
+
+    With P the pattern, D = P under dropout, O = D V the output, and g(.) a gradient of the loss: g(D) = g(O) V^T, and
+    g(scores) = D g(D) - P (O . g(O)), element by element (arXiv:2205.14135, appendix B.4).
     """
 
     QUERY_BLOCK = 128
 
     @staticmethod
     def forward(ctx, q, k, v, scale, p_drop):
-        """q, k (B, H, T, size), v (B, H, T, d), scale and p_drop numbers -> (B, H, T, d)."""
+        """q, k (B, H, T, size), v (B, H, T, d), of one dtype; scale and p_drop numbers -> (B, H, T, d)."""
         B, H, T, _ = q.shape
-        q, k, v = (t.reshape(B * H, T, -1) for t in (q * scale, k, v))
+        q, k, v = (t.reshape(B * H, T, t.size(-1)) for t in (q * scale, k, v))
         out = torch.empty(B, T, H, v.size(-1), dtype=v.dtype).transpose(1, 2)  # laid out as what follows reads it
         patterns = []
         with torch.autocast('cpu', enabled=False):
-            for first in range(0, T, OpenAttention.QUERY_BLOCK):
-                end = min(first + OpenAttention.QUERY_BLOCK, T)
+            for first in range(0, T, EagerAttention.QUERY_BLOCK):
+                end = min(first + EagerAttention.QUERY_BLOCK, T)
                 scores = torch.bmm(q[:, first:end], k[:, :end].mT)
                 scores[..., first:] += torch.full_like(scores[0, :, first:], float('-inf')).triu_(1)
                 pattern = scores.softmax(dim=-1)
                 dropped = dropout(pattern, p_drop) if p_drop else pattern
-                out[:, :, first:end] = torch.bmm(dropped, v[:, :end]).view(B, H, end - first, -1)
+                out[:, :, first:end] = torch.bmm(dropped, v[:, :end]).unflatten(0, (B, H))
                 patterns += [pattern, dropped]
         ctx.scale, ctx.p_drop = scale, p_drop
         ctx.save_for_backward(q, k, v, out, *patterns)
@@ -213,7 +215,7 @@ class OpenAttention(torch.autograd.Function):
         q, k, v, out, *patterns = ctx.saved_tensors
         B, H, T, _ = out.shape
         inner = (out * grad).sum(-1).view(B * H, T, 1) if ctx.p_drop else None  # O . g(O)
-        grad = grad.reshape(B * H, T, -1)
+        grad = grad.reshape(B * H, T, grad.size(-1))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for pattern, dropped in zip(patterns[::2], patterns[1::2], strict=True):
             end = pattern.size(2)
@@ -226,12 +228,12 @@ class OpenAttention(torch.autograd.Function):
             grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen]).mul_(ctx.scale)
             grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, rows])
             grad_v[:, seen].baddbmm_(dropped.mT, grad[:, rows])
-        return *(t.view(B, H, T, -1) for t in (grad_q, grad_k, grad_v)), None, None
+        return *(t.unflatten(0, (B, H)) for t in (grad_q, grad_k, grad_v)), None, None
 
 
 def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     """
-    Attention of T queries over S keys: q (..., T, size), k and v (..., S, size) -> (..., T, size).
+    Attention of T queries over S keys: q (B, H, T, size), k and v (B, H, S, size) -> (B, H, T, size).
 
     causal: the queries are the last T of the S positions; else every query sees every key. visible: a bool tensor
     (T or 1, S) that says instead which keys a query sees.
@@ -242,8 +244,8 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     square = causal and T == S
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
     # without dropout only where patterns are small: there it is a little faster than the fused kernel
-    if square and flash and trains_on_cpu and (p_drop or T <= OpenAttention.QUERY_BLOCK):
-        return OpenAttention.apply(q, k, v, scale, p_drop)
+    if square and flash and trains_on_cpu and (p_drop or T <= EagerAttention.QUERY_BLOCK):
+        return EagerAttention.apply(q, k, v, scale, p_drop)
     if causal and not flash:
         pattern = attention_pattern(q, k, scale)
         return (dropout(pattern, p_drop) if p_drop else pattern) @ v
@@ -256,6 +258,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     The output head and the loss in one, a few rows at a time: the (N, V) logits, often the largest tensor of all, never
     exist. Their gradient is taken while they are at hand, so nothing is computed twice.
+
+    `backward` runs once: it scales the weight's gradient, V x C numbers, where it lies.
     """
 
     @staticmethod
@@ -263,6 +267,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """x (N, C), weight (V, C), targets (N,; -1 is not scored) -> mean cross-entropy of the scored rows, float32."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # enough rows for fast products, and logits of no more than 2^22 numbers where V is small
         rows = max(1024 if kind == 'cuda' else 512, 2**22 // weight.size(0))
         low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
         grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)

@@ -361,7 +361,9 @@ def draw_losses(folders):
             rows = [row for row in csv.DictReader(file) if row['val_loss']]
         iterations = [int(row['iter']) for row in rows]
         train, val, error = ([float(row[key]) for row in rows] for key in ('train_loss', 'val_loss', 'val_stderr'))
-        name, color, mark = os.path.basename(os.path.normpath(folder)), f'C{number}', 'os^D'[number % 4]
+        attention = checkpoints.load(folder, mapped=True).get('attention', 'mha').upper()
+        name = f'{attention} ({os.path.basename(os.path.normpath(folder))})'
+        color, mark = f'C{number}', 'os^D'[number % 4]
         axis.errorbar(iterations, val, error, color=color, marker=mark, markersize=4, label=f'{name}, val loss')
         axis.plot(iterations, train, '--', color=color, marker=mark, markersize=4, markerfacecolor='white',
                   label=f'{name}, train loss')  # fmt: skip

@@ -34,6 +34,9 @@ END_OF_TEXT = 50256  # GPT-2's <|endoftext|>, which follows every document
 GPT2_VOCAB = 50257
 GPT2_PADDED_VOCAB = 50304  # the next multiple of 64 above 50257: faster matrix products (nanoGPT)
 CHUNK = 1 << 18  # characters that a worker encodes at a time
+BYTE_PAIR_TOKENIZERS = ('gpt2', 'bpe')  # those that cut a text into words, and have a token that ends a document
+# Where GPT-2's tokenizer cuts a text into words, between which it joins nothing (Radford et al. 2019; encoder.py)
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONGEST_RUN = 1 << 22  # characters without any white space after which a text is cut all the same
 CHECKED_WHOLE = 1 << 25  # tokens up to which every id is checked when a file is opened; of longer files a sample
 
@@ -129,7 +132,7 @@ class BPETokenizer(GPT2Tokenizer):
     """
     A byte-pair encoding of one's own, as `learn_bpe` gives it; <|endoftext|> is its last id.
 
-    pieces: a list of str in the order of their ids, a character for each byte (Latin-1).
+    pieces: a list of str in the order of their ids, a character for each byte (Latin-1). UserError without tiktoken.
     """
 
     name = 'bpe'
@@ -155,6 +158,10 @@ def load_tokenizer(meta):
         return GPT2Tokenizer()
     if name == 'bpe' and are_pieces(meta.get('pieces')):
         return BPETokenizer(meta['pieces'])
+    if name in ('char', 'bpe'):
+        part = {'char': 'chars', 'bpe': 'pieces'}[name]
+        raise UserError(f"the tokenizer {name} lacks its {part}: prepare the data set's meta.json again, or use an "
+                        'older copy of the checkpoint')  # fmt: skip
     if name == 'none':
         raise UserError('these tokens stand for no text (tokenizer: none), so none can be encoded or written')
     raise UserError(f'unknown tokenizer {name!r}; it must be char, byte, bpe or gpt2')
@@ -179,20 +186,19 @@ def bpe_encoding(pieces):
     """tiktoken's encoding by these pieces (see BPETokenizer), after the same cuts into words as GPT-2's."""
     try:
         import tiktoken
-        from tiktoken_ext.openai_public import r50k_pat_str
     except ImportError:
         raise UserError('the bpe tokenizer needs tiktoken: pip install tiktoken') from None
     ranks = {piece.encode('latin-1'): i for i, piece in enumerate(pieces)}
     special = {'<|endoftext|>': len(pieces)}
-    return tiktoken.Encoding('bpe', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def learn_bpe(texts, vocab_size):
     """
     Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str: the pieces of a BPETokenizer.
 
-    vocab_size: ids, <|endoftext|> among them; fewer come out where the text has no more pairs. The 256 bytes come
-    first, so that there is no text that can't be encoded. UserError where the library is missing.
+    vocab_size: ids, <|endoftext|> among them; fewer come out where the text has no more pairs. At least 257 do: the 256
+    bytes come first, so that there is no text that can't be encoded. UserError where the library is missing.
     """
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -265,7 +271,7 @@ def code_points(text):
 
 def chunks(blocks, size=CHUNK):
     """
-    Join and cut a stream of str into pieces of about `size` characters that GPT-2 encodes to the same tokens.
+    Join and cut a stream of str into pieces of about `size` characters, to which the same tokens belong in byte pairs.
 
     A cut goes in front of a space or newline that a visible character follows. There GPT-2's pattern always starts a
     new piece, and what is left of it splits as if the text ended there; merges never cross pieces. A run of over
@@ -674,7 +680,7 @@ def checked_meta(meta, folder):
                 return f'has "chars" that are not {meta["vocab_size"]} different characters'
         elif meta['tokenizer'] == 'bpe':
             if not are_pieces(meta.get('pieces')) or len(meta['pieces']) != meta['vocab_size'] - 1:
-                return f'has "pieces" that are not {meta["vocab_size"] - 1} different ones, with all bytes'
+                return f'has "pieces" that are not {meta["vocab_size"] - 1} different strings, one per byte among them'
         elif meta['vocab_size'] != {'byte': 256, 'gpt2': GPT2_VOCAB}.get(meta['tokenizer'], meta['vocab_size']):
             return f'has vocab_size {meta["vocab_size"]}, which is not that of the tokenizer {meta["tokenizer"]}'
         counts = meta.get('tokens')

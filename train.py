@@ -64,7 +64,7 @@ latent_norm = False  # RMSNorm on MLA's latents
 pos = 'learned'  # 'learned' or 'rope'
 dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times
 bias = False  # biases in Linear and LayerNorm
-flash = True  # fused attention; False computes attention patterns in the open
+flash = True  # the fastest attention there is; False: the plain formula
 recompute = False  # compute each block again in the backward pass, and keep its input alone: slower, less memory
 # AdamW
 learning_rate = 6e-4

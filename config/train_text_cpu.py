@@ -12,22 +12,23 @@ wandb_run_name = 'text-mha'
 
 dataset = 'text'
 gradient_accumulation_steps = 1
-batch_size = 4  # 4 x 128 = 512 tokens per iteration
-block_size = 128
+batch_size = 1  # 1 x 512 = 512 tokens per iteration
+block_size = 512
 
-n_layer = 4
+n_layer = 2
 n_head = 4
 n_embd = 128
+pos = 'rope'
 dropout = 0.0
 bias = False
 
 learning_rate = 1e-3
-max_iters = 28000
-lr_decay_iters = 28000
+max_iters = 50000
+lr_decay_iters = 50000
 warmup_iters = 200
 min_lr = 1e-4
 beta2 = 0.99
 
-eval_interval = 1000
-eval_iters = 128  # 512 windows of each split
+eval_interval = 2000
+eval_iters = 128  # 128 windows of each split
 log_interval = 100

@@ -307,6 +307,7 @@ FLAGS = [
     Case(TEXT, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
     Case(TEXT, '--tokenizer=words', 'words', 'char, byte, bpe (or|and) gpt2'),
     Case(TEXT, '--tokenizer=bpe --vocab_size=256', 'vocab_size=256', 'from 300'),
+    Case(TEXT, '--tokenizer=char --vocab_size=500', 'vocab_size', '--tokenizer=bpe'),
     Case(TEXT, '--val_fraction=2', 'val_fraction', 'between|below|0 and 1'),
     Case(TEXT, '--documents=word', 'word', 'file.* line'),
     Case(TEXT, '', r'no text in .*prompt\.txt', '--input', write('prompt.txt', '')),

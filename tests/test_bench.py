@@ -50,6 +50,8 @@ def test_training_steps_are_timed_beside_nanogpt_and_without_each_optimisation(t
     names = ['MHA', 'MLA, r=16', 'nanoGPT', 'MHA without memory', 'MHA without fused', 'MHA without loss']
     assert list(rows) == names
     assert rows['nanoGPT']['speed_of_nanogpt'] == 1
+    peak = json.loads((tmp_path / 'a.json').read_text())['peak_flops']
+    assert all(row['mfu'] == pytest.approx(row['flops_per_s'] / peak) and row['mfu'] < 1 for row in rows.values())
     assert all(row['tokens_per_s'] == pytest.approx(1000 * 4 * 32 / row['ms']) for row in rows.values())
     assert all(row['peak_bytes'] > 4 * 32 * 32 * 4 for name, row in rows.items() if name != 'nanoGPT')
     assert all(f'| {name} |' in done.stdout for name in names)
@@ -74,6 +76,7 @@ def test_tokenizing_and_batches_are_timed(tmp_path):
     bench('--mode=data', f'--text={text}', '--batch_size=4', '--block_size=32', f'--json={tmp_path}/a.json')
     rows = timed(tmp_path / 'a.json', 'tokenizing')
     assert rows['tokenize, byte']['tokens'] == rows['tokenize, char']['tokens'] == text.stat().st_size
+    assert 0 < rows['tokenize, bpe']['tokens'] < text.stat().st_size / 4
     assert list(timed(tmp_path / 'a.json', 'batches')) == ['batch, ours', 'batch, row by row']
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Linear, OpenAttention, attend, attention_pattern, causal_mask, draw, dropout
+from model import GPT, EagerAttention, GPTConfig, Linear, attend, attention_pattern, causal_mask, draw, dropout
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -40,7 +40,9 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_and_the_future_is_not_seen(
 def test_the_plain_formula_gives_what_the_fused_kernel_gives(variant):
     idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(1))
     fused, plain = make(variant).double(), make(variant, flash=False).double()
-    torch.testing.assert_close(plain(idx, idx)[0], fused(idx, idx)[0], rtol=0, atol=1e-12)
+    for grad in (True, False):  # with gradients a CPU has a kernel of our own
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(plain(idx, idx)[0], fused(idx, idx)[0], rtol=0, atol=1e-12)
 
 
 def test_masked_targets_are_not_scored():
@@ -263,14 +265,18 @@ def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, size
     assert y.is_contiguous()
 
 
-@pytest.mark.parametrize('T', [1, 5, 64, 200])
+@pytest.mark.parametrize('B, T', [(2, 1), (2, 5), (1, 64), (2, 200)])
 @pytest.mark.parametrize('p', [0.0, 0.3])
-def test_open_attention_and_its_gradients_are_those_of_the_formula(T, p, monkeypatch):
-    """Over several blocks of queries, with a value size of its own, and under dropout with the same masks."""
-    monkeypatch.setattr(OpenAttention, 'QUERY_BLOCK', 64)
+def test_eager_attention_and_its_gradients_are_those_of_the_formula(B, T, p, monkeypatch):
+    """Over several blocks of queries, and under dropout with the same masks."""
+    monkeypatch.setattr(EagerAttention, 'QUERY_BLOCK', 64)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, T, d, generator=generator, dtype=torch.float64) for d in (4, 4, 6))
-    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
+    packed = torch.randn(B, T, 3 * 14, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def parts():
+        """Queries, keys and values as a model has them: views of one product, with a value size of their own."""
+        sizes = (3 * 4, 3 * 4, 3 * 6)
+        return (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in packed.split(sizes, dim=-1))
 
     def formula(q, k, v, scale, p_drop):
         blocks = []
@@ -282,26 +288,33 @@ def test_open_attention_and_its_gradients_are_those_of_the_formula(T, p, monkeyp
         return torch.cat(blocks, dim=2)
 
     found = []
-    for function in (OpenAttention.apply, formula):
+    for function in (EagerAttention.apply, formula):
         torch.manual_seed(7)
-        y = function(q, k, v, 0.4, p)
-        found.append([y, *torch.autograd.grad((y * torch.arange(6)).sum(), (q, k, v))])
+        y = function(*parts(), 0.4, p)
+        found.append([y, *torch.autograd.grad((y * torch.arange(6)).sum(), packed)])
     for mine, expected in zip(*found, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('p', [0.0, 0.2])
-def test_open_attention_in_bfloat16_is_the_fused_kernels_to_its_precision(p):
-    q, k, v = (torch.randn(2, 3, 80, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    low = [t.bfloat16().requires_grad_() for t in (q, k, v)]
-    with torch.autocast('cpu', torch.bfloat16):
-        y = attend(*low, 0.35, p)
-    assert type(y.grad_fn).__name__ == 'OpenAttentionBackward' and y.dtype == torch.bfloat16
-    grads = torch.autograd.grad(y.float().square().sum(), low)
-    assert all(grad.dtype == torch.bfloat16 and grad.isfinite().all() for grad in grads)
-    if not p:
-        full = [t.requires_grad_() for t in (q, k, v)]
-        expected = torch.nn.functional.scaled_dot_product_attention(*full, is_causal=True, scale=0.35)
-        torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.03)
-        for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), full), strict=True):
-            torch.testing.assert_close(grad.float(), other, rtol=0.03, atol=0.15)
+def test_eager_attention_in_bfloat16_is_that_in_float32_to_its_precision(p):
+    parts = [torch.randn(2, 3, 80, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
+    parts, weights, found = parts[:3], parts[3].float(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [t.to(dtype).requires_grad_() for t in parts]
+        torch.manual_seed(5)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = attend(*inputs, 0.35, p)
+        grads = torch.autograd.grad((y.float() * weights).sum(), inputs)
+        assert type(y.grad_fn).__name__ == 'EagerAttentionBackward' and all(t.dtype == dtype for t in (y, *grads))
+        found.append([t.float() for t in (y, *grads)])
+    for low, full in zip(*found, strict=True):
+        assert (low - full).norm() < 0.01 * full.norm()
+
+
+@pytest.mark.parametrize('T, p, eager', [(128, 0.0, True), (129, 0.0, False), (129, 0.1, True)])
+def test_which_attention_a_cpu_trains_by(T, p, eager):
+    q = torch.randn(1, 1, T, 4, requires_grad=True)
+    assert (type(attend(q, q, q, 0.5, p).grad_fn).__name__ == 'EagerAttentionBackward') == eager
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, q, q, 0.5), attend(q, q, q, 0.5, flash=False))

@@ -337,15 +337,19 @@ def test_a_byte_pair_encoding_on_disk(tmp_path, learned):
     assert load_tokenizer(data.meta).decode(ids) == WORDS[0] * 9
     for pieces in (learned[:-1], learned[1:], learned[:-1] + learned[:1], [*learned[:-1], 'a\u0100'], 7, None):
         (tmp_path / 'meta.json').write_text(json.dumps({**data.meta, 'pieces': pieces}))
-        with pytest.raises(UserError, match='"pieces" that are not 299 different ones') as error:
+        with pytest.raises(UserError, match='"pieces" that are not 299 different strings') as error:
             TokenData(tmp_path, 4)
         one_line(error)
 
 
 def test_no_tokenizer():
-    for meta in ({}, {'tokenizer': 'char'}, {'tokenizer': 'bpe'}, {'tokenizer': 'bpe', 'pieces': ['a']}):
+    for meta in ({}, {'tokenizer': 'words'}):
         with pytest.raises(UserError, match='must be char, byte, bpe or gpt2'):
             load_tokenizer(meta)
+    for meta in ({'tokenizer': 'char'}, {'tokenizer': 'bpe'}, {'tokenizer': 'bpe', 'pieces': ['a']}):
+        with pytest.raises(UserError, match='lacks its (chars|pieces): prepare') as error:
+            load_tokenizer(meta)
+        one_line(error)
 
 
 def test_without_a_network_tiktoken_is_explained(monkeypatch):

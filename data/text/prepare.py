@@ -8,8 +8,7 @@ $ python train.py config/train_shakespeare_char.py --dataset=novel --out_dir=out
 All .txt and .md files below a folder, and one file more, in GPT-2's tokens:
 $ python data/text/prepare.py --input=notes,diary.txt --name=notes --tokenizer=gpt2
 
-In pairs of bytes learned from the text itself (byte-pair encoding): for small models, since GPT-2's 50257 ids are most
-of the arithmetic there:
+In tokens learned from the text itself, for small models, whose arithmetic would mostly be GPT-2's 50257 ids:
 $ python data/text/prepare.py --input=notes --name=notes --tokenizer=bpe --vocab_size=2048
 
 A compressed file with one document per line:
@@ -41,7 +40,7 @@ input = ''  # a file or a folder, or several with commas between
 name = 'text'  # the data set goes to data/NAME; train with --dataset=NAME
 out_dir = ''  # a folder to take the place of data/NAME
 tokenizer = 'char'  # char, byte, gpt2 or bpe
-vocab_size = 4096  # bpe: number of ids
+vocab_size = 0  # bpe: number of ids; 0: 4096
 documents = 'file'  # gpt2, bpe: <|endoftext|> after every file, or after every line
 suffixes = '.txt,.md,.txt.gz'  # which files of a folder to read
 val_fraction = 0.1  # the part of the text that is for validation
@@ -51,7 +50,6 @@ exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf
 
 BLOCK = 1 << 20  # characters, or bytes, that are read at a time
 LEARN_FROM = 1 << 25  # bpe: characters of the training text that pairs are learned from
-PAIRS = ('gpt2', 'bpe')  # tokenizers that cut a text into words, and end a document
 
 
 def input_files(given):
@@ -154,7 +152,7 @@ def pieces(files, lengths, start, stop):
         stream, whole = part(path, first, last), last == length
         if documents == 'line':
             yield from lines(stream, whole)
-        elif tokenizer in PAIRS:
+        elif tokenizer in tokens.BYTE_PAIR_TOKENIZERS:
             yield from ((piece, False) for piece in tokens.chunks(stream))
             yield '', whole
         else:
@@ -168,11 +166,18 @@ def digest(files):
 
 
 for holds, complaint in (
-    (tokenizer in ('char', 'byte', *PAIRS), f"tokenizer is '{tokenizer}'; it must be char, byte, bpe or gpt2"),
-    (300 <= vocab_size <= 65536, f'vocab_size={vocab_size} must be from 300 (the 256 bytes are in it) to 65536'),
+    (
+        tokenizer in ('char', 'byte', *tokens.BYTE_PAIR_TOKENIZERS),
+        f"tokenizer is '{tokenizer}'; it must be char, byte, bpe or gpt2",
+    ),
+    (not vocab_size or tokenizer == 'bpe', '--vocab_size needs --tokenizer=bpe: the others have a size of their own'),
+    (
+        not vocab_size or 300 <= vocab_size <= 65536,
+        f'vocab_size={vocab_size} must be from 300 (the 256 bytes are in it) to 65536',
+    ),
     (documents in ('file', 'line'), f"documents is '{documents}'; it must be file or line"),
     (
-        documents == 'file' or tokenizer in PAIRS,
+        documents == 'file' or tokenizer in tokens.BYTE_PAIR_TOKENIZERS,
         '--documents=line needs --tokenizer=gpt2 or bpe: the others have no end token',
     ),
     (0 < val_fraction < 1, f'val_fraction={val_fraction} must be above 0 and below 1'),
@@ -196,11 +201,12 @@ total = sum(lengths)
 if total < 2:
     raise UserError(f'there is no text in {input}; name another file or folder with --input')
 cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
-pairs = None
+vocabulary = None
 if tokenizer == 'bpe':
     stream = (text for text, _ in pieces(files, lengths, 0, cut))
-    pairs = tokens.learn_bpe(tokens.evenly(stream, cut, LEARN_FROM), vocab_size)
-encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': pairs})
+    sample = tqdm(tokens.evenly(stream, cut, LEARN_FROM), desc='learning', unit=' texts', unit_scale=True, disable=None)
+    vocabulary = tokens.learn_bpe(sample, vocab_size or 4096)
+encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': vocabulary})
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
 source = f'file {files[0].name}' if len(files) == 1 else f'{len(files):,} files of {named}'
 
@@ -213,6 +219,6 @@ with tqdm(desc='encoding', total=total, unit=unit, unit_scale=True, disable=None
         for split, ends in ranges.items()
     }
     meta = tokens.write_dataset(
-        folder, tokenizer, splits, chars=chars, pieces=pairs, source=source, input_sha256=digest(files)
+        folder, tokenizer, splits, chars=chars, pieces=vocabulary, source=source, input_sha256=digest(files)
     )
 print(tokens.summary(folder, meta, time.perf_counter() - start))
