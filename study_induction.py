@@ -3,6 +3,7 @@ The study behind RESULTS.md: does MLA form induction heads, when, how strong, wh
 
 $ python study_induction.py                    # short form: minutes on two cores
 $ python study_induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
+$ python study_induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
 $ python study_induction.py --text_models=out-imdb,out-imdb-mla    # with models of real text, trained before
 
 Trains every model through train.py on data/repeats, measures it at several iterations through
@@ -36,6 +37,7 @@ out_dir = 'out-study'  # runs and tables
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 text_models = ''  # folders of models trained on real text, separated by commas
+reuse = ''  # the study.json of an earlier study, to make its tables and pictures again; nothing is trained
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
 data_dir = 'data'
 jobs = 0  # trainings at a time, each with one thread; 0: the cores that this process may use
@@ -125,6 +127,34 @@ def measure(folder, sweep):
 def train_and_measure(run):
     train(run)
     measure(run['folder'], sweep=True)
+
+
+def train_and_measure_all(runs):
+    """The outcomes of all runs, several at a time; what is finished is not repeated."""
+    if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
+        call(['data/repeats/prepare.py', f'--folder={os.path.join(data_dir, "repeats")}'], out_dir)
+    with (
+        ThreadPoolExecutor(jobs or runtime.available_cores()) as pool,
+        tqdm(total=len(runs), unit='run', disable=None) as bar,
+    ):
+        waiting = [pool.submit(train_and_measure, run) for run in runs]
+        try:
+            for run, future in zip(runs, waiting, strict=True):
+                future.result()
+                bar.update()
+                runtime.notice(f'{run["name"]} is trained and measured')
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return [outcome(run) for run in runs]
+
+
+def earlier_study(path):
+    """The settings and outcomes that an earlier study wrote into its study.json. UserError where it holds none."""
+    try:
+        found = read_json(path)
+        return {key: found['config'][key] for key in ('full', 'max_iters')}, [dict(run) for run in found['runs']]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be read as a study ({error}); name the study.json of another") from error
 
 
 def read_json(*path):
@@ -411,30 +441,18 @@ if results:
 folders = [folder.strip() for folder in text_models.split(',') if folder.strip()]
 for folder in folders:
     checkpoints.find(folder)
-if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
-    call(['data/repeats/prepare.py', f'--folder={os.path.join(data_dir, "repeats")}'], out_dir)
-
-runs = planned()
-with (
-    ThreadPoolExecutor(jobs or runtime.available_cores()) as pool,
-    tqdm(total=len(runs), unit='run', disable=None) as bar,
-):
-    waiting = [pool.submit(train_and_measure, run) for run in runs]
-    try:
-        for run, future in zip(runs, waiting, strict=True):
-            future.result()
-            bar.update()
-            runtime.notice(f'{run["name"]} is trained and measured')
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+if reuse:
+    earlier, outcomes = earlier_study(reuse)
+    full, max_iters = earlier['full'], earlier['max_iters']
+else:
+    outcomes = train_and_measure_all(planned())
 for folder in folders:
     measure(folder, sweep=False)
 
-outcomes = [outcome(run) for run in runs]
-steps, count = snapshots(), len({run['seed'] for run in runs})
+steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python study_induction.py' + (' --full=True' if full else '')
-intro = (f'Made by `{command}`: {len(runs)} runs of {steps[-1]} iterations, {count} training seeds each, measured at '
-         f'iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
+intro = (f'Made by `{command}`: {len(outcomes)} runs of {steps[-1]} iterations, {count} training seeds each, measured '
+         f'at iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
          + ('± the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
          + '; where some runs form heads and others do not, such an interval says little: see the column by seed. '
          'Iterations of forming are medians [range] over the runs that formed. Losses are in nats.\n')  # fmt: skip
@@ -448,8 +466,10 @@ parts = [
 if folders:
     parts.append(('Models trained on real text', text_table(folders)))
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts)])
+os.makedirs(out_dir, exist_ok=True)
 write(os.path.join(out_dir, 'tables.md'), text)
-write(os.path.join(out_dir, 'study.json'), json.dumps(dict(config=config, runs=outcomes), indent=1))
+settings = dict(config, full=full, max_iters=max_iters)
+write(os.path.join(out_dir, 'study.json'), json.dumps(dict(config=settings, runs=outcomes), indent=1))
 draw_formation(outcomes)
 if folders:
     draw_losses(folders)

@@ -1,4 +1,4 @@
-# Trains a small model with multi-head latent attention on text of your own, on a CPU, until induction heads form.
+# Trains a small model with multi-head latent attention on text of your own, on a CPU: an hour on one core.
 # The same run as config/train_text_cpu.py but for the attention.
 #
 # $ python data/text/prepare.py --input=FOLDER --tokenizer=bpe --vocab_size=2048

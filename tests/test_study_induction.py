@@ -104,6 +104,20 @@ def test_the_tables_say_what_the_runs_files_say(finished):
         assert (finished / 'out' / name).read_bytes().startswith(b'\x89PNG')
 
 
+def test_tables_come_again_from_what_a_study_wrote(finished, tmp_path):
+    done = study(finished / 'out', finished / 'data')
+    assert done.returncode == 0, done.stderr
+    keys = ('study_induction.py', (f'--reuse={finished}/out/study.json', f'--out_dir={tmp_path}/again'))
+    again = forking.run(*keys, seconds=200)
+    assert again.returncode == 0 and again.stdout == done.stdout
+    assert (tmp_path / 'again' / 'formation.png').stat().st_size > 10000
+    (tmp_path / 'broken.json').write_text('{"runs": []}')
+    broken = forking.run(
+        'study_induction.py', (f'--reuse={tmp_path}/broken.json', f'--out_dir={tmp_path}/no'), seconds=99
+    )
+    assert broken.returncode == 2 and "can't be read as a study" in broken.stderr and not (tmp_path / 'no').exists()
+
+
 def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp_path):
     out, data = tmp_path / 'out', tmp_path / 'data'
     shutil.copytree(finished / 'out', out)
