@@ -184,7 +184,7 @@ class EagerAttention(torch.autograd.Function):
     QUERY_BLOCK queries at a time, without the keys that none of these may see.
 
     With P the pattern, D = P under dropout, O = D V the output, and g(.) a gradient of the loss: g(D) = g(O) V^T, and
-    g(scores) = D g(D) - P (O . g(O)), element by element (arXiv:2205.14135, appendix B.4).
+    g(scores) = D g(D) - P (O . g(O)), element by element (arXiv:2205.14135, appendix B).
     """
 
     QUERY_BLOCK = 128
