@@ -271,7 +271,7 @@ def code_points(text):
 
 def chunks(blocks, size=CHUNK):
     """
-    Join and cut a stream of str into pieces of about `size` characters, to which the same tokens belong in byte pairs.
+    Join and cut a stream of str into pieces of about `size` characters that gpt2 and bpe encode as they do the whole.
 
     A cut goes in front of a space or newline that a visible character follows. There GPT-2's pattern always starts a
     new piece, and what is left of it splits as if the text ended there; merges never cross pieces. A run of over
