@@ -4,7 +4,7 @@
 # $ python data/text/prepare.py --input=FOLDER --tokenizer=bpe --vocab_size=2048
 # $ python train.py config/train_text_cpu.py
 #
-# The batches are small because induction heads form after fewer tokens, it is said: 10^5.7 sqrt(batch_size x block_size)
+# The batches are small because induction heads form after fewer tokens by a rule, 10^5.7 sqrt(batch_size x block_size)
 # (Aoyama et al. 2025, arXiv:2511.16893). On the text of RESULTS.md they did not.
 
 out_dir = 'out-text'
