@@ -41,12 +41,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
-import tokens as token_data
-from model import GPT, FixedStep, GPTConfig
+from core import runtime, tokenizer
+from core.dataset import TokenData, read_meta
+from core.decoding import FixedStep
+from core.runtime import UserError, whole_numbers
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from runtime import UserError, whole_numbers
-from tokens import TokenData, read_meta
 
 # ----------------------------------------------------------------------------------------------------------------------
 mode = 'sample'  # what to measure: 'train', 'sample' or 'data'; 'compare' compares two measurements
@@ -352,7 +352,7 @@ def bench_train():
     models = build_all((2,), **train_settings())
     flops = {name: model.flops_per_token() for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
-        ids, size = min(vocab_size, token_data.GPT2_VOCAB), max(2**20, 2 * block_size)
+        ids, size = min(vocab_size, tokenizer.GPT2_VOCAB), max(2**20, 2 * block_size)
         random = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
         for split in ('train', 'val'):
             random.tofile(os.path.join(folder, f'{split}.bin'))

@@ -25,7 +25,7 @@ class _Configurator:
         """Override the keys in the namespace `script` by sys.argv; returns {key: value}. UserError if it can't."""
         import sys
 
-        import runtime
+        from core import runtime
 
         sys.excepthook = runtime.report_user_errors
         keys = [k for k, v in script.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -43,7 +43,7 @@ class _Configurator:
 
     def read(self, arguments):
         """Apply the command line, a list of str, from left to right."""
-        import runtime
+        from core import runtime
 
         flags = []
         while arguments:
@@ -61,7 +61,7 @@ class _Configurator:
 
     def say_flags(self, flags):
         """Name the keys of a group of flags, a list of key, with their values; returns the next group: []."""
-        import runtime
+        from core import runtime
 
         if flags:
             settings = (f'{key}={self.values[key]!r}' for key in dict.fromkeys(flags))
@@ -70,7 +70,7 @@ class _Configurator:
 
     def error(self, text):
         """The exception to raise for a mistake of the user's."""
-        import runtime
+        from core import runtime
 
         return runtime.UserError(text)
 

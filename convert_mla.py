@@ -19,11 +19,11 @@ from json import dump
 
 import torch
 
-import checkpoint as checkpoints
-import runtime
-from conversion import collect_statistics, to_mla
-from runtime import UserError
-from tokens import TokenData
+from core import checkpoint as checkpoints
+from core import runtime
+from core.conversion import collect_statistics, to_mla
+from core.dataset import TokenData
+from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder

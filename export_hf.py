@@ -20,10 +20,10 @@ from json import dump
 
 import torch
 
-import checkpoint as checkpoints
-import runtime
-from runtime import UserError
-from tokens import BYTE_PAIR_TOKENIZERS, byte_letters, load_tokenizer
+from core import checkpoint as checkpoints
+from core import runtime
+from core.runtime import UserError
+from core.tokenizer import BYTE_PAIR_TOKENIZERS, byte_letters, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint, or a folder with one

@@ -28,12 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import induction
-import runtime
-from model import GPT, GPT2_SIZES
-from runtime import UserError
-from tokens import TokenData, load_tokenizer
+from analysis import induction
+from core import checkpoint as checkpoints
+from core import runtime
+from core.dataset import TokenData
+from core.gpt2 import GPT2_SIZES
+from core.runtime import UserError
+from core.tokenizer import load_tokenizer
+from model import GPT
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,41 +1,41 @@
 """
-GPT with multi-head latent attention (MLA), in one file: only what differs from model.py.
+GPT with multi-head latent attention (MLA) in one file: only what differs from model.py.
 
-MHA caches every head's keys and values: 2C numbers per token and layer. MLA squeezes the input into one small latent
-of r numbers, shared by all heads, and makes keys and values from it. Only the latent is cached.
+MHA caches every head's keys and values: 2C numbers per token and layer. MLA compresses the input into one small latent
+of r numbers, shared by all heads, and computes keys and values from it. Only the latent is cached.
 
     symbol  here             what it is
     C       n_embd           width of the residual stream
-    H, d    n_head, C/H      heads, and the size of one
-    r       n_latent         size of the latent c_kv, shared by all heads, for keys and values
+    H, d    n_head, C/H      number of heads, size of a head
+    r       n_latent         size of the latent c_kv, from which all heads' keys and values are computed
     R       n_rope           dimensions of each query and key that carry the position (decoupled RoPE; 0: none)
-    r_q     n_latent_q       size of the queries' own latent c_q (0: queries straight from x)
+    r_q     n_latent_q       size of the queries' own latent c_q (0: queries are computed from x directly)
     W_D     c_kv_down        down-projection, C -> r (+ R for the shared position key)
     W_K,W_V c_kv_up          up-projection, r -> keys and values of all heads
-    W_Q     c_q              queries of all heads
+    W_Q     c_q              query projection
     W_O     c_proj           output projection
 
-The equations are numbered as in DeepSeek-V2 (arXiv:2405.04434, section 2.1); its h_t is our x. With n_rope = 0 (the
-default) positions are learned embeddings, as in GPT-2, and equations 14 to 17 fall away.
+Equation numbers are those of DeepSeek-V2 (arXiv:2405.04434, section 2.1); its h_t is our x. With n_rope = 0 (the
+default) positions are learned embeddings, as in GPT-2, and equations 14 to 17 drop out.
 
-Why the latent alone is enough to decode. For head h, with keys k_j = W_K c_j + b_K and values v_j = W_V c_j + b_V:
+Why the latent is enough to decode. For head h, with keys k_j = W_K c_j + b_K and values v_j = W_V c_j + b_V:
 
-    q . k_j         = (W_K^T q) . c_j + q . b_K          the last term is the same for all j: softmax drops it
+    q . k_j         = (W_K^T q) . c_j + q . b_K          the last term is the same for all j, so the softmax drops it
     sum_j p_j v_j   = W_V (sum_j p_j c_j) + b_V          because the p_j sum to 1
 
-So a query can be carried into latent space once (W_K^T q), be compared with the cached latents there, and the weighted
-sum of latents be carried out once (W_V): "absorbed" attention, T r numbers of work per head instead of T keys rebuilt.
-The scale stays 1/sqrt(d), since the scores are the same numbers. A long prompt is cheaper the other way, rebuilding
-keys and values ("decompressed"); `absorbing_pays` has the rule.
+So the query is projected into latent space once (W_K^T q) and compared with the cached latents there, and the weighted
+sum of latents is projected out once (W_V). This is "absorbed" attention; no key or value is ever computed. The scale
+stays 1/sqrt(d), since the scores are the same numbers. For a long prompt it is cheaper to compute all keys and values
+("decompressed"); `absorbing_pays` has the rule.
 
-Multiply-adds per token and layer at context T (fewest in the cache column win memory, the other column wins time):
+Multiply-adds per token and layer at context T, and cached numbers per token and layer:
 
-                             arithmetic            cached numbers
-    MHA                      4C^2 + 2TC            2C
-    MLA, decompressed        2C^2 + rC + 2rCT + 2TC    r (+ R)
-    MLA, absorbed            2C^2 + 3rC + 2THr     r (+ R)
+                             multiply-adds              cached
+    MHA                      4C^2 + 2TC                 2C
+    MLA, decompressed        2C^2 + rC + 2rCT + 2TC     r (+ R)
+    MLA, absorbed            2C^2 + 3rC + 2THr          r (+ R)
 
-Parameters per layer: 4C^2 against 2C^2 + 3rC, equal at r = 2C/3. (Biases, norms and small terms left out.)
+Parameters per layer: 4C^2 against 2C^2 + 3rC, equal at r = 2C/3. (Biases, norms and lower-order terms left out.)
 """
 
 import math
@@ -44,62 +44,40 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import GPT, Dropout, GPTConfig, Linear, apply_rope, attend, cpu_is_intel
+from core.kernels import Dropout, Linear, attend, per_head
+from model import GPT, GPTConfig, apply_rope
 
 
 @dataclass
 class MLAConfig(GPTConfig):
-    """GPTConfig and the sizes of the latents. Raises ValueError when the numbers do not fit together."""
+    """GPTConfig and the sizes of the latents. Raises ValueError when they don't fit together."""
 
     n_latent: int = 0  # r; 0: half of n_embd
     n_latent_q: int = 0  # r_q; 0: queries are not compressed
     n_rope: int = 0  # R; with pos='rope' only, 0: half of the head size
-    latent_norm: bool = False  # RMSNorm on the latents, as DeepSeek-V2 has
+    latent_norm: bool = False  # RMSNorm on the latents, as in DeepSeek-V2
 
     def __post_init__(self):
         self.n_latent = self.n_latent or max(1, self.n_embd // 2)
         if self.pos == 'rope':
             self.n_rope = self.n_rope or self.head_size // 2
         elif self.n_rope:
-            raise ValueError(
-                f"n_rope={self.n_rope} needs pos='rope': decoupled RoPE takes the place of learned positions"
-            )
+            raise ValueError(f"n_rope={self.n_rope} needs pos='rope': decoupled RoPE replaces learned positions")
         super().__post_init__()
         if not 1 <= self.n_latent <= self.n_embd:
-            raise ValueError(f'n_latent={self.n_latent} is outside 1 to n_embd={self.n_embd}; above, nothing is gained')
+            raise ValueError(f'n_latent={self.n_latent} is outside 1 to n_embd={self.n_embd}; more gains nothing')
         if not 0 <= self.n_latent_q <= self.n_embd:
             raise ValueError(f'n_latent_q={self.n_latent_q} is outside 0 to n_embd={self.n_embd}')
-        if self.n_rope >= self.head_size:
-            raise ValueError(f'n_rope={self.n_rope} leaves nothing for content in a head of size {self.head_size}')
+        if not 0 <= self.n_rope < self.head_size:
+            raise ValueError(f'n_rope={self.n_rope} is outside 0 to {self.head_size - 1}: a head needs content too')
 
     @property
     def rope_size(self):
         return self.n_rope
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv:1910.07467, eq. 4)."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x):
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, 1e-6)
-
-
-def per_head(x, weight):
-    """Every head's own product over all sequences: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
-    B, H, T, _ = x.shape
-    x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for each sequence
-    # on other CPUs than Intel's memory is read fastest along the rows in which it lies
-    along = weight.mT.is_contiguous() and not cpu_is_intel()
-    y = torch.bmm(weight.mT, x.mT).mT if along else torch.bmm(x, weight)
-    return y.reshape(H, B, T, -1).transpose(0, 1)
-
-
 class MultiHeadLatentAttention(nn.Module):
-    """Multi-head latent attention (arXiv:2405.04434), causal. Takes CausalSelfAttention's place in a Block."""
+    """Causal multi-head latent attention (arXiv:2405.04434). Takes CausalSelfAttention's place in a Block."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -108,27 +86,27 @@ class MultiHeadLatentAttention(nn.Module):
         self.n_latent, self.n_rope = config.n_latent, config.n_rope
         self.n_nope = self.head_size - config.n_rope  # dimensions of a query that compare content, not position
         self.dropout, self.flash = config.dropout, config.flash
-        self.scale = 1 / math.sqrt(self.head_size)  # the whole query's size, position part included
+        self.scale = 1 / math.sqrt(self.head_size)  # of the whole query, its position part included
         C, bias = config.n_embd, config.bias
         if config.n_latent_q:
             self.c_q_down = Linear(C, config.n_latent_q, bias=bias)
-            self.q_norm = RMSNorm(config.n_latent_q) if config.latent_norm else nn.Identity()
+            self.q_norm = nn.RMSNorm(config.n_latent_q, eps=1e-6) if config.latent_norm else nn.Identity()
             self.c_q = Linear(config.n_latent_q, C, bias=bias)
         else:
             self.c_q = Linear(C, C, bias=bias)
         self.c_kv_down = Linear(C, config.n_latent + config.n_rope, bias=bias)
-        self.kv_norm = RMSNorm(config.n_latent) if config.latent_norm else nn.Identity()
+        self.kv_norm = nn.RMSNorm(config.n_latent, eps=1e-6) if config.latent_norm else nn.Identity()
         self.c_kv_up = Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
         self.c_proj = Linear(C, C, bias=bias)
         self.resid_dropout = Dropout(config.dropout)
 
     @staticmethod
     def cache_shapes(config):
-        """One kind is cached: the latent, with the shared position key behind it where there is RoPE."""
+        """One cached tensor: the latent, followed by the shared position key where there is RoPE."""
         return ((config.n_latent + config.n_rope,),)
 
     def queries(self, x, rope=None):
-        """Queries (B, H, T, d) of x (B, T, C): content first, then the n_rope turned dimensions."""
+        """Queries (B, H, T, d) from x (B, T, C): content first, then the n_rope rotated dimensions."""
         B, T, _ = x.shape
         c_q = self.q_norm(self.c_q_down(x)) if hasattr(self, 'c_q_down') else x  # eq. 12
         q = self.c_q(c_q).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # eq. 13
@@ -138,18 +116,17 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((q_nope, apply_rope(q_rope, rope)), dim=-1)  # eq. 14, 16
 
     def latent(self, x, rope=None):
-        """What is cached of x (B, T, C): the latent c_kv, and behind it the shared, turned key: (B, T, r + R)."""
+        """What is cached of x (B, T, C): the latent c_kv, followed by the rotated shared key: (B, T, r + R)."""
         c_kv = self.c_kv_down(x)  # eq. 9
         if rope is None:
             return self.kv_norm(c_kv)
         c_kv, k_rope = c_kv.split((self.n_latent, self.n_rope), dim=-1)
-        return torch.cat(
-            (self.kv_norm(c_kv), apply_rope(k_rope, rope)), dim=-1
-        )  # eq. 15: not normed, one for all heads
+        k_rope = apply_rope(k_rope, rope)  # eq. 15: one for all heads, not normed
+        return torch.cat((self.kv_norm(c_kv), k_rope), dim=-1)
 
     def decompress(self, latent):
-        """Every head's keys and values, each (B, H, S, d), rebuilt from the latents (B, S, r + R)."""
-        if not self.n_rope:  # the layout of MHA's c_attn, and its one view: each split would cost a copy in training
+        """Every head's keys and values, each (B, H, S, d), computed from the latents (B, S, r + R)."""
+        if not self.n_rope:  # one view, as for MHA's c_attn: splitting would cost a copy each in training
             kv = self.c_kv_up(latent).unflatten(-1, (2, self.n_head, self.head_size))  # eq. 10, 11 in one product
             return kv.permute(2, 0, 3, 1, 4).unbind(0)
         c_kv, k_rope = latent.split((self.n_latent, self.n_rope), dim=-1)
@@ -160,25 +137,24 @@ class MultiHeadLatentAttention(nn.Module):
         return k, v
 
     def qkv(self, x, rope=None):
-        """Queries, keys and values, each (B, H, T, d), of the layer's normed input x (B, T, C)."""
+        """Queries, keys and values, each (B, H, T, d), from the layer's normed input x (B, T, C)."""
         return self.queries(x, rope), *self.decompress(self.latent(x, rope))
 
     def up_weights(self):
         """The up-projections per head: W_K (H, d - R, r), W_V (H, d, r), and W_V's bias (H, d) or None."""
-        split = self.n_head * self.n_nope
-        w_k = self.c_kv_up.weight[:split].unflatten(0, (self.n_head, self.n_nope))
-        w_v = self.c_kv_up.weight[split:].unflatten(0, (self.n_head, self.head_size))
-        b_v = (
-            None if self.c_kv_up.bias is None else self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))
-        )
-        return w_k, w_v, b_v
+        keys = self.n_head * self.n_nope
+        w_k = self.c_kv_up.weight[:keys].unflatten(0, (self.n_head, self.n_nope))
+        w_v = self.c_kv_up.weight[keys:].unflatten(0, (self.n_head, self.head_size))
+        if self.c_kv_up.bias is None:
+            return w_k, w_v, None
+        return w_k, w_v, self.c_kv_up.bias[keys:].unflatten(0, (self.n_head, self.head_size))
 
     def head_weights(self):
         """
-        Per head, what it computes from the layer's normed input: W_Q, W_K, W_V (H, d, C) and W_O (H, C, d).
+        Each head's weights on the layer's normed input: W_Q, W_K, W_V (H, d, C) and W_O (H, C, d).
 
         As CausalSelfAttention.head_weights, with the projections multiplied out and the latent norms' gains folded in;
-        what is left of a norm is one positive factor per token. W_K's last n_rope rows are the key all heads share.
+        what remains of a norm is one positive factor per token. W_K's last n_rope rows are the key all heads share.
         """
         w_k, w_v, _ = self.up_weights()
         down, gain = self.c_kv_down.weight[: self.n_latent], getattr(self.kv_norm, 'weight', None)
@@ -193,7 +169,7 @@ class MultiHeadLatentAttention(nn.Module):
         return w_q.unflatten(0, (self.n_head, self.head_size)), torch.cat((w_k @ down, shared), dim=1), w_v @ down, w_o
 
     def absorbing_pays(self, T):
-        """Whether T queries are cheaper in latent space than rebuilding all keys and values for them."""
+        """True where attending in latent space is cheaper for T queries than computing all keys and values."""
         r, d = self.n_latent, self.head_size
         return r <= d or T * (r - d) < r * d
 
@@ -201,16 +177,16 @@ class MultiHeadLatentAttention(nn.Module):
         """
         Attention in latent space: q (B, H, T, d) over latents (B, S, r + R) -> (B, H, T, d). No keys, no values.
 
-        visible: for T = 1, which latents are filled, a mask (1, S); None where all are.
+        visible: for T = 1, a bool mask (1, S) of the latents that are filled; None where all are.
         """
         w_k, w_v, b_v = self.up_weights()
         q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
         q = per_head(q_nope, w_k)  # W_K^T q, (B, H, T, r)
         if self.n_rope:
             q = torch.cat((q, q_rope), dim=-1)
-        kv = latent.unsqueeze(1).to(q.dtype)  # keys and values in one: (B, 1, S, r + R)
+        kv = latent.unsqueeze(1).to(q.dtype)  # keys and values at once: (B, 1, S, r + R)
         if q.size(2) == 1:
-            # one query per head, one memory for all heads: the heads become the rows of one matrix
+            # one query per head over latents that all heads share: the heads become the rows of one matrix
             o = attend(q.transpose(1, 2), kv, kv, self.scale, causal=False, visible=visible).transpose(1, 2)
         else:
             kv = kv.expand(-1, self.n_head, -1, -1)
@@ -228,7 +204,8 @@ class MultiHeadLatentAttention(nn.Module):
             y = self.absorbed(q, latent, visible)
         else:
             k, v = self.decompress(latent)
-            y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash)  # eq. 18
+            p_drop = self.dropout if self.training else 0.0
+            y = attend(q, k, v, self.scale, p_drop, self.flash, visible=visible)  # eq. 18
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # eq. 19
 
 
@@ -239,15 +216,15 @@ class MLAGPT(GPT):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """There is no published GPT-2 with MLA to load: a ValueError that says how to make one."""
+        """No GPT-2 with MLA was ever published: a ValueError that says how to make one."""
         raise ValueError(
-            f"'{model_type}' has multi-head attention; load it as a GPT and turn it into MLA by conversion.to_mla, "
-            'convert_mla.py or train_mla.py --init_from'
+            f"'{model_type}' has multi-head attention; convert it with convert_mla.py, or train it as MLA with "
+            f'train_mla.py --init_from={model_type}'
         )
 
     def init_std(self, name):
         """
-        As in GPT, but keys, values and compressed queries start with the variance that MHA's have.
+        As in GPT, except that keys, values and compressed queries start with the same variance as in MHA.
 
         With 0.02 for both factors of W_up W_down they would start several times smaller, and learn later: on
         tinyshakespeare (4 layers, C = 128, r = 64, 1200 iterations) val loss 2.196 against 2.107, MHA 2.059.

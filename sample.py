@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as checkpoints
-import runtime
+from core import checkpoint as checkpoints
+from core import runtime
+from core.dataset import read_meta, read_meta_pickle
+from core.runtime import UserError
+from core.tokenizer import load_tokenizer
 from model import GPT
-from runtime import UserError
-from tokens import load_tokenizer, read_meta, read_meta_pickle
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder

@@ -19,10 +19,11 @@ import sys
 
 import torch
 
-import checkpoint as checkpoints
-import runtime
-from runtime import UserError
-from tokens import TokenData, load_tokenizer
+from core import checkpoint as checkpoints
+from core import runtime
+from core.dataset import TokenData
+from core.runtime import UserError
+from core.tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-quick'  # gets a folder for each model, comparison.png and comparison.json

@@ -9,11 +9,10 @@ $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile=Fal
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/train_gpt2.py
 
-Go on with a run that stopped, for whatever reason (or use --init_from=auto from the start):
+Resume a run that stopped, for whatever reason (or pass --init_from=auto from the start):
 $ python train.py config/train_shakespeare_cpu.py --init_from=resume
 """
 
-import csv
 import math
 import os
 import sys
@@ -24,68 +23,67 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import runtime
-from conversion import collect_statistics, to_mla
-from runtime import UserError
-from tokens import TokenData
+from core import checkpoint as checkpoints
+from core import evaluation, runlog, runtime
+from core.dataset import TokenData
+from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is written where
+# output
 out_dir = 'out'
-init_from = 'scratch'  # 'resume', 'auto' (resume if there is something), a checkpoint, 'gpt2*', a Hugging Face folder
-overwrite = False  # start anew even where out_dir holds another run
+init_from = 'scratch'  # or 'resume', 'auto' (resume where a run exists), a checkpoint, 'gpt2*', a Hugging Face folder
+overwrite = False  # discard the run that out_dir holds, and start a new one
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between rows of log.csv
-eval_iters = 200  # evaluation reads at most eval_iters * batch_size windows of each split, the same every time
-eval_only = False  # evaluate once and stop: trains nothing, writes nothing
-always_save_checkpoint = True  # save after every evaluation, not only where the validation loss is a new best
-checkpoint_interval = 0  # iterations between further saves; 0: only at evaluations
-keep_checkpoints = ''  # iterations to keep a checkpoint of, beside the last and the best: '500,1000' -> ckpt_000500.pt
+eval_iters = 200  # evaluate on at most eval_iters * batch_size windows per split, always the same
+eval_only = False  # evaluate once and exit: no training, nothing written
+always_save_checkpoint = True  # save after every evaluation, not only when val loss improves
+checkpoint_interval = 0  # iterations between additional saves; 0: save at evaluations only
+keep_checkpoints = ''  # iterations whose checkpoints are kept too: '500,1000' -> ckpt_000500.pt, ckpt_001000.pt
 # wandb
-wandb_log = False  # offline where there is no key
+wandb_log = False  # logs offline where there is no API key
 wandb_project = 'gpt2mla'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder of data_dir
 data_dir = 'data'
-gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, over all processes
-batch_size = 12  # sequences in a micro-batch
-block_size = 1024  # tokens in a sequence
+gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, summed over all processes
+batch_size = 12  # sequences per micro-batch
+block_size = 1024  # tokens per sequence
 # model
 attention = 'mha'  # 'mha' or 'mla'
 n_layer = 12
 n_head = 12
 n_embd = 768
-n_latent = 0  # size of MLA's latent; 0: half of n_embd
-n_latent_q = 0  # size of MLA's latent for queries; 0: queries are not compressed
-n_rope = 0  # position dimensions in each of MLA's heads; 0 with pos='rope': half of the head
-latent_norm = False  # RMSNorm on MLA's latents
+n_latent = 0  # MLA: size of the latent; 0: half of n_embd
+n_latent_q = 0  # MLA: size of the queries' latent; 0: queries are not compressed
+n_rope = 0  # MLA: dimensions per head that RoPE rotates; 0 with pos='rope': half of the head size
+latent_norm = False  # MLA: RMSNorm on the latents
 pos = 'learned'  # 'learned' or 'rope'
 dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times
 bias = False  # biases in Linear and LayerNorm
-flash = True  # the fastest attention there is; False: the plain formula
-recompute = False  # compute each block again in the backward pass, and keep its input alone: slower, less memory
+flash = True  # the fastest attention; False: the plain formula
+recompute = False  # recompute each block in the backward pass (activation checkpointing): less memory, slower
 # AdamW
 learning_rate = 6e-4
 max_iters = 600000
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
+grad_clip = 1.0  # largest gradient norm; 0: no clipping
 # learning rate: linear warm-up, then cosine decay
 decay_lr = True
 warmup_iters = 2000
-lr_decay_iters = 600000  # about max_iters, as Chinchilla has it
+lr_decay_iters = 600000  # about max_iters (Chinchilla, arXiv:2203.15556)
 min_lr = 6e-5  # about a tenth of learning_rate
 # machine
 backend = 'nccl'  # between GPUs; CPUs always use gloo
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16' (with loss scaling)
-compile = 'auto'  # True, False, or on GPUs only
-fsdp = False  # with torchrun: parameters, gradients and optimizer shared out over the processes (FSDP), not repeated
-threads = 0  # CPU threads; 0: the cores that this process may use
-seed = 1337  # initial values, batches and dropout are functions of it
+compile = 'auto'  # torch.compile: True, False, or 'auto' (on GPUs only)
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer over the processes
+threads = 0  # CPU threads; 0: as many as the cores that this process may use
+seed = 1337  # of initial values, batches and dropout
 exec(open('configurator.py').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -102,9 +100,9 @@ for ok, complaint in (
     (0 <= min_lr < math.inf, f'min_lr={min_lr}; it must be at least 0 and finite'),
     (0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must be at least 0 and below 1'),
     (grad_clip >= 0, f'grad_clip={grad_clip} must not be negative'),
-    (0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must not be negative, but finite'),
+    (0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must be at least 0 and finite'),
     (not overwrite or init_from not in ('resume', 'auto'),
-     f'overwrite=True starts anew and init_from={init_from} goes on with what is there; leave one of them out'),
+     f'overwrite=True starts a new run and init_from={init_from} resumes an old one; leave one of them out'),
     (attention == 'mla' or not (n_latent or n_latent_q or n_rope or latent_norm),
      'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'),
 ):  # fmt: skip
@@ -125,114 +123,49 @@ compile = device.startswith('cuda') if compile == 'auto' else compile
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 if gradient_accumulation_steps % processes.world_size:
     raise UserError(
-        f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be shared equally by '
+        f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be divided equally among '
         f'{processes.world_size} processes; make it a multiple of their number'
     )
 micro_steps = gradient_accumulation_steps // processes.world_size
 rows_per_iter = gradient_accumulation_steps * batch_size
 tokens_per_iter = rows_per_iter * block_size
 
-# ---- data and the run so far -----------------------------------------------------------------------------------------
+# ---- data, and the run so far ----------------------------------------------------------------------------------------
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
-log_path = os.path.join(out_dir, 'log.csv')
 if not eval_only:
     runtime.check_folder(out_dir)
 data = TokenData(os.path.join(data_dir, dataset), block_size)
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+    init_from = config['init_from'] = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 resumed = checkpoints.load(ckpt_path) if init_from == 'resume' else None
 if dtype == 'auto' and device == 'cpu' and resumed and 'attention' in resumed:
-    dtype = resumed['config'].get('dtype', dtype)  # on a CPU a run goes on in the number format that it began with
-dtype = runtime.pick_dtype(dtype, device, n_embd)
-all_agree = bool(processes.min(int(dtype == 'bfloat16')))  # the trial behind 'auto' may not come out alike everywhere
-config['dtype'] = dtype = 'float32' if dtype == 'bfloat16' and not all_agree else dtype
+    dtype = resumed['config'].get('dtype', dtype)  # on a CPU a resumed run keeps its dtype
+dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, device, n_embd))
 autocast = runtime.autocast(device, dtype)
 if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_only:
-    raise UserError(f'{out_dir} holds another run; go on with it by --init_from=resume, choose another --out_dir, '
-                    'or give it up with --overwrite=True')  # fmt: skip
-
-# ---- wandb, before anything that takes long --------------------------------------------------------------------------
+    raise UserError(f'{out_dir} holds another run; resume it with --init_from=resume, choose another --out_dir, '
+                    'or discard it with --overwrite=True')  # fmt: skip
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
-        ) from error
-    wandb_mode = os.environ.get('WANDB_MODE')
-    if not (wandb_mode or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
-        wandb_mode = 'offline'
-        runtime.notice('wandb: no key found, so this run is logged offline; `wandb sync` uploads it later')
-    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode=wandb_mode,
-                           id=resumed.get('wandb_run_id') if resumed else None, resume='allow')  # fmt: skip
+    wandb_run = runlog.start_wandb(wandb_project, wandb_run_name, config, (resumed or {}).get('wandb_run_id'))
 
-# ---- model -----------------------------------------------------------------------------------------------------------
-iter_num, best_val_loss = 0, 1e9
-try:
-    if resumed:
-        raw_model = checkpoints.build_model(resumed, dropout=dropout, flash=flash)
-        if checkpoints.attention_of(raw_model) != attention:
-            script = 'train_mla.py' if attention == 'mha' else 'train.py'
-            raise UserError(f'{ckpt_path} holds a model with the other attention; go on with it by {script}')
-        if block_size != raw_model.config.block_size:
-            raise UserError(f'block_size={block_size}, and the run in {out_dir} has {raw_model.config.block_size}; '
-                            f'go on with it by --block_size={raw_model.config.block_size}')  # fmt: skip
-        iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
-    elif init_from == 'scratch':
-        model_class, config_class = checkpoints.KINDS[attention]
-        sizes = dict(
-            block_size=block_size,
-            vocab_size=data.padded_vocab_size,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            dropout=dropout,
-            bias=bias,
-            pos=pos,
-            flash=flash,
-        )
-        if attention == 'mla':
-            sizes.update(n_latent=n_latent, n_latent_q=n_latent_q, n_rope=n_rope, latent_norm=latent_norm)
-        raw_model = model_class(config_class(**sizes), seed=seed)
-    else:
-        raw_model = checkpoints.pretrained(init_from, dropout=dropout, flash=flash)[0]
-        if attention == 'mla' and checkpoints.attention_of(raw_model) == 'mha':
-            # weighted by what its attention reads in 65,536 tokens of the training split: see conversion.py
-            starts = data.eval_windows('train', max(batch_size, 65536 // block_size))
-            text = (data.windows('train', starts[i : i + batch_size])[0] for i in range(0, len(starts), batch_size))
-            raw_model = to_mla(raw_model, n_latent, collect_statistics(raw_model.to(device), text))
-        elif checkpoints.attention_of(raw_model) != attention:
-            raise UserError(f'{init_from} holds a model with MLA, which has no way back to MHA; use train_mla.py')
-        if n_latent not in (0, getattr(raw_model.config, 'n_latent', 0)):
-            raise UserError(
-                f'{init_from} has n_latent={raw_model.config.n_latent}, not {n_latent}; leave --n_latent out'
-            )
-    if block_size < raw_model.config.block_size:
-        raw_model.crop_block_size(block_size)
-except ValueError as error:
-    raise UserError(str(error)) from error
-if data.n_vocab > raw_model.config.vocab_size:
-    raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {raw_model.config.vocab_size}; '
-                    'use the data set that the model was made for')  # fmt: skip
-if block_size > raw_model.config.block_size:
-    raise UserError(
-        f'block_size={block_size} is more than the {raw_model.config.block_size} of the model in {init_from}; lower it'
-    )
+# ---- model and optimizer ---------------------------------------------------------------------------------------------
+raw_model = checkpoints.starting_model(config, data, device, resumed, ckpt_path)
 fsdp = fsdp and processes.world_size > 1
 if fsdp:
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
-raw_model.recompute = recompute
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
+iter_num, best_val_loss = 0, 1e9
 if resumed:
+    iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
     if resumed.get('optimizer'):
         checkpoints.restore_optimizer(optimizer, resumed['optimizer'])
     if resumed.get('scaler'):
         scaler.load_state_dict(resumed['scaler'])
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
-resumed = None  # its tensors would stay in memory
+resumed = None  # frees its tensors
 model = torch.compile(raw_model) if compile and not fsdp else raw_model
 if processes.world_size > 1 and not fsdp:
     model = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith('cuda') else None)
@@ -245,25 +178,14 @@ runtime.notice(
 
 
 # ---- the parts of an iteration ---------------------------------------------------------------------------------------
-def to_device(x, y):
-    """The batch on the training device; to a GPU from pinned memory, while it is still at work on the last one."""
-    if device.startswith('cuda'):
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
-
-
 def micro_batches(iteration):
     """This process's micro-batches from `iteration` on, without end: (x, y), each (batch_size, block_size)."""
     while True:
         for micro_step in range(micro_steps):
             first = (micro_step * processes.world_size + processes.rank) * batch_size
-            yield to_device(*data.batch(seed, iteration, rows_per_iter, slice(first, first + batch_size)))
+            batch = data.batch(seed, iteration, rows_per_iter, slice(first, first + batch_size))
+            yield runtime.to_device(*batch, device)
         iteration += 1
-
-
-def kept_path(iteration):
-    """Where the checkpoint of an iteration stays that keep_checkpoints names."""
-    return os.path.join(out_dir, f'ckpt_{iteration:06}.pt')
 
 
 def get_lr(iteration):
@@ -276,57 +198,36 @@ def get_lr(iteration):
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
 def evaluate(split):
-    """Mean loss over fixed windows of a split, in nats per token, and its standard error. Shared by all processes."""
-    raw_model.eval()
-    starts = data.eval_windows(split, eval_iters * batch_size)
-    losses = []
-    for first in range(0, len(starts), batch_size * processes.world_size):
-        mine = starts[first + processes.rank : first + batch_size * processes.world_size : processes.world_size]
-        # a sharded model needs every process in every pass, one with no window left too
-        x, y = to_device(*data.windows(split, mine if len(mine) else starts[:1]))
-        with autocast:
-            losses.append(raw_model.window_losses(x, y)[: len(mine)])
-    raw_model.train()
-    losses = torch.cat(losses).double().cpu()
-    count, total, squares = processes.sum(
-        torch.stack((torch.tensor(float(len(losses)), dtype=torch.float64), losses.sum(), losses.square().sum()))
-    ).tolist()
-    mean = total / count
-    variance = max(0.0, squares / count - mean**2) * count / max(1.0, count - 1)
-    return mean, math.sqrt(variance / count)
+    """Mean loss over the split's fixed windows, in nats per token, and its standard error; all processes share them."""
+    losses = evaluation.window_losses(raw_model, data, split, eval_iters * batch_size, batch_size, autocast, processes)
+    return evaluation.mean_and_stderr(losses, processes)
 
 
-LOG_COLUMNS = ('iter', 'tokens', 'lr', 'loss', 'train_loss', 'val_loss', 'val_stderr', 'grad_norm', 'ms_per_iter',
-               'tokens_per_s', 'mfu')  # fmt: skip
+def kept_path(iteration):
+    """Where the checkpoint of an iteration named by keep_checkpoints is kept."""
+    return os.path.join(out_dir, f'ckpt_{iteration:06}.pt')
 
 
-def open_log():
-    """log.csv, ready for the row of iter_num: of a resumed run's rows those past the checkpoint are cut."""
-    kept = []
-    try:
-        if iter_num and os.path.exists(log_path):
-            with open(log_path, encoding='utf-8', newline='') as file:
-                kept = [row for row in csv.DictReader(file) if row['iter'].isdigit() and int(row['iter']) < iter_num]
-        with open(log_path + '.writing', 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(log_path + '.writing', log_path)
-        return open(log_path, 'a', encoding='utf-8', newline='', buffering=1)
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{log_path} can't be read and written as a run's log ({error}); move it away") from error
+def save(best=False):
+    """Save iteration iter_num in the background. Rank 0 writes; a sharded model is gathered by all processes."""
+    if processes.rank == 0 or fsdp:
+        state = checkpoints.contents(
+            raw_model, config, optimizer=optimizer, iter_num=iter_num, best_val_loss=best_val_loss, val_loss=val_loss,
+            tokenizer=data.meta, corpus=data.corpus, scaler=scaler, wandb_run_id=wandb_run_id,
+        )  # fmt: skip
+        others = [best_path] * best + [kept_path(iter_num)] * (iter_num in kept_iterations)
+        saver.save(ckpt_path, state, others)
 
 
-def log(row):
-    """A row into log.csv and to wandb; what was not measured stays empty."""
-    csv.DictWriter(log_file, LOG_COLUMNS, restval='').writerow(row)
-    if wandb_run is not None:
-        wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
+def stop_if_not_finite():
+    """A run whose loss is not finite never recovers, and its weights must not reach a checkpoint."""
+    if (bad := processes.min(int(first_bad))) < max_iters:
+        saver.wait()
+        raise UserError(f'the loss was not finite in iteration {bad}; the last checkpoint in {out_dir} is from before. '
+                        'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
 if eval_only:
     for split in ('train', 'val'):
         mean, error = evaluate(split)
@@ -334,49 +235,21 @@ if eval_only:
             print(f'step {iter_num}: {split} loss {mean:.4f} +- {error:.4f}')
     processes.exit()
 
-log_file = None
+# ---- the loop --------------------------------------------------------------------------------------------------------
+log = None
 if processes.rank == 0:
     os.makedirs(out_dir, exist_ok=True)
     if not iter_num:
-        # given up with --overwrite: --init_from=auto must not find it again
+        # discarded by --overwrite: --init_from=auto must not find it again
         for path in (ckpt_path, best_path, *map(kept_path, kept_iterations)):
             if os.path.exists(path):
                 os.remove(path)
-    log_file = open_log()
+    log = runlog.RunLog(os.path.join(out_dir, 'log.csv'), iter_num, wandb_run)
 saver = checkpoints.Writer(writes=processes.rank == 0)
 bar = tqdm(total=max_iters, initial=iter_num, unit='it', disable=None if processes.rank == 0 else True)
 val_loss = None
 first_bad = torch.full((), max_iters, device=device)  # the first iteration whose loss was not finite, if there is one
 measured_from, measured_iters = time.perf_counter(), 0
-
-
-def save(best=False):
-    """Save iteration iter_num in the background; rank 0 alone writes, but all together gather a sharded model."""
-    if processes.rank == 0 or fsdp:
-        state = checkpoints.contents(
-            raw_model,
-            config,
-            optimizer=optimizer,
-            iter_num=iter_num,
-            best_val_loss=best_val_loss,
-            val_loss=val_loss,
-            tokenizer=data.meta,
-            corpus=data.corpus,
-            scaler=scaler,
-            wandb_run_id=wandb_run_id,
-        )
-        others = [best_path] * best + [kept_path(iter_num)] * (iter_num in kept_iterations)
-        saver.save(ckpt_path, state, others)
-
-
-def stop_if_not_finite():
-    """A loss that is not a number never recovers, and must not reach a checkpoint."""
-    if (bad := processes.min(int(first_bad))) < max_iters:
-        saver.wait()
-        raise UserError(f'the loss was not finite in iteration {bad}; the last checkpoint in {out_dir} is from before. '
-                        'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
-
-
 raw_model.train()
 batches = micro_batches(iter_num)
 x, y = next(batches)
@@ -393,7 +266,7 @@ while True:
             tqdm.write(
                 f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} +- {val_stderr:.4f}', sys.stdout
             )
-        # not '<': a run killed between its two files is resumed here with the same loss, and names the best again
+        # not '<': a run killed between writing ckpt.pt and ckpt_best.pt resumes here with an equal loss
         improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
         if iter_num and (always_save_checkpoint or improved or iter_num in kept_iterations):
             save(best=improved)
@@ -410,7 +283,7 @@ while True:
     for micro_step in range(micro_steps):
         if dropout:
             runtime.seed_dropout(seed, iter_num, micro_step, processes.rank)
-        # gradients are averaged over the processes once, in the last micro-step; sharded ones have no room to wait
+        # gradients are averaged over the processes once, in the last micro-step; shards have no room to accumulate
         alone = processes.world_size == 1 or fsdp or micro_step == micro_steps - 1
         with nullcontext() if alone else model.no_sync():
             with autocast:
@@ -432,21 +305,15 @@ while True:
     if iter_num % log_interval == 0 or row:
         mean_loss = processes.sum(loss.double().cpu()).item() / processes.world_size  # waits for the device
         seconds = (time.perf_counter() - measured_from) / measured_iters
-        mfu = raw_model.estimate_mfu(
-            rows_per_iter, seconds, (runtime.peak_flops(device, dtype) or 0) * processes.world_size
-        )
+        peak = (runtime.peak_flops(device, dtype) or 0) * processes.world_size
+        mfu = raw_model.estimate_mfu(rows_per_iter, seconds, peak)
         row.update(
-            iter=iter_num,
-            tokens=iter_num * tokens_per_iter,
-            lr=f'{lr:.6g}',
-            loss=f'{mean_loss:.6f}',
-            grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}',
-            ms_per_iter=f'{1000 * seconds:.2f}',
-            tokens_per_s=f'{tokens_per_iter / seconds:.0f}',
-            mfu='' if mfu is None else f'{mfu:.4f}',
-        )
+            iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}',
+            grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}', ms_per_iter=f'{1000 * seconds:.2f}',
+            tokens_per_s=f'{tokens_per_iter / seconds:.0f}', mfu='' if mfu is None else f'{mfu:.4f}',
+        )  # fmt: skip
         if processes.rank == 0:
-            log(row)
+            log.write(row)
             bar.set_postfix_str(f'loss {mean_loss:.4f}, {tokens_per_iter / seconds:,.0f} tokens/s')
             if bar.disable and iter_num % log_interval == 0:
                 shown = 'n/a' if mfu is None else f'{100 * mfu:.2f}%'
@@ -463,14 +330,14 @@ if stopped_early:
     stop_if_not_finite()
     save()
 elif processes.rank == 0 and row:
-    log(dict(row, iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}'))
+    log.write(dict(row, iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}'))
 saver.wait()
 processes.any(False)  # torchrun ends the job when one process leaves: none may, before the checkpoint is on disk
-if wandb_run is not None:
-    wandb_run.finish()
+if log:
+    log.finish()
 if stopped_early:
     runtime.notice(
         f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
-        'go on with --init_from=resume'
+        'resume with --init_from=resume'
     )
 processes.exit(runtime.PREEMPTED if stopped_early else 0)

@@ -25,7 +25,8 @@ def gpt2_cache(shared_data, monkeypatch):
 @pytest.fixture
 def char_data(tmp_path):
     """The folder of a tiny data set by characters (data_dir tmp_path/data, dataset tiny): 3600 and 400 tokens."""
-    from tokens import CharTokenizer, write_dataset
+    from core.tokenizer import CharTokenizer
+    from core.write_dataset import write_dataset
 
     text = 'the cat sat on the mat; a rat sat on that. ' * 100
     chars = ''.join(sorted(set(text)))
@@ -40,7 +41,7 @@ def data_dir(tmp_path_factory):
     """A data_dir with `tiny`, a small data set: each character is one to three steps after the last."""
     import numpy as np
 
-    from tokens import write_dataset
+    from core.write_dataset import write_dataset
 
     folder = tmp_path_factory.mktemp('data')
     state, ids = 12345, [0]

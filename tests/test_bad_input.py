@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as checkpoints
+from core import checkpoint as checkpoints
+from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from tokens import write_dataset
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
 

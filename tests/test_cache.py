@@ -5,7 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import GPT, FixedStep, GPTConfig, Linear, attend, draw
+from core.decoding import FixedStep, draw
+from core.kernels import Linear, attend
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
 BLOCK, VOCAB = 32, 50

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 
-import checkpoint as checkpoints
+from core import checkpoint as checkpoints
+from core.runtime import UserError
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from runtime import UserError
 
 SIZES = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8, bias=True)
 

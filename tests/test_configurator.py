@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import runtime
-from runtime import UserError
+from core import runtime
+from core.runtime import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATOR = (ROOT / 'configurator.py').read_text(encoding='ascii')

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conversion import Statistics, collect_statistics, factorize, norm_moments, reachable_root, root, to_mla
+from core.conversion import Statistics, collect_statistics, factorize, norm_moments, reachable_root, root, to_mla
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 

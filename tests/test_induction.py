@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import induction
-import tokens
-from model import GPT, GPTConfig, attention_pattern
+from analysis import induction
+from core import checkpoint, tokenizer
+from core.dataset import TokenData
+from core.kernels import attention_pattern
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from tokens import TokenData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -440,7 +440,7 @@ QUICK = ('--sequences=16', '--resamples=200', '--ablate_sequences=8', '--control
 
 
 def test_sequences_begin_with_the_end_token_of_a_learned_encoding(tmp_path):
-    pieces = tokens.learn_bpe(['some words, more words'], 260)
+    pieces = tokenizer.learn_bpe(['some words, more words'], 260)
     model = GPT(GPTConfig(block_size=32, vocab_size=260, n_layer=1, n_head=2, n_embd=16))
     model.transformer.ln_f.weight.data.fill_(2.0)  # as training would have moved it
     meta = dict(tokenizer='bpe', vocab_size=260, pieces=pieces)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as checkpoints
-from conversion import collect_statistics, to_mla
+from core import checkpoint as checkpoints
+from core.conversion import collect_statistics, to_mla
+from core.dataset import TokenData
+from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
-from tokens import TokenData, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 

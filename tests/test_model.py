@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from model import GPT, EagerAttention, GPTConfig, Linear, attend, attention_pattern, causal_mask, draw, dropout
+from core.decoding import draw
+from core.kernels import EagerAttention, Linear, attend, attention_pattern, causal_mask, dropout
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tokens
-from runtime import UserError
-from tokens import TokenData, load_tokenizer
+from core import write_dataset
+from core.dataset import TokenData
+from core.runtime import UserError
+from core.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAR, BPE, TEXT, WEB = (
@@ -124,7 +125,7 @@ def test_shakespeare_char_from_a_file(prepare, tmp_path):
         and meta['source'] == 'file in.txt'
         and meta['tokens'] == {'train': 72, 'val': 8}
     )
-    assert meta['sha256']['input'] == tokens.file_sha256(tmp_path / 'in.txt')
+    assert meta['sha256']['input'] == write_dataset.file_sha256(tmp_path / 'in.txt')
     ids = np.concatenate([split_of(tmp_path / 'out', split) for split in ('train', 'val')])
     assert load_tokenizer(meta).decode(ids) == 'abcde\nf\u00e9' * 10
     assert re.search(r'72 training and 8 validation tokens \(char, 8 ids\) of file in.txt; [\d,]+ tokens/s\n', out)
@@ -342,7 +343,7 @@ def gpt2_documents(documents, cut):
 def test_own_text_in_gpt2_tokens(workers, prepare, texts, tmp_path, gpt2_cache, monkeypatch):
     folder, parts = texts
     monkeypatch.setattr(tokens, 'CHUNK', 50)
-    chunks = tokens.chunks
+    chunks = write_dataset.chunks
     monkeypatch.setattr(tokens, 'chunks', lambda blocks: chunks(blocks, 50))
     prepare(TEXT, input=folder, out_dir=tmp_path / 'out', tokenizer='gpt2', workers=workers)
     train, val = gpt2_documents(parts, int(len(''.join(parts)) * 0.9))
@@ -485,14 +486,14 @@ def test_web_pages(prepare, pages, gpt2_cache, tmp_path):
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-import tokens
-sync, calls = tokens.sync, []
+from core import write_dataset
+sync, calls = write_dataset.sync, []
 def killed(file):
     sync(file)
     calls.append(file)
     if len(calls) == 5:  # two shards are complete; the third is on disk and not yet in progress.json
         os.kill(os.getpid(), signal.SIGKILL)
-tokens.sync = killed
+write_dataset.sync = killed
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 

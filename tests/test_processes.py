@@ -10,7 +10,7 @@ import pytest
 import torch
 from training import assert_same_curve, assert_same_run, log_of, run, started, tensors_of, torchrun
 
-from checkpoint import build_model, load
+from core.checkpoint import build_model, load
 
 EXTRA = dict(gradient_accumulation_steps=4, batch_size=4, eval_iters=5)  # 20 windows: 4 processes' parts are unequal
 

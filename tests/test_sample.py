@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as checkpoints
-from model import GPT, GPTConfig, draw
+from core import checkpoint as checkpoints
+from core.decoding import draw
+from core.runtime import UserError
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from runtime import UserError
 
 ROOT = Path(__file__).parent.parent
 CHARS = '\n !abcdefghijklmnopqrstuvwxyzABCDE'  # 34 characters, of a model that is padded to 40

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+from core import checkpoint
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 

@@ -7,7 +7,7 @@ import forking
 import pytest
 import torch
 
-import checkpoint
+from core import checkpoint
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import tokens
-from runtime import UserError
-from tokens import TokenData, load_tokenizer, write_dataset
+from core import tokenizer, write_dataset
+from core.dataset import TokenData
+from core.runtime import UserError
+from core.tokenizer import load_tokenizer
+from core.write_dataset import write_dataset
 
 
 def numbers(folder, train=1000, val=200, vocab_size=1 << 16, **more):
@@ -304,13 +306,13 @@ WORDS = ['low lower lowest newest', 'the quick brown fox jumps over a lazy dog',
 
 @pytest.fixture(scope='module')
 def learned():
-    return tokens.learn_bpe(WORDS, 300)
+    return tokenizer.learn_bpe(WORDS, 300)
 
 
 def test_a_byte_pair_encoding_is_learned(learned):
     tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': learned})
     assert tokenizer.n_vocab == 300 and tokenizer.end_of_text == 299
-    assert sorted(learned[:256]) == [chr(byte) for byte in range(256)] and learned == tokens.learn_bpe(WORDS, 300)
+    assert sorted(learned[:256]) == [chr(byte) for byte in range(256)] and learned == tokenizer.learn_bpe(WORDS, 300)
     ids = tokenizer.encode(' newest lowest')
     assert [tokenizer.decode([i]) for i in ids] == [' new', 'est', ' lowest']  # what occurs most is joined
     assert len(tokenizer.encode('lo wer')) > 2
@@ -320,13 +322,13 @@ def test_a_byte_pair_encoding_is_learned(learned):
     assert tokenizer.decode_bytes([tokenizer.encode('\u00ff')[0]]) == b'\xc3'
     with pytest.raises(ValueError, match='beyond a vocabulary of 300'):
         tokenizer.decode([300])
-    assert len(tokens.learn_bpe(['ab'], 300)) == 257  # there are no more pairs in it
+    assert len(tokenizer.learn_bpe(['ab'], 300)) == 257  # there are no more pairs in it
 
 
 def test_a_long_text_is_sampled_evenly():
     texts = [f'{i:05}' for i in range(1000)]
-    assert list(tokens.evenly(texts, 5000, 5000)) == list(tokens.evenly(texts, 5000, 10**6)) == texts
-    assert list(tokens.evenly(texts, 5000, 500)) == texts[::10]
+    assert list(tokenizer.evenly(texts, 5000, 5000)) == list(tokenizer.evenly(texts, 5000, 10**6)) == texts
+    assert list(tokenizer.evenly(texts, 5000, 500)) == texts[::10]
 
 
 def test_a_byte_pair_encoding_on_disk(tmp_path, learned):
@@ -364,7 +366,7 @@ def test_without_a_network_tiktoken_is_explained(monkeypatch):
     for replacement, seconds in ((hang, 0.05), (fail, 5)):
         monkeypatch.setattr(tiktoken, 'get_encoding', replacement)
         with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR') as error:
-            tokens.gpt2_encoding(seconds)
+            tokenizer.gpt2_encoding(seconds)
         one_line(error)
 
 
@@ -381,32 +383,32 @@ def test_pieces_encode_to_the_same_tokens(size, gpt2_cache):
     tokenizer = load_tokenizer({'tokenizer': 'gpt2'})
     text = AWKWARD * 3
     blocks = [text[i : i + 5] for i in range(0, len(text), 5)]
-    pieces = list(tokens.chunks(blocks, size))
+    pieces = list(write_dataset.chunks(blocks, size))
     assert ''.join(pieces) == text and (len(pieces) > 30 or size == 50)
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7])
 def test_pieces_encode_to_the_same_tokens_by_a_learned_encoding(size):
-    tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': tokens.learn_bpe([AWKWARD], 400)})
-    pieces = list(tokens.chunks([AWKWARD[i : i + 5] for i in range(0, len(AWKWARD), 5)], size))
+    tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': tokenizer.learn_bpe([AWKWARD], 400)})
+    pieces = list(write_dataset.chunks([AWKWARD[i : i + 5] for i in range(0, len(AWKWARD), 5)], size))
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(AWKWARD)
 
 
 def test_pieces_of_shakespeare(shared_data, gpt2_cache):
     text = (shared_data / 'tinyshakespeare' / 'input.txt').read_text(encoding='utf-8')
     tokenizer = load_tokenizer({'tokenizer': 'gpt2'})
-    pieces = list(tokens.chunks([text], 1)) + list(
-        tokens.chunks((text[i : i + 100] for i in range(0, len(text), 100)), 1)
+    pieces = list(write_dataset.chunks([text], 1)) + list(
+        write_dataset.chunks((text[i : i + 100] for i in range(0, len(text), 100)), 1)
     )
     assert ''.join(pieces) == text * 2 and len(pieces) > 5000
-    arrays = tokens.encode_stream(tokenizer, ((piece, False) for piece in pieces), workers=2)
+    arrays = write_dataset.encode_stream(tokenizer, ((piece, False) for piece in pieces), workers=2)
     assert np.array_equal(np.concatenate(list(arrays)), tokenizer.encode(text) * 2)
 
 
 def test_a_text_without_spaces_is_cut_in_the_end(monkeypatch):
     monkeypatch.setattr(tokens, 'LONGEST_RUN', 100)
-    pieces = list(tokens.chunks(['x' * 30] * 10, 20))
+    pieces = list(write_dataset.chunks(['x' * 30] * 10, 20))
     assert ''.join(pieces) == 'x' * 300 and max(map(len, pieces)) == 120
 
 
@@ -419,22 +421,22 @@ def test_streams_keep_their_order_and_read_little_ahead(monkeypatch):
             read.append(i)
             yield f'{i:05d}', False
 
-    class Slow(tokens.ByteTokenizer):
+    class Slow(tokenizer.ByteTokenizer):
         def encode_array(self, text):
             time.sleep(0.002 if text.endswith('4') else 0)
             return super().encode_array(text)
 
     text = b''
-    for array in tokens.encode_stream(Slow(), pieces(), workers=4):
+    for array in write_dataset.encode_stream(Slow(), pieces(), workers=4):
         text += array.astype('u1').tobytes()
         assert len(read) - len(text) // 5 <= 2 * 2 * 4
     assert text.decode() == ''.join(f'{i:05d}' for i in range(1000))
 
 
 def test_an_error_in_a_worker_reaches_the_caller():
-    tokenizer = tokens.CharTokenizer('ab')
+    tokenizer = tokenizer.CharTokenizer('ab')
     with pytest.raises(UserError, match="'c'"):
-        list(tokens.encode_stream(tokenizer, [('ab', False), ('c', False)], workers=2))
+        list(write_dataset.encode_stream(tokenizer, [('ab', False), ('c', False)], workers=2))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def test_what_is_on_disk(char_data):
     meta = json.loads((char_data / 'meta.json').read_text())
     assert set(files_of(char_data)) == {'train.bin', 'val.bin', 'meta.json'}
     assert meta['format'] == 1 and meta['tokens'] == {'train': 3600, 'val': 400} and meta['source'] == 'a test text'
-    assert meta['sha256'] == {name: tokens.file_sha256(char_data / name) for name in ('train.bin', 'val.bin')}
+    assert meta['sha256'] == {name: write_dataset.file_sha256(char_data / name) for name in ('train.bin', 'val.bin')}
     raw = np.frombuffer((char_data / 'train.bin').read_bytes(), dtype='<u2')
     assert ''.join(meta['chars'][i] for i in raw[:11]) == 'the cat sat'
 
@@ -481,7 +483,7 @@ def test_a_finished_file_is_taken_over_and_survives_a_failure(tmp_path):
     assert part.exists()
     meta = write_dataset(tmp_path, 'byte', {'train': part, 'val': np.arange(5)}, source='a test')
     assert not part.exists() and meta['tokens']['train'] == 100
-    assert meta['sha256']['train.bin'] == tokens.file_sha256(tmp_path / 'train.bin')
+    assert meta['sha256']['train.bin'] == write_dataset.file_sha256(tmp_path / 'train.bin')
 
 
 def test_a_run_killed_between_two_renames_leaves_a_data_set_that_says_so(char_data, monkeypatch):

@@ -29,8 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tokens
-from runtime import UserError, notice
+from core import tokenizer, write_dataset
+from core.runtime import UserError, notice
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a Parquet file or a folder of them, with a column `text`; '' = OpenWebText from the Hugging Face hub
@@ -115,8 +115,8 @@ def finished():
 
 def write_progress(documents, size):
     """Say in progress.json that so many documents are complete in the first `size` bytes of train.bin.part."""
-    beside = tokens.temporary(journal)
-    tokens.write_json(beside, {'of': identity(), 'documents': documents, 'bytes': size})
+    beside = write_dataset.temporary(journal)
+    write_dataset.write_json(beside, {'of': identity(), 'documents': documents, 'bytes': size})
     os.replace(beside, journal)
 
 
@@ -129,7 +129,7 @@ for holds, complaint in (
         raise UserError(complaint)
 if input:
     parquet_files(Path(input))  # say what is wrong with it before anything takes long
-tokenizer = tokens.GPT2Tokenizer()
+tokenizer = tokenizer.GPT2Tokenizer()
 found = load()
 if len(found) < 2:
     raise UserError(f'{input or HUB} has {len(found)} documents, and it takes two: one to train, one to validate on')
@@ -160,9 +160,9 @@ try:
         while done < len(found):
             last = min(done + shard_documents, len(found))
             texts = ((text, True) for text in training_documents(done, last))
-            for array in tokens.encode_stream(tokenizer, texts, workers):
+            for array in write_dataset.encode_stream(tokenizer, texts, workers):
                 size += file.write(array.tobytes())
-            tokens.sync(file)
+            write_dataset.sync(file)
             write_progress(last, size)
             bar.update(last - done)
             done = last
@@ -170,10 +170,10 @@ except OSError as error:
     raise UserError(f"can't write into {folder}: {error.strerror or error}; mend that and run this again") from error
 
 texts = ((found[int(i)]['text'] or '', True) for i in validation)
-splits = {'train': part, 'val': tokens.encode_stream(tokenizer, texts, workers)}
+splits = {'train': part, 'val': write_dataset.encode_stream(tokenizer, texts, workers)}
 source = (
     f'{len(found):,} documents of {Path(input).resolve().name}' if input else f'OpenWebText ({len(found):,} documents)'
 )
-meta = tokens.write_dataset(folder, 'gpt2', splits, source=source)
+meta = write_dataset.write_dataset(folder, 'gpt2', splits, source=source)
 journal.unlink()
-print(tokens.summary(folder, meta, time.perf_counter() - start, already))
+print(write_dataset.summary(folder, meta, time.perf_counter() - start, already))

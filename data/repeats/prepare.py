@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from runtime import UserError
-from tokens import summary, write_dataset
+from core.runtime import UserError
+from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 folder = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json go

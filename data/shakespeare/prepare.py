@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'shakespeare_char')
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import corpus
 
-import tokens
+from core import tokenizer, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a text file; '' = tinyshakespeare: a local input.txt, else from the network, else the stand-in
@@ -27,7 +27,7 @@ out_dir = ''  # where the data set goes; '' = this folder
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
-tokenizer = tokens.GPT2Tokenizer()
+tokenizer = tokenizer.GPT2Tokenizer()
 here = Path(__file__).resolve().parent
 text, source, checksum = corpus.find(input, [here, here.parent / 'shakespeare_char'], download)
 cut = int(len(text) * 0.9)
@@ -36,5 +36,5 @@ start = time.perf_counter()
 splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
 seconds = time.perf_counter() - start
 folder = Path(out_dir or here)
-meta = tokens.write_dataset(folder, 'gpt2', splits, source=source, input_sha256=checksum)
-print(tokens.summary(folder, meta, seconds))
+meta = write_dataset.write_dataset(folder, 'gpt2', splits, source=source, input_sha256=checksum)
+print(write_dataset.summary(folder, meta, seconds))

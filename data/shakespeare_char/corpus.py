@@ -15,8 +15,9 @@ from pathlib import Path
 
 import stand_in
 
-from runtime import UserError, notice
-from tokens import sync, temporary, within
+from core.runtime import UserError, notice
+from core.tokenizer import within
+from core.write_dataset import sync, temporary
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import corpus
 
-import tokens
-from runtime import UserError
+from core import tokenizer, write_dataset
+from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a text file; '' = tinyshakespeare: input.txt in this folder, else from the network, else the stand-in
@@ -36,9 +36,9 @@ cut = min(int(len(text) * 0.9), len(text) - 1)
 chars = ''.join(sorted(set(text)))
 
 start = time.perf_counter()
-tokenizer = tokens.CharTokenizer(chars)
+tokenizer = tokenizer.CharTokenizer(chars)
 splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
 seconds = time.perf_counter() - start
 folder = Path(out_dir or here)
-meta = tokens.write_dataset(folder, 'char', splits, chars=chars, source=source, input_sha256=checksum)
-print(tokens.summary(folder, meta, seconds))
+meta = write_dataset.write_dataset(folder, 'char', splits, chars=chars, source=source, input_sha256=checksum)
+print(write_dataset.summary(folder, meta, seconds))

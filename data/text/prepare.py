@@ -32,8 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tokens
-from runtime import UserError
+from core import tokenizer, write_dataset
+from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a file or a folder, or several with commas between
@@ -109,7 +109,7 @@ def survey(files):
         for block in blocks(path):
             lengths[-1] += len(block)
             if tokenizer == 'char':
-                seen[tokens.code_points(block)] = True
+                seen[tokenizer.code_points(block)] = True
     return lengths, ''.join(map(chr, np.flatnonzero(seen))) if tokenizer == 'char' else None
 
 
@@ -134,7 +134,9 @@ def lines(stream, whole):
             if begun or line.strip():
                 yield line, True
             begun = False
-        if len(rest) > BLOCK and (at := tokens.last_cut(rest) or len(rest) > tokens.LONGEST_RUN and len(rest)):
+        if len(rest) > BLOCK and (
+            at := write_dataset.last_cut(rest) or len(rest) > write_dataset.LONGEST_RUN and len(rest)
+        ):
             yield rest[:at], False
             rest, begun = rest[at:], True
     if begun or rest.strip():
@@ -152,8 +154,8 @@ def pieces(files, lengths, start, stop):
         stream, whole = part(path, first, last), last == length
         if documents == 'line':
             yield from lines(stream, whole)
-        elif tokenizer in tokens.BYTE_PAIR_TOKENIZERS:
-            yield from ((piece, False) for piece in tokens.chunks(stream))
+        elif tokenizer in tokenizer.BYTE_PAIR_TOKENIZERS:
+            yield from ((piece, False) for piece in write_dataset.chunks(stream))
             yield '', whole
         else:
             yield from ((block, False) for block in stream)
@@ -161,13 +163,13 @@ def pieces(files, lengths, start, stop):
 
 def digest(files):
     """The SHA-256 of a file, or of the list of those of several files."""
-    sums = [tokens.file_sha256(path) for path in files]
+    sums = [write_dataset.file_sha256(path) for path in files]
     return sums[0] if len(sums) == 1 else hashlib.sha256('\n'.join(sums).encode('ascii')).hexdigest()
 
 
 for holds, complaint in (
     (
-        tokenizer in ('char', 'byte', *tokens.BYTE_PAIR_TOKENIZERS),
+        tokenizer in ('char', 'byte', *tokenizer.BYTE_PAIR_TOKENIZERS),
         f"tokenizer is '{tokenizer}'; it must be char, byte, bpe or gpt2",
     ),
     (not vocab_size or tokenizer == 'bpe', '--vocab_size needs --tokenizer=bpe: the others have a size of their own'),
@@ -177,7 +179,7 @@ for holds, complaint in (
     ),
     (documents in ('file', 'line'), f"documents is '{documents}'; it must be file or line"),
     (
-        documents == 'file' or tokenizer in tokens.BYTE_PAIR_TOKENIZERS,
+        documents == 'file' or tokenizer in tokenizer.BYTE_PAIR_TOKENIZERS,
         '--documents=line needs --tokenizer=gpt2 or bpe: the others have no end token',
     ),
     (0 < val_fraction < 1, f'val_fraction={val_fraction} must be above 0 and below 1'),
@@ -204,9 +206,11 @@ cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
 vocabulary = None
 if tokenizer == 'bpe':
     stream = (text for text, _ in pieces(files, lengths, 0, cut))
-    sample = tqdm(tokens.evenly(stream, cut, LEARN_FROM), desc='learning', unit=' texts', unit_scale=True, disable=None)
-    vocabulary = tokens.learn_bpe(sample, vocab_size or 4096)
-encoder = tokens.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': vocabulary})
+    sample = tqdm(
+        tokenizer.evenly(stream, cut, LEARN_FROM), desc='learning', unit=' texts', unit_scale=True, disable=None
+    )
+    vocabulary = tokenizer.learn_bpe(sample, vocab_size or 4096)
+encoder = tokenizer.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': vocabulary})
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
 source = f'file {files[0].name}' if len(files) == 1 else f'{len(files):,} files of {named}'
 
@@ -215,10 +219,10 @@ unit = 'B' if tokenizer == 'byte' else 'char'
 with tqdm(desc='encoding', total=total, unit=unit, unit_scale=True, disable=None) as bar:
     ranges = {'train': (0, cut), 'val': (cut, total)}
     splits = {
-        split: tokens.encode_stream(encoder, pieces(files, lengths, *ends), workers, bar)
+        split: write_dataset.encode_stream(encoder, pieces(files, lengths, *ends), workers, bar)
         for split, ends in ranges.items()
     }
-    meta = tokens.write_dataset(
+    meta = write_dataset.write_dataset(
         folder, tokenizer, splits, chars=chars, pieces=vocabulary, source=source, input_sha256=digest(files)
     )
-print(tokens.summary(folder, meta, time.perf_counter() - start))
+print(write_dataset.summary(folder, meta, time.perf_counter() - start))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import attend, attention_pattern
+from core.kernels import attend, attention_pattern
 
 SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
 

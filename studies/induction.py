@@ -24,9 +24,9 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import runtime
-from runtime import UserError
+from core import checkpoint as checkpoints
+from core import runtime
+from core.runtime import UserError
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

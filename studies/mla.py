@@ -24,10 +24,10 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import runtime
-from runtime import UserError
-from tokens import TokenData
+from core import checkpoint as checkpoints
+from core import runtime
+from core.dataset import TokenData
+from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-study-mla'  # the runs

@@ -129,6 +129,14 @@ def bfloat16_gain(trials=5):
     return best[torch.float32] / best[torch.bfloat16]
 
 
+def to_device(x, y, device):
+    """A batch on the training device, a str or torch.device; for a GPU via pinned memory, without waiting for it."""
+    device = torch.device(device)
+    if device.type == 'cuda':
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
+
+
 def autocast(device, dtype):
     """A context in which matrix products run in `dtype`; for float32 one that changes nothing."""
     if dtype == 'float32':
@@ -237,6 +245,11 @@ class Processes:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor)
+
+    def agreed_dtype(self, dtype):
+        """`dtype`, or 'float32' where only some processes picked bfloat16: the trial behind 'auto' can differ."""
+        all_agree = bool(self.min(int(dtype == 'bfloat16')))
+        return 'float32' if dtype == 'bfloat16' and not all_agree else dtype
 
     def exit(self, code=0):
         """

@@ -1,11 +1,11 @@
 """
-Checkpoints: what one holds, writing it so that a crash never leaves a broken one, and reading one back into a model.
+Checkpoints: what one holds, writing one so that a crash never leaves a broken file, and turning one into a model.
 
 Notable features:
-- nanoGPT's keys, so that its sample.py reads our MHA checkpoints and its checkpoints are read here
+- nanoGPT's keys, so its sample.py reads our MHA checkpoints, and its checkpoints are read here
 - only tensors and plain values, loaded with `weights_only=True`: opening a checkpoint never runs code
-- written beside, flushed to disk, then renamed: at every moment the name holds a whole checkpoint, old or new
-- a checkpoint says itself which attention it has, which tokens it speaks and which corpus it was trained on
+- written beside its place, flushed to disk, then renamed: the name always holds a whole checkpoint, old or new
+- a checkpoint records its own attention, tokenizer and corpus
 """
 
 import contextlib
@@ -15,14 +15,19 @@ from dataclasses import fields
 
 import torch
 
-from model import GPT, GPT2_SIZES, GPTConfig
+from core import files
+from core.conversion import collect_statistics, to_mla
+from core.gpt2 import GPT2_SIZES
+from core.runtime import UserError
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from runtime import UserError
 
-NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # its resume needs each
+NOT_THE_MODEL = ('flash', 'recompute')  # fields that say how to compute, not what
 KINDS = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
 OTHER_COPY = 'use ckpt_best.pt beside it, or an older copy'
-# What the scripts rely on. nanoGPT's best_val_loss is a tensor; all but the first two may be missing, or None.
+# The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
+# None.
 TYPES = {
     'model': dict,
     'model_args': dict,
@@ -46,13 +51,13 @@ def attention_of(model):
 
 def model_args(config):
     """nanoGPT's seven keys, and beyond them only what nanoGPT can't express: a plain dict."""
-    args = {name: getattr(config, name) for name in NANOGPT_ARGS}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        # `flash` chooses how to compute, not what; n_latent's default depends on n_embd, so it is always written
-        if field.name not in args and field.name != 'flash' and (value != field.default or field.name == 'n_latent'):
-            args[field.name] = value
-    return args
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        # n_latent's own default depends on n_embd, so it is always written
+        if name in NANOGPT_ARGS or (name not in NOT_THE_MODEL and (value != default or name == 'n_latent'))
+    }
 
 
 def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, val_loss=None, tokenizer=None, corpus='',
@@ -82,30 +87,13 @@ def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, va
 
 
 def save(path, checkpoint):
-    """Write the dict `checkpoint` to `path`: whole, or, with a UserError, not at all: the old file stays."""
-    beside = f'{path}.writing'
+    """Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays."""
     try:
-        with open(beside, 'wb') as file:
+        with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        flush_folder(os.path.dirname(path))
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(beside)
         raise UserError(f"{path} can't be written ({error}); free some disk space or choose another --out_dir; "
                         'the previous checkpoint is as it was') from error  # fmt: skip
-
-
-def flush_folder(folder):
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder or '.', os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def link(path, other):
@@ -119,7 +107,7 @@ def link(path, other):
         save(other, torch.load(path, map_location='cpu', weights_only=True))
         return
     os.replace(beside, other)
-    flush_folder(os.path.dirname(other))
+    files.sync_folder(os.path.dirname(other))
 
 
 class Writer:
@@ -275,8 +263,8 @@ def pretrained(source, dropout=0.0, **overrides):
     """
     The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
 
-    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for these
-    two the dict is empty). overrides: as for `build_model`. Raises UserError where nothing can be loaded.
+    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for the
+    last two the dict is empty). overrides: as for `build_model`. UserError where nothing can be loaded.
     """
     if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
         checkpoint = load(source)
@@ -284,6 +272,75 @@ def pretrained(source, dropout=0.0, **overrides):
     if source not in GPT2_SIZES and not os.path.isdir(source):
         raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
     try:
-        return GPT.from_pretrained(source, dict(dropout=dropout)), {}
+        return GPT.from_pretrained(source, dict(dropout=dropout, **overrides)), {}
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+# ---- the model that a training run starts from -----------------------------------------------------------------------
+
+
+def new_model(keys, vocab_size):
+    """A model with initial values, of the sizes that a script's keys ask for. ValueError where they don't fit."""
+    model_class, config_class = KINDS[keys['attention']]
+    sizes = {field.name: keys[field.name] for field in fields(config_class) if field.name in keys}
+    return model_class(config_class(**{**sizes, 'vocab_size': vocab_size}), seed=keys['seed'])
+
+
+def resumed_model(saved, path, keys):
+    """The model of a run to be resumed from its loaded checkpoint. UserError where the keys describe another model."""
+    model = build_model(saved, **{name: keys[name] for name in ('dropout', *NOT_THE_MODEL)})
+    if attention_of(model) != keys['attention']:
+        script = 'train_mla.py' if keys['attention'] == 'mha' else 'train.py'
+        raise UserError(f'{path} holds a model with the other attention; resume it with {script}')
+    if keys['block_size'] != model.config.block_size:
+        raise UserError(f'block_size={keys["block_size"]}, and the run in {path} has {model.config.block_size}; '
+                        f'resume it with --block_size={model.config.block_size}')  # fmt: skip
+    return model
+
+
+def pretrained_model(keys, data, device):
+    """
+    The model that training starts from where `init_from` names one; with attention='mla' an MHA model is converted.
+
+    data: the TokenData to train on: the conversion is weighted by what attention reads in it. UserError or ValueError.
+    """
+    source, n_latent = keys['init_from'], keys['n_latent']
+    model = pretrained(source, **{name: keys[name] for name in ('dropout', *NOT_THE_MODEL)})[0]
+    if keys['attention'] == 'mla' and attention_of(model) == 'mha':
+        batch_size = keys['batch_size']
+        starts = data.eval_windows('train', max(batch_size, 65536 // keys['block_size']))
+        text = (data.windows('train', starts[i : i + batch_size])[0] for i in range(0, len(starts), batch_size))
+        model = to_mla(model, n_latent, collect_statistics(model.to(device), text))
+    elif attention_of(model) != keys['attention']:
+        raise UserError(f'{source} holds a model with MLA, which has no way back to MHA; use train_mla.py')
+    if n_latent not in (0, getattr(model.config, 'n_latent', 0)):
+        raise UserError(f'{source} has n_latent={model.config.n_latent}, not {n_latent}; leave --n_latent out')
+    return model
+
+
+def starting_model(keys, data, device, saved=None, path=''):
+    """
+    The model that a training run starts from, on the CPU or `device`: resumed, pretrained or new.
+
+    keys: the training script's keys; data: its TokenData; saved: the checkpoint to resume, loaded from `path`, or None.
+    UserError, in one line, where keys, source and data don't fit together.
+    """
+    try:
+        if saved:
+            model = resumed_model(saved, path, keys)
+        elif keys['init_from'] == 'scratch':
+            model = new_model(keys, data.padded_vocab_size)
+        else:
+            model = pretrained_model(keys, data, device)
+        if keys['block_size'] < model.config.block_size:
+            model.crop_block_size(keys['block_size'])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if data.n_vocab > model.config.vocab_size:
+        raise UserError(f'{keys["dataset"]} has {data.n_vocab} different tokens, and the model only '
+                        f'{model.config.vocab_size}; use the data set that the model was made for')  # fmt: skip
+    if keys['block_size'] > model.config.block_size:
+        raise UserError(f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in '
+                        f'{keys["init_from"]}; lower it')  # fmt: skip
+    return model

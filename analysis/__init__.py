@@ -1,0 +1,1 @@
+"""Measurements on trained models: tensors in, arrays, tables and figures out."""

@@ -1,0 +1,247 @@
+"""
+The models' operations, fast: the same mathematics as the plain formula, chosen by device, dtype and shape.
+
+model.py and model_mla.py call these by name and never say how they are computed. Nothing here knows a model.
+
+    Linear                nn.Linear; few rows on a CPU, as in a decode step, are split over the cores
+    dropout, Dropout      F.dropout and nn.Dropout; on a CPU the mask comes from 16 random bits per element
+    attend                causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
+    attention_pattern     the softmax alone, as the formula says it
+    per_head              one matrix per head times that head's rows
+    linear_cross_entropy  output head and loss in one, without the (N, V) logits
+
+tests/test_kernels.py compares each with its plain form, gradients included.
+"""
+
+import functools
+import platform
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@functools.cache
+def cpu_is_intel():
+    """True on Intel CPUs, where MKL takes its optimized paths (on other CPUs it takes slower, generic ones)."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return 'GenuineIntel' in file.read(4096)
+    except OSError:
+        return 'Intel' in platform.processor()
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear with a faster matrix multiplication for the few rows of a CPU decode step.
+
+    Such a product takes as long as reading the weight does, and PyTorch reads it with little more than one core: on AMD
+    always, on Intel from 3 rows on. Split into a batch of smaller products, it is read by all cores.
+    """
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        plain = rows > 16 or (rows <= 2 and cpu_is_intel()) or x.device.type != 'cpu'
+        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        # a multiple of the threads, with about 768 outputs each: much larger pieces outgrow a core's cache
+        pieces = torch.get_num_threads() * max(1, self.out_features // (768 * torch.get_num_threads()))
+        split = self.out_features // pieces * pieces
+        weight = self.weight[:split].view(pieces, -1, self.in_features)
+        x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
+        # both branches give (pieces, rows, outputs)
+        y = torch.bmm(weight, x_each.mT).mT if rows == 1 or cpu_is_intel() else torch.bmm(x_each, weight.mT)
+        # attention's kernels want each row contiguous
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], split).contiguous()
+        if split < self.out_features:
+            y = torch.cat((y, F.linear(x, self.weight[split:])), dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+def per_head(x, weight):
+    """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
+    B, H, T, _ = x.shape
+    x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
+    # away from Intel, memory is read fastest along its contiguous rows
+    along_rows = weight.mT.is_contiguous() and not cpu_is_intel()
+    y = torch.bmm(weight.mT, x.mT).mT if along_rows else torch.bmm(x, weight)
+    return y.reshape(H, B, T, -1).transpose(0, 1)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def dropout(x, p):
+    """
+    Zero each element of x with probability p and scale the others by 1/(1-p) (arXiv:1207.0580).
+
+    F.dropout draws its mask on a single core on a CPU. Here one 64-bit random integer serves four elements, so p is
+    rounded to the nearest 1/65536.
+    """
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = min(round(p * 65536), 65535)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+    return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, by `dropout`."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(T, S, device):
+    """Bool (T, S): which of S keys each of the last T positions may attend to. The last query sees every key."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attention_pattern(q, k, scale):
+    """Causal softmax(q k^T scale): q (..., T, size), k (..., S, size) -> (..., T, S); rows sum to 1."""
+    visible = causal_mask(q.size(-2), k.size(-2), q.device)
+    return ((q * scale) @ k.mT).masked_fill_(~visible, float('-inf')).softmax(dim=-1)
+
+
+class EagerAttention(torch.autograd.Function):
+    """
+    Causal self-attention for training on a CPU: it keeps the attention patterns, and its backward pass is written out.
+
+    PyTorch's fused CPU kernel has no dropout and falls back to a slow formula; for short sequences it is also a little
+    slower than plain matrix multiplications. The price is memory for the patterns. They are computed for QUERY_BLOCK
+    queries at a time, over only those keys that some query of the block may see.
+
+    With P the pattern, D = P after dropout, O = D V the output, and g(.) the gradient of the loss: g(D) = g(O) V^T, and
+    g(scores) = D g(D) - P rowsum(O g(O)), all products elementwise (arXiv:2205.14135, appendix B).
+    """
+
+    QUERY_BLOCK = 128
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, p_drop):
+        """q, k (B, H, T, size), v (B, H, T, d), all of one dtype; scale and p_drop floats -> (B, H, T, d)."""
+        B, H, T, _ = q.shape
+        q, k, v = (t.reshape(B * H, T, t.size(-1)) for t in (q * scale, k, v))
+        out = torch.empty(B, T, H, v.size(-1), dtype=v.dtype).transpose(1, 2)  # the layout that c_proj reads
+        patterns = []
+        with torch.autocast('cpu', enabled=False):
+            for first in range(0, T, EagerAttention.QUERY_BLOCK):
+                end = min(first + EagerAttention.QUERY_BLOCK, T)
+                scores = torch.bmm(q[:, first:end], k[:, :end].mT)
+                scores[..., first:] += torch.full_like(scores[0, :, first:], float('-inf')).triu_(1)
+                pattern = scores.softmax(dim=-1)
+                dropped = dropout(pattern, p_drop) if p_drop else pattern
+                out[:, :, first:end] = torch.bmm(dropped, v[:, :end]).unflatten(0, (B, H))
+                patterns += [pattern, dropped]
+        ctx.scale, ctx.p_drop = scale, p_drop
+        ctx.save_for_backward(q, k, v, out, *patterns)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, *patterns = ctx.saved_tensors
+        B, H, T, _ = out.shape
+        inner = (out * grad).sum(-1).view(B * H, T, 1) if ctx.p_drop else None  # rowsum(O g(O))
+        grad = grad.reshape(B * H, T, grad.size(-1))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for pattern, dropped in zip(patterns[::2], patterns[1::2], strict=True):
+            end = pattern.size(2)
+            rows, seen = slice(end - pattern.size(1), end), slice(end)
+            grad_scores = torch.bmm(grad[:, rows], v[:, seen].mT)
+            if ctx.p_drop:
+                grad_scores.mul_(dropped).addcmul_(pattern, inner[:, rows], value=-1)
+            else:
+                grad_scores = torch._softmax_backward_data(grad_scores, pattern, -1, pattern.dtype)
+            grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen]).mul_(ctx.scale)
+            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, rows])
+            grad_v[:, seen].baddbmm_(dropped.mT, grad[:, rows])
+        return *(t.unflatten(0, (B, H)) for t in (grad_q, grad_k, grad_v)), None, None
+
+
+def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
+    """
+    Attention of T queries over S keys: q (B, H, T, size), k and v (B, H, S, size) -> (B, H, T, size).
+
+    causal: the queries are the last T of the S positions; otherwise every query sees every key. visible: a bool mask
+    (T or 1, S) that replaces the causal one. flash=False: the plain formula, for comparison.
+    """
+    T, S = q.size(-2), k.size(-2)
+    if visible is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    square = causal and T == S
+    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    # without dropout only where patterns are small: there it is a little faster than the fused kernel
+    if square and flash and trains_on_cpu and (p_drop or T <= EagerAttention.QUERY_BLOCK):
+        return EagerAttention.apply(q, k, v, scale, p_drop)
+    if causal and not flash:
+        pattern = attention_pattern(q, k, scale)
+        return (dropout(pattern, p_drop) if p_drop else pattern) @ v
+    # SDPA aligns its is_causal mask top-left, which is right only where T equals S; a single query sees every key
+    mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    Output head and cross-entropy in one, a few rows at a time, so that the (N, V) logits never exist as a whole.
+
+    The gradient with respect to the logits is computed in the forward pass, while they are at hand, so nothing is
+    computed twice. `backward` can run only once: it scales the stored weight gradient (V x C) in place.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # enough rows for fast products; at most 2^22 logits at a time where V is small
+        rows = max(1024 if kind == 'cuda' else 512, 2**22 // weight.size(0))
+        low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
+        grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+        with torch.autocast(kind, enabled=False):
+            for first in range(0, x.size(0), rows):
+                part = slice(first, first + rows)
+                ids = targets[part].clamp(min=0)[:, None]
+                log_p = (low_x[part] @ low_weight.T).to(total.dtype).log_softmax(dim=-1)
+                total -= (log_p.gather(1, ids)[:, 0] * scored[part]).sum()
+                # the gradient of a row's loss with respect to its logits: p, less 1 at the target
+                error = log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=total.dtype))
+                error = error.mul_(scored[part, None]).to(dtype)
+                grad_x[part] = error @ low_weight
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(error.T, low_x[part])
+                else:
+                    grad_weight += error.T @ low_x[part]
+        count = scored.sum()
+        # divided by count only in `backward`: in float16 they would underflow
+        ctx.save_for_backward(grad_x, grad_weight, count)
+        ctx.x_dtype = x.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        grad = grad / count
+        return grad_x.to(ctx.x_dtype) * grad, grad_weight.mul_(grad.to(grad_weight.dtype)), None
+
+
+def linear_cross_entropy(x, weight, targets):
+    """
+    Mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-1), float32 or wider, without the logits in memory.
+
+    x (N, C), weight (V, C), targets (N,) int64, -1 where a row isn't scored. Its backward pass runs once only.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets)
