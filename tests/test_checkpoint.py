@@ -85,7 +85,7 @@ def test_opening_never_runs_code(tmp_path):
         (lambda c: c.pop('model_args'), "lacks 'model' or 'model_args'"),
         (lambda c: c['model'].pop('lm_head.weight'), 'lm_head.weight'),
         (lambda c: c['model_args'].update(n_layer=2), 'transformer.h.1'),
-        (lambda c: c['model_args'].update(n_embd=9), 'not a multiple'),
+        (lambda c: c['model_args'].update(n_embd=9), 'must be a multiple'),
         (lambda c: c['model_args'].update(n_experts=2), 'n_experts'),
         (lambda c: c.update(attention='gqa'), "attention is 'gqa'"),
         (lambda c: c.update(attention='mha'), "don't make a model|don't fit"),

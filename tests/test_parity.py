@@ -103,7 +103,7 @@ def test_pretrained_weights_of_other_families_are_refused(tmp_path):
         GPT.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match='gpt2-xl'):
         GPT.from_pretrained('gpt-2')
-    with pytest.raises(ValueError, match='to_mla'):
+    with pytest.raises(ValueError, match='convert_mla.py'):
         MLAGPT.from_pretrained('gpt2')
 
 

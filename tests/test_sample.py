@@ -312,7 +312,7 @@ def test_gpt2_tokens_that_the_model_does_not_know(sample, tmp_path, monkeypatch)
     class Tokenizer:
         name, n_vocab = 'gpt2', 50257
 
-    monkeypatch.setattr('tokens.GPT2Tokenizer', Tokenizer)
+    monkeypatch.setattr('core.tokenizer.GPT2Tokenizer', Tokenizer)
     with pytest.raises(UserError, match='meta.pkl'):
         sample(f'--out_dir={tmp_path}', f'--data_dir={tmp_path}')
 

@@ -83,7 +83,7 @@ def test_another_run_is_not_overwritten_unasked(data_dir, tmp_path):
     done = run('train.py', data_dir, tmp_path, max_iters=3)
     assert done.returncode == 2 and 'holds another run' in done.stderr and 'Traceback' not in done.stderr
     done = run('train_mla.py', data_dir, tmp_path, init_from='resume')
-    assert done.returncode == 2 and 'go on with it by train.py' in done.stderr
+    assert done.returncode == 2 and 'resume it with train.py' in done.stderr
     done = run('train.py', data_dir, tmp_path, init_from='resume', eval_only=True)
     assert done.returncode == 0 and 'step 3: val loss' in done.stdout
     assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
