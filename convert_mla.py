@@ -1,46 +1,43 @@
 """
-Turn a trained GPT with multi-head attention into one with multi-head latent attention, and say what that costs.
+Convert a trained GPT from multi-head to multi-head latent attention, and measure what that costs.
 
-From a checkpoint of train.py, whose data set is used again; half of n_embd is the latent's size unless told otherwise:
+From a checkpoint of train.py, on its own data set; by default the latent's size is half of n_embd:
 $ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --n_latent=64
 $ python sample.py --out_dir=out-converted
 
-Loss against cache size, by every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
+Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
-The algebra is in conversion.py. Fine-tuning takes back most of the loss: train_mla.py --init_from=out-converted.
+The algebra is in core/conversion.py. Fine-tuning recovers most of the loss: train_mla.py --init_from=out-converted.
 """
 
 import os
-from json import dump
-
-import torch
 
 from core import checkpoint as checkpoints
-from core import runtime
-from core.conversion import collect_statistics, to_mla
+from core import evaluation, files, runtime
+from core.conversion import collect_statistics, to_mla, training_text
 from core.dataset import TokenData
 from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
-out_dir = 'out-converted'  # gets ckpt.pt, or a sweep's picture
-overwrite = False  # replace a checkpoint that out_dir holds
+out_dir = 'out-converted'  # receives ckpt.pt, or the picture of a sweep
+overwrite = False  # replace the checkpoint in out_dir
 n_latent = 0  # size of the latent; 0: half of n_embd. n_embd and n_embd - 1 are exact
-method = 'data'  # 'data': weigh directions by their part in real text; 'weights': look at the weights alone
-balance = True  # give keys and values the same weight, whichever is larger
-sweep = ''  # sizes to try, '384,192,96', by every method
-json = ''  # a file to write the numbers to
-dataset = ''  # a folder of data_dir, for statistics and losses; '': the one that the checkpoint was trained on
+method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone
+balance = True  # weight keys and values equally, whichever has the larger norm
+sweep = ''  # latent sizes to compare, for example '384,192,96', with every method
+json = ''  # a file for the numbers
+dataset = ''  # a folder of data_dir, for statistics and losses; '': the one the checkpoint was trained on
 data_dir = 'data'
-statistics_tokens = 65536  # tokens of the training split that the statistics are made from
-eval_tokens = 65536  # tokens of the validation split that losses are measured on
+statistics_tokens = 65536  # tokens of the training split used for the statistics
+eval_tokens = 65536  # tokens of the validation split used for the losses
 batch_size = 16
 device = 'auto'
-dtype = 'float32'  # the rises to be measured are smaller than bfloat16's rounding
+dtype = 'float32'  # the differences are smaller than bfloat16's rounding
 threads = 0
 exec(open('configurator.py').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,11 +49,11 @@ if min(statistics_tokens, eval_tokens, batch_size) < 1:
 try:
     sizes = [int(size) for size in sweep.split(',')] if sweep else [n_latent]
 except ValueError as error:
-    raise UserError(f"sweep is '{sweep}'; it must be sizes between commas, such as 384,192,96") from error
+    raise UserError(f"sweep is '{sweep}'; it must be sizes separated by commas, such as 384,192,96") from error
 target = os.path.join(out_dir, 'ckpt.pt')
 runtime.check_folder(out_dir)
 if json and not os.path.isdir(os.path.dirname(os.path.abspath(json))):
-    raise UserError(f'there is no folder for {json}; make it, or choose another --json')
+    raise UserError(f'the folder of {json} does not exist; create it, or choose another --json')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 
@@ -64,6 +61,7 @@ if os.path.exists(target) and not sweep and not overwrite:
 device = runtime.pick_device(device)
 runtime.set_threads(threads)
 dtype = runtime.pick_dtype(dtype, device)
+autocast = runtime.autocast(device, dtype)
 model, saved = checkpoints.pretrained(source)
 model = model.to(device).eval()
 dataset = dataset or saved.get('config', {}).get('dataset', '')
@@ -75,37 +73,25 @@ if data and data.n_vocab > model.config.vocab_size:
                     'use the data set that the model was made for')  # fmt: skip
 
 
-def text(split, tokens):
-    """About `tokens` tokens of a split in batches (x, y), each (batch_size, block_size): the same ones every time."""
-    starts = data.eval_windows(split, max(1, tokens // model.config.block_size))
-    for first in range(0, len(starts), batch_size):
-        yield data.windows(split, starts[first : first + batch_size])
-
-
-@torch.no_grad()
-def losses(model):
-    """The model's loss on each window of the validation text, in nats per token: float64 (windows,)."""
-    with runtime.autocast(device, dtype):
-        parts = [model.window_losses(x.to(device), y.to(device)) for x, y in text('val', eval_tokens)]
-    return torch.cat(parts).double().cpu()
-
-
-def mean(values):
-    """Mean and its standard error."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+def windows(tokens):
+    """The number of windows that hold `tokens` tokens; at least one."""
+    return max(1, tokens // model.config.block_size)
 
 
 # ---- convert and measure ---------------------------------------------------------------------------------------------
-def measured(name, model, before=None):
-    """A row of the table. The rise's standard error is that of the differences, window by window."""
+losses = {}  # of each validation window, by the name of the row
+
+
+def measured(name, model):
+    """A row of the table. The standard error of the rise is that of the differences per window."""
     row = dict(method=name, n_latent=getattr(model.config, 'n_latent', None))
     row['cache_bytes_per_token'] = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
     row['cache_saved'] = 1 - row['cache_bytes_per_token'] / bytes_before
     if data:
-        after = losses(model)
-        row['val_loss'], row['val_stderr'] = mean(after)
-        if before is not None:
-            row['rise'], row['rise_stderr'] = mean(after - before)
+        losses[name] = evaluation.window_losses(model, data, 'val', windows(eval_tokens), batch_size, autocast)
+        row['val_loss'], row['val_stderr'] = evaluation.mean_and_stderr(losses[name])
+        if name != 'MHA':
+            row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(losses[name] - losses['MHA'])
     return row
 
 
@@ -124,12 +110,11 @@ if sweep:
     methods = {'weights': (False, True), 'data, not balanced': (True, False), 'data': (True, True)}
 statistics = None
 if any(weighted for weighted, _ in methods.values()):
-    statistics = collect_statistics(model, (x for x, _ in text('train', statistics_tokens)))
+    statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
 
 print(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters' + (f'; losses on {data.corpus}' if data else ''))
 heading = f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}'
 print(heading + (f'{"val loss":>22}{"rise":>23}' if data else ''))
-before = losses(model) if data else None
 rows = [measured('MHA', model)]
 print(shown(rows[0]))
 for size in sizes:
@@ -138,11 +123,11 @@ for size in sizes:
             converted = to_mla(model, size, statistics if weighted else None, balanced)
         except ValueError as error:
             raise UserError(str(error)) from error
-        rows.append(measured(name, converted, before))
+        rows.append(measured(name, converted))
         print(shown(rows[-1]), flush=True)
 if json:
-    with open(json, 'w', encoding='utf-8') as file:
-        dump(dict(source=source, corpus=data and data.corpus, dtype=dtype, settings=config, rows=rows), file, indent=1)
+    settings = dict(source=source, corpus=data and data.corpus, dtype=dtype, settings=config)
+    files.write_json(json, dict(settings, rows=rows))
 os.makedirs(out_dir, exist_ok=True)
 
 # ---- one size: a checkpoint ------------------------------------------------------------------------------------------
@@ -156,7 +141,7 @@ if not sweep:
     raise SystemExit
 
 # ---- several: a picture ----------------------------------------------------------------------------------------------
-import matplotlib  # noqa: E402  (slow to import, and of no use before)
+import matplotlib  # noqa: E402  (slow to import)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,11 +1,11 @@
 """
-Write text with a trained model, token by token as it is drawn. The text goes to stdout, everything else to stderr.
+Generate text with a trained model, printed as it is drawn. The text goes to stdout, everything else to stderr.
 
-The last checkpoint in out_dir, MHA or MLA (it says itself which it is):
+From the last checkpoint in out_dir, MHA or MLA (the checkpoint records which):
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 $ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 --num_samples=1 > text.txt
 
-GPT-2 as OpenAI published it ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Hugging Face folder:
+From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Hugging Face folder:
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
 
@@ -27,26 +27,26 @@ from model import GPT
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder
 out_dir = 'out'  # a folder with ckpt.pt, or a checkpoint file; ignored unless init_from is 'resume'
-data_dir = 'data'  # where nanoGPT's checkpoints, which don't know their characters, find meta.pkl
+data_dir = 'data'  # where the meta.pkl of a nanoGPT checkpoint is, which doesn't hold its own characters
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
-num_samples = 10  # decoded as one batch; the first is shown as it comes
+num_samples = 10  # decoded as one batch; the first is printed while it is drawn
 max_new_tokens = 500
-temperature = 0.8  # 1: as the model has it; lower: likelier tokens; 0: always the likeliest
-top_k = 200  # draw from the top_k likeliest tokens; 0: from all
-top_p = 1.0  # draw from the smallest set of tokens that has this probability; 1: from all
+temperature = 0.8  # 1: the model's own distribution; below 1: sharper; 0: greedy
+top_k = 200  # draw from the top_k most likely tokens; 0: from all
+top_p = 1.0  # draw from the smallest set of tokens with this total probability; 1: from all
 stop = ''  # a token that ends a sample, for example '<|endoftext|>' or '.'; empty: none
-use_cache = True  # False: recompute everything for each token, as nanoGPT does
+use_cache = True  # False: recompute the whole context for each token, as nanoGPT does
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-compile = 'auto'  # capture the decoding step as a CUDA graph: True, False, or on CUDA
-threads = 0  # CPU threads; 0: the cores that this process may use
+compile = 'auto'  # capture the decode step as a CUDA graph: True, False, or 'auto' (on CUDA only)
+threads = 0  # CPU threads; 0: as many as the cores that this process may use
 exec(open('configurator.py').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 for ok, complaint in (
     (num_samples >= 1 and max_new_tokens >= 1, 'num_samples and max_new_tokens must be at least 1'),
-    (temperature >= 0, f'temperature is {temperature}; it must be 0 (always the likeliest token) or more'),
+    (temperature >= 0, f'temperature is {temperature}; it must be 0 (greedy) or more'),
     (top_k >= 0, f'top_k is {top_k}; it must be 0 (all tokens) or more'),
     (0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1 (all tokens)'),
     (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
@@ -67,7 +67,7 @@ if init_from == 'resume':
     model = checkpoints.build_model(checkpoint)
     meta = checkpoint.get('tokenizer')
     if not meta:
-        # nanoGPT writes down the data set's name alone, and a folder without a meta file holds GPT-2's tokens
+        # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
         folder = Path(data_dir, str((checkpoint.get('config') or {}).get('dataset', '')))
         if (folder / 'meta.json').exists():
             meta = read_meta(folder)
@@ -75,7 +75,7 @@ if init_from == 'resume':
             meta = read_meta_pickle(folder)
         else:
             meta = {'tokenizer': 'gpt2'}
-            runtime.notice(f"the checkpoint names no tokenizer, and {folder} has no meta.pkl: taking GPT-2's")
+            runtime.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
     try:
         model = GPT.from_pretrained(init_from)
@@ -87,7 +87,7 @@ dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
 tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
     raise UserError(
-        f'the model knows {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
+        f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
         "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
     )
 
@@ -99,7 +99,7 @@ if start.startswith('FILE:'):
         raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
 prompt = tokenizer.encode(start, special=True)
 if not prompt:
-    raise UserError('start is empty, and a model can only go on from something; the default is a newline')
+    raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
 if len(prompt) > model.config.block_size:
     runtime.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
 stop_ids = tokenizer.encode(stop, special=True)
@@ -113,13 +113,13 @@ decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
 
 def show(ids, final=False):
-    """Print some ids now. A character whose bytes are spread over several tokens waits for its last one."""
+    """Print token ids at once; a character whose bytes span several tokens appears with the last of them."""
     sys.stdout.write(decoder.decode(tokenizer.decode_bytes(ids), final))
     sys.stdout.flush()
 
 
 def show_first(tokens):
-    """Print the first sample's newest token, of tokens (num_samples,). A sample that has ended repeats stop_token."""
+    """Print the first sample's newest token, from tokens (num_samples,). A finished sample repeats stop_token."""
     token = tokens[0].item()
     show([] if token == stop_token else [token])
 
@@ -151,7 +151,7 @@ try:
     for sample in samples[1:].tolist():
         show(prompt + [token for token in sample[len(prompt) :] if token != stop_token], final=True)
         print('\n---------------', flush=True)
-except BrokenPipeError:  # the reader has seen enough, as `head` does
+except BrokenPipeError:  # the reader has closed the pipe, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 except KeyboardInterrupt:

@@ -1,5 +1,5 @@
 """
-Write text with a GPT with multi-head latent attention: sample.py itself, which looks where train_mla.py writes.
+Generate text with a GPT with multi-head latent attention: sample.py, with train_mla.py's out_dir as the default.
 
 $ python sample_mla.py --start="ROMEO:" --num_samples=3
 """

@@ -1,17 +1,15 @@
 """
-Train a GPT with multi-head attention (MHA) and one with multi-head latent attention (MLA) on the same batches, then lay
-them side by side: a table, two samples, a picture (comparison.png) and every number in it (comparison.json).
+Train a GPT with multi-head attention (MHA) and one with multi-head latent attention (MLA) on the same batches, and
+compare them: a table, a sample of each, a picture (comparison.png) and all of its numbers (comparison.json).
 
 $ python data/shakespeare_char/prepare.py
 $ python test_shakespeare_quick.py
 
-The setting follows the machine: nanoGPT's baby GPT where there is a GPU, a smaller one on a CPU. A comparison that was
-interrupted goes on where it stopped. Any of the keys below can be changed for both models alike:
+With a GPU the setting is nanoGPT's baby GPT, on a CPU a smaller one. An interrupted comparison resumes when the same
+command is run again. The keys below apply to both models:
 $ python test_shakespeare_quick.py --max_iters=500 --out_dir=out-quick-500
 """
 
-import csv
-import json
 import os
 import statistics
 import subprocess
@@ -20,20 +18,20 @@ import sys
 import torch
 
 from core import checkpoint as checkpoints
-from core import runtime
+from core import evaluation, files, runlog, runtime
 from core.dataset import TokenData
 from core.runtime import UserError
 from core.tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
-out_dir = 'out-quick'  # gets a folder for each model, comparison.png and comparison.json
-overwrite = False  # start anew even where out_dir holds a comparison with other settings
+out_dir = 'out-quick'  # receives a folder per model, comparison.png and comparison.json
+overwrite = False  # discard a comparison with other settings that out_dir holds
 dataset = 'shakespeare_char'
 data_dir = 'data'
-size = 'auto'  # 'gpu' (nanoGPT's baby GPT, 2000 iterations), 'cpu' (two minutes a model on two cores), by the machine
-max_iters = 0  # 0: as `size` has it
+size = 'auto'  # 'gpu' (nanoGPT's baby GPT, 2000 iterations), 'cpu' (two minutes per model on two cores), or 'auto'
+max_iters = 0  # 0: the setting's own
 n_latent = 0  # size of MLA's latent; 0: half of n_embd
-start = '\n'  # what the samples go on from
+start = '\n'  # the prompt of the samples
 sample_tokens = 400
 device = 'auto'
 dtype = 'auto'
@@ -64,7 +62,7 @@ data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
 tokenizer = load_tokenizer(data.meta)
 start_ids = tokenizer.encode(start)
 if not start_ids:
-    raise UserError('start is empty, and a sample can only go on from something; the default is a newline')
+    raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
@@ -77,7 +75,7 @@ for name in models:
         changed = [key for key, value in {**setting, **own_arguments[name]}.items() if earlier.get(key) != value]
         if changed:
             raise UserError(
-                f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or give it up with '
+                f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or discard it with '
                 '--overwrite=True'
             )
 for name, script in models.items():
@@ -91,40 +89,22 @@ for name, script in models.items():
 
 
 # ---- read back what was saved ----------------------------------------------------------------------------------------
-@torch.no_grad()
 def mean_loss(model, split):
     """Mean loss over the split's fixed windows, in nats per token, and its standard error."""
-    starts = data.eval_windows(split, setting['eval_iters'] * setting['batch_size'])
-    parts = []
-    for first in range(0, len(starts), setting['batch_size']):
-        x, y = data.windows(split, starts[first : first + setting['batch_size']])
-        with runtime.autocast(device, number_format):
-            parts.append(model.window_losses(x.to(device), y.to(device)))
-    losses = torch.cat(parts).double()
-    return losses.mean().item(), (losses.std() / len(losses) ** 0.5).item()
-
-
-def read_log(folder):
-    """log.csv as a list of rows."""
-    with open(os.path.join(folder, 'log.csv'), encoding='utf-8', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def column(rows, name):
-    """Iterations and values of the rows in which `name` was measured."""
-    pairs = [(int(row['iter']), float(row[name])) for row in rows if row[name]]
-    return [n for n, _ in pairs], [value for _, value in pairs]
+    count, batch_size = setting['eval_iters'] * setting['batch_size'], setting['batch_size']
+    autocast = runtime.autocast(device, dtype)
+    return evaluation.mean_and_stderr(evaluation.window_losses(model, data, split, count, batch_size, autocast))
 
 
 runtime.set_threads(threads)
-number_format = runtime.pick_dtype(dtype, device, setting['n_embd'])
+dtype = runtime.pick_dtype(dtype, device, setting['n_embd'])
 results, logs = {}, {}
 for name in models:
     folder = os.path.join(out_dir, name)
     saved = checkpoints.load(folder)
     model = checkpoints.build_model(saved).to(device).eval()
-    logs[name] = read_log(folder)
-    step_times = column(logs[name], 'ms_per_iter')[1]
+    logs[name] = runlog.read(os.path.join(folder, 'log.csv'))
+    step_times = runlog.column(logs[name], 'ms_per_iter')[1]
     step_time = statistics.median(step_times[1:] or step_times)  # the first holds the warm-up
     train_loss, train_error = mean_loss(model, 'train')
     val_loss, val_error = mean_loss(model, 'val')
@@ -136,7 +116,7 @@ for name in models:
         parameters=model.get_num_params(),
         attention_parameters=model.num_attention_params(),
         flops_per_token=model.flops_per_token(),
-        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[number_format]).bytes_per_token,
+        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token,
         ms_per_iter=step_time,
         tokens_per_s=1000 * setting['batch_size'] * setting['block_size'] / step_time,
         train_loss=train_loss,
@@ -152,7 +132,7 @@ ROWS = (
     ('parameters', 'parameters', '{:,.0f}'),
     ('in attention', 'attention_parameters', '{:,.0f}'),
     ('training FLOPs per token', 'flops_per_token', '{:,.0f}'),
-    (f'cache bytes per token ({number_format})', 'cache_bytes_per_token', '{:,.0f}'),
+    (f'cache bytes per token ({dtype})', 'cache_bytes_per_token', '{:,.0f}'),
     ('ms per iteration (median)', 'ms_per_iter', '{:,.1f}'),
     ('training tokens/s', 'tokens_per_s', '{:,.0f}'),
 )
@@ -177,7 +157,7 @@ LOOK = {'mha': dict(color='#1f3b73', marker='o'), 'mla': dict(color='#e07b39', m
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 1), layout='constrained')
 for name, rows in logs.items():
     for split, line in (('train', '--'), ('val', '-')):
-        iterations, losses = column(rows, f'{split}_loss')
+        iterations, losses = runlog.column(rows, f'{split}_loss')
         left.plot(iterations, losses, line, markersize=4, label=f'{name.upper()} {split}', **LOOK[name])
 left.set(xlabel='iteration', ylabel='loss (nats per token)', title=f'Same batches, same start: {data.corpus}')
 left.grid(alpha=0.3)
@@ -186,9 +166,8 @@ bars = right.bar(
     ['MHA', 'MLA'], [r['cache_bytes_per_token'] for r in (mha, mla)], color=[LOOK[n]['color'] for n in models]
 )
 right.bar_label(bars, fmt='{:,.0f}')
-right.set(ylabel='bytes', title=f'Cache per token ({number_format})')
+right.set(ylabel='bytes', title=f'Cache per token ({dtype})')
 figure.savefig(os.path.join(out_dir, 'comparison.png'), dpi=130)
-with open(os.path.join(out_dir, 'comparison.json'), 'w', encoding='utf-8') as file:
-    json.dump(dict(corpus=data.corpus, setting=setting, device=device, dtype=number_format, torch=torch.__version__,
-                   results=results), file, indent=1)  # fmt: skip
+numbers = dict(corpus=data.corpus, setting=setting, device=device, dtype=dtype, torch=torch.__version__)
+files.write_json(os.path.join(out_dir, 'comparison.json'), dict(numbers, results=results))
 print(f'\npicture: {os.path.join(out_dir, "comparison.png")}   numbers: {os.path.join(out_dir, "comparison.json")}')

@@ -1,5 +1,5 @@
 """
-Train a GPT with multi-head latent attention: train.py's own loop, with MLA's defaults put in front of the arguments.
+Train a GPT with multi-head latent attention: train.py's own loop, with MLA's defaults ahead of the arguments.
 
 $ python train_mla.py config/train_shakespeare_char_mla.py
 $ torchrun --standalone --nproc_per_node=8 train_mla.py config/train_gpt2_mla.py

@@ -16,7 +16,7 @@ from dataclasses import fields
 import torch
 
 from core import files
-from core.conversion import collect_statistics, to_mla
+from core.conversion import collect_statistics, to_mla, training_text
 from core.gpt2 import GPT2_SIZES
 from core.runtime import UserError
 from model import GPT, GPTConfig
@@ -50,7 +50,7 @@ def attention_of(model):
 
 
 def model_args(config):
-    """nanoGPT's seven keys, and beyond them only what nanoGPT can't express: a plain dict."""
+    """A plain dict of nanoGPT's seven keys, and of those others whose values nanoGPT can't express."""
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     return {
         name: value
@@ -65,11 +65,11 @@ def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, va
     """
     The dict that a checkpoint file holds.
 
-    model: a GPT or MLAGPT, unwrapped; config: the run's keys and values; tokenizer: the data set's meta;
-    corpus: one line that says what was trained on; val_loss: the last measured, in nats per token.
+    model: a GPT or MLAGPT, not wrapped; config: the run's keys and values; tokenizer: the data set's meta;
+    corpus: one line that describes the training data; val_loss: the last one measured, in nats per token.
     """
     owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    first = {}  # a tensor with two names, the tied embedding, is one object here and is saved once
+    first = {}  # a tensor with two names, the tied embedding, becomes one object and is saved once
     return {
         'model': {k: first.setdefault(owner.get(k, k), tensor) for k, tensor in model.state_dict().items()},
         'optimizer': optimizer.state_dict() if optimizer is not None else None,
@@ -97,7 +97,7 @@ def save(path, checkpoint):
 
 
 def link(path, other):
-    """Give the file `path` a second name `other`, in place of what had that name; a copy where links don't exist."""
+    """Give the file `path` a second name `other`, replacing that file; a copy where hard links are not supported."""
     beside = f'{other}.writing'
     with contextlib.suppress(OSError):
         os.remove(beside)
@@ -112,16 +112,16 @@ def link(path, other):
 
 class Writer:
     """
-    Saves in the background: training waits only while tensors are copied. An error shows at the next call.
+    Saves in a background thread: training waits only for the tensors to be copied. An error is raised by the next call.
 
-    writes: False for a process that only helps to gather the tensors of a sharded model, which all do together.
+    writes: False on ranks that only take part in gathering a sharded model's tensors.
     """
 
     def __init__(self, writes=True):
         self.thread, self.error, self.writes = None, None, writes
 
     def save(self, path, checkpoint, others=()):
-        """Copy `checkpoint` now and write it to `path`, with `others` as further names, while the caller goes on."""
+        """Copy `checkpoint` now; write it to `path`, with `others` as further names, while the caller continues."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
@@ -137,7 +137,7 @@ class Writer:
             self.error = error
 
     def wait(self):
-        """Return when the last save is on disk; raises what went wrong with it."""
+        """Return when the last save is on disk; raises its error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -148,10 +148,10 @@ class Writer:
 
 def copy_tensors(value, copies=None, keep=True):
     """
-    A copy of nested dicts and lists whose tensors are whole CPU copies; a tensor that stands twice is copied once.
+    A copy of nested dicts and lists whose tensors are full CPU copies; a tensor that occurs twice is copied once.
 
-    The parts of a sharded tensor are gathered from all processes, each of which must call this; keep: whether this one
-    wants what comes of it. (A process's parts may be empty and look alike: there the same object is the same tensor.)
+    Sharded tensors are gathered, so every process must call this; keep=False discards the result. (Local shards may be
+    empty and share an address, so sharded tensors are identified by object.)
     """
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
@@ -169,10 +169,10 @@ def copy_tensors(value, copies=None, keep=True):
 
 
 def find(path):
-    """The checkpoint file that `path` means: the file itself, or ckpt.pt in a folder. UserError if there is none."""
+    """The checkpoint file that `path` names: itself, or ckpt.pt in a folder. UserError if it doesn't exist."""
     file = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f'there is no checkpoint {file}; train one first, or name the folder of another')
+        raise UserError(f'there is no checkpoint {file}; train a model first, or name another folder')
     return file
 
 
@@ -180,23 +180,23 @@ def load(path, device='cpu', mapped=False):
     """
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
 
-    mapped: tensors stay in the file until they are used; who wants the model alone then never reads the optimizer's.
+    mapped: tensors are memory-mapped, so the optimizer's are never read where only the model is used.
 
-    Raises UserError where there is none, where it is cut short or not a checkpoint, where it holds anything but
-    tensors and plain values, and where a part is of another type than in TYPES.
+    Raises UserError where the file is missing, truncated or not a checkpoint, where it holds anything but tensors and
+    plain values, and where an entry's type is not that in TYPES.
     """
     file = find(path)
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
-        # a file cut short fails in many ways, all of which mean the same to the reader
+        # a truncated file fails in many ways, all with the same meaning for the user
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
             raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
                             'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
-        raise UserError(f'{file} is cut short or is not a checkpoint; {OTHER_COPY}') from error
+        raise UserError(f'{file} is truncated or not a checkpoint; {OTHER_COPY}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
         raise UserError(
-            f"{file} is no checkpoint of a GPT: it lacks 'model' or 'model_args'; name a file that train.py wrote"
+            f"{file} is not a GPT checkpoint: it lacks 'model' or 'model_args'; name a file that train.py wrote"
         )
     for name, kinds in TYPES.items():
         value = checkpoint.get(name)
@@ -212,7 +212,7 @@ def build_model(checkpoint, **overrides):
     """
     The GPT or MLAGPT that a loaded checkpoint holds, with its weights, on the CPU.
 
-    overrides: model_args to replace (dropout, flash). Raises UserError naming the tensors or arguments that don't fit.
+    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit.
     """
     state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
@@ -235,7 +235,7 @@ def build_model(checkpoint, **overrides):
 
 
 def part_like(parameter, tensor):
-    """`tensor`, or, where `parameter` of the same shape is sharded, the part that this process has of it."""
+    """`tensor`, or this process's shard of it where `parameter` is sharded and has the same shape."""
     if not hasattr(parameter, 'full_tensor') or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -245,13 +245,13 @@ def part_like(parameter, tensor):
 
 
 def restore_optimizer(optimizer, state):
-    """Go on with the `state` of an optimizer that a checkpoint holds. UserError where it is that of another model."""
+    """Load the optimizer state from a checkpoint. UserError where it doesn't fit the optimizer's parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     try:
         moments = state['state'] and [(state['state'][i]['exp_avg'], state['state'][i]['exp_avg_sq'])
                                       for i in range(len(parameters))]  # fmt: skip
         if moments and any(m.shape != p.shape for p, pair in zip(parameters, moments, strict=True) for m in pair):
-            raise ValueError('it is of tensors of another shape')
+            raise ValueError('its tensors have other shapes')
         parts = {i: {k: part_like(parameters[i], v) for k, v in entry.items()} for i, entry in state['state'].items()}
         optimizer.load_state_dict({**state, 'state': parts})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -308,9 +308,8 @@ def pretrained_model(keys, data, device):
     source, n_latent = keys['init_from'], keys['n_latent']
     model = pretrained(source, **{name: keys[name] for name in ('dropout', *NOT_THE_MODEL)})[0]
     if keys['attention'] == 'mla' and attention_of(model) == 'mha':
-        batch_size = keys['batch_size']
-        starts = data.eval_windows('train', max(batch_size, 65536 // keys['block_size']))
-        text = (data.windows('train', starts[i : i + batch_size])[0] for i in range(0, len(starts), batch_size))
+        count = max(keys['batch_size'], 65536 // keys['block_size'])
+        text = training_text(data, count, keys['batch_size'])
         model = to_mla(model, n_latent, collect_statistics(model.to(device), text))
     elif attention_of(model) != keys['attention']:
         raise UserError(f'{source} holds a model with MLA, which has no way back to MHA; use train_mla.py')

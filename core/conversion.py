@@ -1,27 +1,27 @@
 """
-From MHA to MLA: the algebra that turns trained keys and values into one latent. Tensors in, a model out.
+From MHA to MLA: the algebra that compresses trained keys and values into one latent. Tensors in, a model out.
 
 Notable features:
 - one singular value decomposition of keys and values together, per layer
-- weighted by what the layer's inputs are on real text, or, without any text, by what LayerNorm alone says of them
-- the mean input costs no rank: what the latent drops of it goes into the bias
-- exact, to rounding, for n_latent of n_embd and of n_embd - 1
-- the statistics take (C + 1) C numbers per layer, however much text they are made from
+- weighted by the covariance of the layer's inputs on real text, or, without text, by what LayerNorm implies about it
+- the mean input takes no rank: what the latent loses of it is added to the bias
+- exact to rounding for n_latent = n_embd and n_embd - 1
+- the statistics take (C + 1) C numbers per layer, independent of the amount of text
 
-Why. Keys and values are W x + b, W = [W_K; W_V] (2C, C), x the output of ln_1, with mean m and covariance M. Rank r
-leaves the error E |(W - W_up W_down)(x - m)|^2 smallest when W_up W_down = U U^T W, where U (2C, r) holds the first
+Why. Keys and values are W x + b, W = [W_K; W_V] (2C, C), x the output of ln_1, with mean m and covariance M. At rank r
+the error E |(W - W_up W_down)(x - m)|^2 is smallest when W_up W_down = U U^T W, where U (2C, r) holds the first
 left singular vectors of W M^(1/2) (Eckart and Young 1936; with M as activation statistics: arXiv:2403.07378). So
 
     W_down = U^T W        W_up = U        b_up = b + (I - U U^T) W m        b_down = 0
 
 LayerNorm's output is x = g * n + beta, and the entries of n sum to 0. All x - m therefore lie in a subspace of C - 1
-dimensions, which is why one less than n_embd is still exact. With no text at hand, n is taken to be white there: the
+dimensions, which is why n_embd - 1 is still exact. Without text, n is assumed to be white in that subspace: the
 "weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta.
 
-Keys and values are of different size, and the error of the larger would win. `balance` scales the keys to the energy
-of the values before the decomposition and scales them back behind it.
+Keys and values differ in norm, and the error of the larger would dominate. `balance` scales the keys to the energy of
+the values before the decomposition, and scales them back after it.
 
-A model without biases has nowhere to put b_up: there m is 0 and M the uncentred E[x x^T].
+A model without biases has no place for b_up: there m = 0, and M is the uncentred E[x x^T].
 """
 
 from dataclasses import asdict, dataclass
@@ -31,14 +31,14 @@ import torch
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
 
-# A share of the mean variance that every direction LayerNorm can reach is given, seen in the text or not: full rank
-# is then exact on any input. Its square root stays far above float64's rounding, and far below what matters.
+# Every direction that LayerNorm can reach gets this share of the mean variance, whether the text has it or not, so that
+# full rank is exact on any input. Its square root is far above float64's rounding, and far too small to matter.
 RIDGE = 1e-8
 
 
 @dataclass
 class Statistics:
-    """Of one layer's ln_1 output x, over `count` tokens: the sums of x (C,) and of x x^T (C, C), float64."""
+    """Sums over `count` tokens of one layer's ln_1 output x (C,) and of x x^T (C, C), float64."""
 
     count: int
     total: torch.Tensor
@@ -50,26 +50,33 @@ class Statistics:
         return cls(0, zeros[0], zeros[1:])
 
     def add(self, x):
-        """Take in x (..., C)."""
+        """Add x (..., C)."""
         x = x.detach().flatten(0, -2).to(self.total.device, torch.float64)
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products.addmm_(x.t(), x)
 
     def moments(self, centred=True):
-        """Mean (C,) and covariance (C, C), uncentred: 0 and E[x x^T]; on the CPU. ValueError before the first `add`."""
+        """Mean (C,) and covariance (C, C), on the CPU; uncentred: zeros and E[x x^T]. ValueError before any `add`."""
         if not self.count:
-            raise ValueError('there are no statistics yet; add some tokens first')
+            raise ValueError('the statistics are empty; add some tokens first')
         mean, second = self.total.cpu() / self.count, self.products.cpu() / self.count
         return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
+
+
+def training_text(data, count, batch_size):
+    """At most `count` evenly spaced windows of a TokenData's training split, in batches of ids (batch_size, T)."""
+    starts = data.eval_windows('train', count)
+    for first in range(0, len(starts), batch_size):
+        yield data.windows('train', starts[first : first + batch_size])[0]
 
 
 @torch.no_grad()
 def collect_statistics(model, batches):
     """
-    Run `model` (GPT) over batches of token ids (B, T), any iterable, and measure what its attention layers read.
+    Run `model` (a GPT) over batches of token ids (B, T), any iterable: a list with one Statistics per layer.
 
-    Returns a list of one Statistics per layer. One batch at a time is in memory.
+    One batch at a time is in memory.
     """
     device = next(model.parameters()).device
     where = 'cpu' if device.type == 'mps' else device  # Apple's GPUs have no float64
@@ -92,7 +99,7 @@ def collect_statistics(model, batches):
 
 
 def norm_moments(ln, centred=True):
-    """Mean and covariance (uncentred: zeros, E[x x^T]) that ln's output has when its normed input is white."""
+    """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
     gain = ln.weight.detach().to('cpu', torch.float64)
     mean = torch.zeros_like(gain) if ln.bias is None else ln.bias.detach().to('cpu', torch.float64)
     covariance = torch.diag(gain**2) - torch.outer(gain, gain) / len(gain)
@@ -107,10 +114,10 @@ def root(matrix):
 
 def reachable_root(ln, covariance):
     """
-    A matrix (C, C - 1) whose product with its transpose is `covariance`, and RIDGE of what `norm_moments` would say.
+    A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
-    Its columns span what LayerNorm `ln` can reach and nothing else, to the last bit: rounding in `covariance` would
-    otherwise pass for a direction of its own, and take the place of one that matters.
+    Its columns span exactly the subspace that LayerNorm `ln` can reach. Otherwise rounding in `covariance` would act as
+    a direction of its own, and displace one that matters.
     """
     gain = ln.weight.detach().to('cpu', torch.float64)
     basis, sizes, _ = torch.linalg.svd(torch.diag(gain) - gain[:, None] / len(gain))
@@ -122,15 +129,15 @@ def reachable_root(ln, covariance):
 
 def factorize(w_k, w_v, mean, half, n_latent, balance=True):
     """
-    One latent for keys w_k x and values w_v x (each (C, C)), by the module's formula.
+    One latent for keys w_k x and values w_v x (w_k, w_v (C, C)), by the formula in the module's docstring.
 
-    x has the mean `mean` (C,) and the covariance half half^T, half (C, n). Returns (down (r, C), up (2C, r), shift
-    (2C,)) in float64: [w_k; w_v] x is about up down x + shift.
+    x has mean `mean` (C,) and covariance half half^T, half (C, n). Returns (down (r, C), up (2C, r), shift (2C,)) in
+    float64, such that [w_k; w_v] x is approximately up down x + shift.
     """
     norm = torch.linalg.matrix_norm
     ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0
     if not 0 < ratio < float('inf'):
-        ratio = 1.0  # keys or values are all zero: there is nothing to balance
+        ratio = 1.0  # keys or values are all zero: nothing to balance
     w = torch.cat((w_k * ratio, w_v))
     up = torch.linalg.svd(w @ half).U[:, :n_latent]
     down = up.t() @ w
@@ -142,18 +149,18 @@ def factorize(w_k, w_v, mean, half, n_latent, balance=True):
 @torch.no_grad()
 def to_mla(model, n_latent=0, statistics=None, balance=True):
     """
-    An MLAGPT that computes what `model` (a GPT with learned positions) computes, as far as n_latent allows.
+    An MLAGPT that approximates `model` (a GPT with learned positions) as closely as n_latent allows.
 
-    n_latent: 1 to n_embd; 0 takes half of n_embd. statistics: from `collect_statistics` on the same model; None uses
-    the weights alone. balance: give keys and values the same weight. The new model has the old one's dtype and device.
+    n_latent: 1 to n_embd; 0: half of n_embd. statistics: from `collect_statistics` on the same model; None: use the
+    weights alone. balance: weight keys and values equally. The result has the model's dtype and device.
     Raises ValueError for an MLA model, for RoPE, and for an n_latent out of range.
     """
     if type(model) is not GPT:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
     if model.config.pos != 'learned':
         raise ValueError(
-            'this model has RoPE, which turns every key by its position, and no latent without positions can stand for '
-            "such keys; train the MHA model with pos='learned' to convert it"
+            'this model has RoPE, which rotates each key by its position, so no position-free latent can represent its '
+            "keys; train the MHA model with pos='learned' to convert it"
         )
     if statistics is not None and len(statistics) != model.config.n_layer:
         raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
@@ -168,7 +175,7 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
 
 
 def convert_layer(old, attention, statistics, balance):
-    """Fill the queries and the latent of `attention` from the block `old` (see `to_mla`)."""
+    """Set the query, down- and up-projections of `attention` from the MHA block `old` (see `to_mla`)."""
     weight, bias = old.attn.c_attn.weight, old.attn.c_attn.bias
     w_q, w_k, w_v = weight.to('cpu', torch.float64).chunk(3)
     centred = bias is not None

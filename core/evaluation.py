@@ -1,8 +1,8 @@
 """
 The loss of a model on a fixed set of windows: the one evaluation loop, for training, conversion and comparison.
 
-Windows are evenly spaced, don't overlap, and are the same for every model (see TokenData.eval_windows), so losses of two
-models can be compared window by window.
+Windows are evenly spaced, don't overlap, and are the same for every model (see TokenData.eval_windows), so the losses
+of two models can be compared window by window.
 """
 
 import contextlib

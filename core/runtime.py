@@ -1,9 +1,9 @@
 """
-What the machine offers and how a script talks to its user: device, number format, threads, process group, peak rates.
+The machine and the user: device, dtype, threads, process group, peak FLOP/s, messages and signals.
 
 Notable features:
-- everything that can be chosen by itself ('auto') is chosen here, and said in one line
-- works the same in one process and under torchrun; rank 0 alone speaks
+- every 'auto' is resolved here
+- one process and torchrun take the same path; only rank 0 prints
 - a user's mistake ends in one line on stderr and exit code 2, never in a traceback
 """
 
@@ -22,14 +22,14 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can mend. The text is one line: what is wrong, and what to do about it."""
+    """A mistake that the user can correct. The text is one line: what is wrong, and what to do about it."""
 
 
 def report_user_errors(kind, error, traceback):
-    """An excepthook: a UserError becomes one line on stderr and exit code 2; most other errors keep their traceback."""
+    """An excepthook that prints a UserError, or lack of memory, as one line on stderr and exits with code 2."""
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         first = (str(error) or kind.__name__).splitlines()[0]
-        error = f'not enough memory ({first}); make the batch, the sequences or the model smaller'
+        error = f'out of memory ({first}); reduce the batch size, the sequence length or the model'
     elif not issubclass(kind, UserError):
         sys.__excepthook__(kind, error, traceback)
         return
@@ -38,44 +38,44 @@ def report_user_errors(kind, error, traceback):
 
 
 def is_rank_zero():
-    """True in a single process and in the process that speaks for all under torchrun."""
+    """True in a single process, and in rank 0 under torchrun."""
     return os.environ.get('RANK', '0') == '0'
 
 
 def notice(text):
-    """Print `text` on stderr, once for all processes. Results go to stdout; this is for everything else."""
+    """Print `text` on stderr, on rank 0 only. Results go to stdout; this is for everything else."""
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
 
 
 def whole_numbers(text, key):
-    """The whole numbers above 0 in a key's value such as '1,8', as a list. UserError where it holds anything else."""
+    """The value of a key such as '1,8' as a list of whole numbers. UserError where one is not above 0."""
     try:
         values = [int(part) for part in text.split(',')] if text else []
     except ValueError:
         values = [0]
     if min(values, default=1) < 1:
-        raise UserError(f"{key} is '{text}'; it must be whole numbers above 0 with commas between, such as 1,8")
+        raise UserError(f"{key} is '{text}'; it must be whole numbers above 0, separated by commas, such as 1,8")
     return values
 
 
 def check_folder(path):
-    """UserError unless `path`, the value of out_dir, is a folder that can be written into or made. Makes nothing."""
+    """UserError unless the folder `path`, the value of out_dir, is writable or can be created. Creates nothing."""
     above = os.path.abspath(path)
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not path or not os.path.isdir(above) or not os.access(above, os.W_OK):
-        reason = f'{above} is not a folder that can be written into' if path else 'it has no name'
+        reason = f'{above} is not a writable folder' if path else 'it is empty'
         raise UserError(f"out_dir='{path}' can't be used: {reason}; choose another --out_dir")
 
 
-# ---- device, number format, threads ----------------------------------------------------------------------------------
+# ---- device, dtype, threads ------------------------------------------------------------------------------------------
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def pick_device(device='auto'):
-    """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there; others are checked. UserError if it is not there."""
+    """'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists; any other is checked. UserError if it fails."""
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
@@ -84,17 +84,17 @@ def pick_device(device='auto'):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(
-            f"device '{device}' can't be used here; try --device=cpu, or --device=auto for the best there is"
+            f"device '{device}' is not available; use --device=cpu, or --device=auto for the best one"
         ) from error
     return device
 
 
 def pick_dtype(dtype, device, n_embd=0):
     """
-    The number format of matrix products: 'float32', 'bfloat16' or 'float16'.
+    The dtype of matrix multiplications: 'float32', 'bfloat16' or 'float16'.
 
-    'auto': on CUDA bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where the model is wide enough to
-    gain (n_embd) and the CPU multiplies it faster: AMX does, AVX512-BF16 is tried out. Else float32.
+    'auto': on CUDA bfloat16 where the GPU supports it, otherwise float16; on a CPU bfloat16 where the model is wide
+    enough (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16. Otherwise float32.
     """
     if dtype == 'auto':
         if device.startswith('cuda'):
@@ -108,7 +108,7 @@ def pick_dtype(dtype, device, n_embd=0):
 
 
 def cpu_has_fast_bfloat16():
-    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones."""
+    """True where this CPU multiplies bfloat16 matrices clearly faster than float32 ones."""
 
     def has(feature):
         return bool(getattr(torch.cpu, f'_is_{feature}_supported', bool)())
@@ -117,14 +117,14 @@ def cpu_has_fast_bfloat16():
 
 
 def bfloat16_gain(trials=5):
-    """How many times faster than in float32 a product of a small model's size is in bfloat16; takes some 50 ms."""
+    """Speed of a bfloat16 product over a float32 one, at the size of a small model; takes about 50 ms."""
     best = {}
     for trial in range(trials + 1):
         for dtype in (torch.float32, torch.bfloat16):
             a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
             began = time.perf_counter()
             a @ b
-            if trial:  # the first sets the library up
+            if trial:  # the first one includes the library's initialization
                 best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - began)
     return best[torch.float32] / best[torch.bfloat16]
 
@@ -138,7 +138,7 @@ def to_device(x, y, device):
 
 
 def autocast(device, dtype):
-    """A context in which matrix products run in `dtype`; for float32 one that changes nothing."""
+    """A context in which matrix multiplications run in `dtype`; for float32 it does nothing."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.split(':')[0], dtype=DTYPES[dtype])
@@ -146,12 +146,12 @@ def autocast(device, dtype):
 
 def set_threads(threads=0):
     """
-    CPU threads for arithmetic; returns their number. 0: the cores this process may use, shared with its neighbours.
+    Set the number of CPU threads and return it. 0: the cores this process may use, divided among the node's processes.
 
-    OMP_NUM_THREADS is obeyed. More threads than free cores is much slower than fewer, so containers' quotas count.
+    OMP_NUM_THREADS is obeyed. More threads than free cores are much slower than fewer, so container quotas count.
     """
     if threads > 1024:
-        raise UserError(f'threads={threads} is more than any machine has cores; leave it at 0 for those that are free')
+        raise UserError(f'threads={threads} is more than any machine has; use 0 for the cores of this one')
     if not threads:
         threads = torch.get_num_threads()
         if 'OMP_NUM_THREADS' not in os.environ or 'LOCAL_WORLD_SIZE' in os.environ:
@@ -162,10 +162,10 @@ def set_threads(threads=0):
 
 def keep_freed_memory():
     """
-    Let the C library keep what it frees for the next allocation (glibc on Linux; elsewhere nothing happens).
+    Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere).
 
-    It gives large blocks back to the system otherwise, and a training step on a CPU, whose activations are large
-    blocks, would spend up to a third of its time on having them filled with zeros again.
+    The activations of a training step on a CPU are large blocks. Returned to the system, they would be zeroed again on
+    each allocation, which takes up to a third of a step.
     """
     if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -174,13 +174,13 @@ def keep_freed_memory():
 
 
 def keep_compiled():
-    """Let torch.compile find what it has compiled before, after a restart of the machine too: not in /tmp."""
+    """Keep torch.compile's cache in the user's cache folder instead of /tmp, so that it survives a reboot."""
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'torchinductor'))
 
 
 def available_cores():
-    """Cores that this process may use: its affinity, and the container's quota where there is one."""
+    """The number of cores this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:
         with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
@@ -190,8 +190,8 @@ def available_cores():
         return cores
 
 
-# Dense peak rates in TFLOP/s, from the makers' data sheets: (bfloat16 or float16 tensor cores, TF32 or else float32).
-# The first name found in the device's name counts.
+# Dense peak TFLOP/s from the vendors' data sheets: (bfloat16 or float16, TF32 or else float32). The first entry whose
+# words are all in the device's name counts.
 PEAK_TFLOPS = (
     ('H100 PCIe', 756, 378),
     ('H100 NVL', 835, 418),
@@ -208,7 +208,7 @@ PEAK_TFLOPS = (
 
 
 def peak_flops(device, dtype):
-    """Peak FLOP/s of a GPU for products in `dtype`, or None where it is not known (CPUs among them)."""
+    """Peak FLOP/s of a GPU for matrix multiplications in `dtype`, or None where it is unknown, as for CPUs."""
     if not device.startswith('cuda'):
         return None
     words = torch.cuda.get_device_name(device).replace('-', ' ').split()
@@ -223,38 +223,38 @@ def peak_flops(device, dtype):
 
 @dataclass
 class Processes:
-    """This process among those that torchrun started; a single process is rank 0 of 1."""
+    """This process's place among those that torchrun started; a single process is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
 
     def sum(self, tensor):
-        """The sum of a CPU tensor over all processes, in every one of them."""
+        """The sum of a CPU tensor over all processes (all-reduce, in place)."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def any(self, flag):
-        """Whether `flag` holds in at least one process; every process gets the same answer."""
+        """True, in every process, where `flag` is true in at least one."""
         return bool(self.sum(torch.tensor(int(bool(flag)))).item())
 
     def min(self, number):
-        """The smallest of the processes' numbers (int), in every one of them."""
+        """The minimum of an int over all processes."""
         tensor = torch.tensor(number)
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor)
 
     def agreed_dtype(self, dtype):
-        """`dtype`, or 'float32' where only some processes picked bfloat16: the trial behind 'auto' can differ."""
+        """`dtype`, or 'float32' where only some processes picked bfloat16: the trial behind 'auto' may differ."""
         all_agree = bool(self.min(int(dtype == 'bfloat16')))
         return 'float32' if dtype == 'bfloat16' and not all_agree else dtype
 
     def exit(self, code=0):
         """
-        End this process. Of several each leaves at once: the threads of torch.distributed, when they are taken down
-        one by one, now and then abort a process whose work is done (torch 2.13, gloo), and with it the job.
+        End this process. Under torchrun by os._exit: tearing down torch.distributed's threads occasionally aborts a
+        process that has finished (torch 2.13, gloo), and the job with it.
         """
         if self.world_size > 1:
             sys.stdout.flush()
@@ -265,9 +265,9 @@ class Processes:
 
 def join_processes(device, backend='nccl'):
     """
-    Join the process group that torchrun describes in the environment, if it does. Returns (Processes, device).
+    Join the process group that torchrun describes in the environment, if any. Returns (Processes, device).
 
-    Each process gets a GPU of its own. NCCL serves GPUs, gloo CPU tensors (and all of a CPU run, whatever `backend`).
+    Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo.
     """
     if 'RANK' not in os.environ:
         return Processes(), device
@@ -275,7 +275,7 @@ def join_processes(device, backend='nccl'):
     if device == 'cuda':
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f'process {ranks.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; '
+                f'process {ranks.local_rank} of this node has no GPU, as there are only {torch.cuda.device_count()}; '
                 'lower --nproc_per_node, or use --device=cpu'
             )
         device = f'cuda:{ranks.local_rank}'
@@ -286,29 +286,29 @@ def join_processes(device, backend='nccl'):
         limit = datetime.timedelta(minutes=10)
         store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # On one node the store outlives a restart by torchrun, with the addresses of the processes that died.
-            # (Nodes count their restarts each for themselves: see --max-restarts in the README.)
+            # On one node the store survives a restart by torchrun, and holds addresses of processes that died.
+            # (On several nodes, each counts its own restarts: see --max-restarts in the README.)
             attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
             store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
         torch.distributed.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
-        sys.excepthook = hook  # PyTorch's own would swallow the one line of a UserError
+        sys.excepthook = hook  # PyTorch's own would hide the one line of a UserError
     return ranks, device
 
 
 def shard(model, device, compile=False):
     """
-    Share out a model's parameters over all processes, and with them gradients and optimizer state (ZeRO-3, FSDP2).
+    Shard a model's parameters over all processes, and with them gradients and optimizer state (FSDP2, ZeRO-3).
 
-    Each block of model.transformer.h is gathered on `device` when it is needed, and given up again. The model may
-    be one that no device could hold whole: it comes from the CPU, block by block. All stays float32 as before;
-    autocast's copies, of 2 bytes per parameter, are whole on each device. Source: arXiv:1910.02054 (ZeRO).
+    Each block of model.transformer.h is gathered on `device` while it is needed. The model may exceed one device's
+    memory: it moves there from the CPU block by block. Parameters stay float32; autocast's copies, 2 bytes per
+    parameter, are whole on each device. Source: arXiv:1910.02054 (ZeRO).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = torch.distributed.init_device_mesh(device.split(':')[0], (torch.distributed.get_world_size(),))
     for block in model.transformer.h:
         if compile:
-            block.compile()  # each by itself: what happens between them is no arithmetic
+            block.compile()  # one by one: between blocks there is only communication
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'window_losses')
@@ -318,16 +318,16 @@ def shard(model, device, compile=False):
 
 
 def seed_dropout(seed, iteration, micro_step, rank):
-    """Make the dropout masks of one forward pass a function of these numbers, so that a resumed run draws the same."""
+    """Seed the dropout masks of one forward pass by these numbers alone, so that a resumed run draws the same masks."""
     digest = hashlib.sha256(f'{seed}:{iteration}:{micro_step}:{rank}'.encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
 
-PREEMPTED = 85  # exit code of a run that was asked to stop, has saved, and can be resumed
+PREEMPTED = 85  # exit code of a run that a signal stopped: it has saved, and can be resumed
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step. A second SIGINT stops at once."""
+    """Records SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step. A second SIGINT exits immediately."""
 
     def __init__(self):
         self.signal = None

@@ -389,18 +389,18 @@ CHECKPOINTS = [
     Case(S, '--out_dir={place}/nowhere', 'there is no checkpoint', 'train one first'),
     Case('sample_mla.py', '', 'there is no checkpoint', 'train one first', remove('mla')),
     Case(E, '--source={place}/nowhere', 'there is no checkpoint', 'train one first'),
-    Case(C, '', 'no checkpoint|cut short', '--source|older copy', write('mha/ckpt.pt', b'')),
+    Case(C, '', 'no checkpoint|truncated', '--source|older copy', write('mha/ckpt.pt', b'')),
     Case(T, RESUME, 'there is no checkpoint', 'train one first', folder('mha/ckpt.pt')),
-    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', write('mha/ckpt.pt', b'')),
-    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.5)),
-    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', -1)),
-    Case(T, RESUME, 'cut short or is not a checkpoint', 'older copy', write('mha/ckpt.pt', 'these are no weights')),
-    Case(T, '--init_from=auto --out_dir={place}/mha', 'cut short', 'older copy', cut('mha/ckpt.pt', 0.9)),
-    Case(S, '', 'cut short or is not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.9)),
+    Case(T, RESUME, 'truncated or not a checkpoint', 'older copy', write('mha/ckpt.pt', b'')),
+    Case(T, RESUME, 'truncated or not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.5)),
+    Case(T, RESUME, 'truncated or not a checkpoint', 'older copy', cut('mha/ckpt.pt', -1)),
+    Case(T, RESUME, 'truncated or not a checkpoint', 'older copy', write('mha/ckpt.pt', 'these are no weights')),
+    Case(T, '--init_from=auto --out_dir={place}/mha', 'truncated', 'older copy', cut('mha/ckpt.pt', 0.9)),
+    Case(S, '', 'truncated or not a checkpoint', 'older copy', cut('mha/ckpt.pt', 0.9)),
     Case(S, '--out_dir={place}/data/tiny/train.bin', 'is not a checkpoint|could run code', OTHER),
     Case(T, RESUME, 'could run code', 'only load checkpoints saved by', ckpt(lambda c: c.update(config=Payload()))),
     Case(S, '', 'could run code', 'only load checkpoints saved by', ckpt(lambda c: c.update(model_args=Payload()))),
-    Case(S, '', 'cut short|could run code', OTHER,
+    Case(S, '', 'truncated|could run code', OTHER,
          lambda place: write('mha/ckpt.pt', pickle.dumps({'model': {}, 'model_args': Payload()}))(place)),
     Case(E, '', 'could run code', 'only load checkpoints saved by', ckpt(lambda c: torch.nn.Linear(2, 2))),
     Case(T, RESUME_MLA, 'the other attention', 'train_mla.py'),
@@ -501,7 +501,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(case, place):
 def test_a_checkpoint_cut_at_fifty_places_is_refused(script, place):
     path = place / 'mha' / 'ckpt.pt'
     whole = path.read_bytes()
-    case = Case(script, RESUME if script == 'train.py' else '', 'cut short or is not a checkpoint', OTHER)
+    case = Case(script, RESUME if script == 'train.py' else '', 'truncated or not a checkpoint', OTHER)
     for part in range(50):
         path.write_bytes(whole[: len(whole) * part // 50])
         done = forking.run(script, command_line(case, place))

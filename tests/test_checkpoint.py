@@ -61,7 +61,7 @@ def test_a_file_cut_anywhere_is_refused_in_one_line(tmp_path):
     for part in range(50):
         with open(path, 'wb') as file:
             file.write(whole[: len(whole) * part // 50])
-        with pytest.raises(UserError, match='cut short or is not a checkpoint'):
+        with pytest.raises(UserError, match='truncated or not a checkpoint'):
             checkpoints.load(path)
 
 
