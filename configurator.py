@@ -1,28 +1,30 @@
 # Reads config files and flags into a script's block of `name = value  # comment` lines. A script executes this file
 # right after the block, in its own globals, as nanoGPT does:
 #
-#     exec(open('configurator.py', encoding='utf-8').read())
+#     exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 #
 #     $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile false
 #
 # Notable features:
-# - the script's globals whose value is an int, float, bool or str, and whose name has no leading '_', are its keys
+# - a script's keys are its globals of type int, float, bool or str whose names have no leading '_'
 # - config files (Python) and flags (--key=value or --key value) apply strictly from left to right
-# - a key keeps the type of its default: an unknown key or another type ends in one clear line, in files as in flags
-# - --help prints the script's docstring and every key with its value at that point and its comment
-# - it leaves behind one new name, `config`: a dict of every key, to be stored with what the script makes
+# - a key keeps the type of its default, and the bounds in core/bounds.py: an unknown key, another type or a value out
+#   of bounds is an error of one line, in files as on the command line
+# - --help prints the script's docstring, and every key with its current value and its comment
+# - it leaves two names in the script: `config`, a dict of all keys, to be stored with the script's output, and `given`,
+#   the set of the keys that a file or a flag set
 #
-# This head is a comment because a docstring executed here would replace the script's own.
+# This header is a comment because a docstring executed here would replace the script's own.
 
 
 class _Configurator:
-    """Holds the keys while the arguments are read: `defaults` decide the types, `values` are what holds so far."""
+    """Holds the keys while arguments are read: `defaults` fix the types, `values` are current, `given` were set."""
 
     WORDS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
 
     @classmethod
     def configure(cls, script):
-        """Override the keys in the namespace `script` by sys.argv; returns {key: value}. UserError if it can't."""
+        """Override the keys in the namespace `script` from sys.argv: ({key: value}, {given keys}), or UserError."""
         import sys
 
         from core import runtime
@@ -31,15 +33,36 @@ class _Configurator:
         keys = [k for k, v in script.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
         self = cls()
         self.script_file = script.get('__file__')
-        # The keys leave the namespace while the code here runs, because it is the namespace of this code as well: a
-        # key called `compile` or `input` would hide the built-in.
+        # The keys leave the namespace while the code here runs, because this code shares it: a key called `compile` or
+        # `input` would hide the built-in.
         self.defaults = {key: script.pop(key) for key in keys}
-        self.values = dict(self.defaults)
+        self.values, self.given = dict(self.defaults), set()
         try:
+            self.check_folder()
             self.read(sys.argv[1:])
+            self.check_values()
         finally:
             script.update(self.values)
-        return self.values
+        return self.values, self.given
+
+    def check_folder(self):
+        """UserError unless a script of the repository is run from the repository's folder: its paths start there."""
+        import os
+
+        import core
+
+        root = os.path.dirname(os.path.dirname(os.path.abspath(core.__file__)))
+        inside = os.path.abspath(self.script_file or '').startswith(os.path.join(root, ''))
+        if inside and not os.path.samefile(root, os.getcwd()):
+            raise self.error(f"run it from the repository's folder, where its data and configs are: cd {root}")
+
+    def check_values(self):
+        """UserError where a key is out of the bounds that core/bounds.py has for it."""
+        from core import bounds
+
+        for key, value in self.values.items():
+            if found := bounds.problem(key, value):
+                raise self.error(f'{key} {found}')
 
     def read(self, arguments):
         """Apply the command line, a list of str, from left to right."""
@@ -60,7 +83,7 @@ class _Configurator:
         self.say_flags(flags)
 
     def say_flags(self, flags):
-        """Name the keys of a group of flags, a list of key, with their values; returns the next group: []."""
+        """Print a group of flags, a list of keys, with their values; returns an empty group."""
         from core import runtime
 
         if flags:
@@ -69,7 +92,7 @@ class _Configurator:
         return []
 
     def error(self, text):
-        """The exception to raise for a mistake of the user's."""
+        """The exception to raise for a user's mistake."""
         from core import runtime
 
         return runtime.UserError(text)
@@ -77,7 +100,7 @@ class _Configurator:
     # ---- flags
 
     def read_flag(self, flag, rest):
-        """Apply '--key=value', or '--key' and the value in front of `rest`, which it takes from there; returns key."""
+        """Apply '--key=value', or '--key' and the first of `rest`, which is removed from it; returns the key."""
         key, equals, text = flag[2:].partition('=')
         if key not in self.values:
             raise self.error(f'unknown key --{key}: {self.suggestion(key)}')
@@ -87,10 +110,11 @@ class _Configurator:
                 raise self.error(f'--{key} needs a value, for example --{key}={example!s}')
             text = rest.pop(0)
         self.values[key] = self.checked(key, self.parsed(key, text), f'--{key}')
+        self.given.add(key)
         return key
 
     def parsed(self, key, text):
-        """What `text` means for this key: a bool, int, float or str. Text that means nothing is returned as it is."""
+        """The value of `text` for this key: a bool, int, float or str. Text that can't be parsed stays as it is."""
         default = self.defaults[key]
         if isinstance(default, bool):
             return self.WORDS.get(text.lower(), text)
@@ -104,11 +128,11 @@ class _Configurator:
         return text
 
     def is_auto_switch(self, default, text):
-        """Whether the text says yes or no to a key that otherwise chooses by itself."""
+        """True where the text is true or false, and the key's default is 'auto'."""
         return default == 'auto' and text.lower() in ('true', 'false')
 
     def unquoted(self, text):
-        """The text, or what it stands for where it is a quoted Python string: '"a\\n"' is the letter and a newline."""
+        """The text, or its value where it is a quoted Python string: '"a\\n"' is the letter and a newline."""
         import ast
         import warnings
 
@@ -124,7 +148,7 @@ class _Configurator:
     # ---- config files
 
     def read_file(self, path):
-        """Run a config file in a copy of the keys and take over what it changed; returns the changed keys."""
+        """Run a config file in a copy of the keys, and apply what it assigns; returns the keys that changed."""
         import types
 
         namespace, lines = self.run_file(path)
@@ -135,6 +159,8 @@ class _Configurator:
             place = f'{path}:{lines[name]}' if name in lines else path
             if name in self.values:
                 value = self.checked(name, value, f'{place}: {name}')
+                if name in lines:
+                    self.given.add(name)
                 if (type(value), value) != (type(self.values[name]), self.values[name]):
                     changed.append(name)
                     self.values[name] = value
@@ -144,7 +170,7 @@ class _Configurator:
         return changed
 
     def run_file(self, path):
-        """Returns what a config file leaves in its namespace, and {name: the last line that assigns to it}."""
+        """The namespace that a config file leaves, and {name: the last line that assigns to it}."""
         import ast
 
         source = self.file_text(path)
@@ -157,7 +183,7 @@ class _Configurator:
         return namespace, self.assigned(tree)
 
     def described(self, error, path):
-        """'file:line: what went wrong' for an exception that a config file raised."""
+        """'file:line: what is wrong' for an exception that a config file raised."""
         import traceback
 
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -167,7 +193,7 @@ class _Configurator:
         return ':'.join([path, *map(str, lines[-1:])]) + f': {text}'
 
     def file_text(self, path):
-        """The text of a config file; UserError that names the nearest file in config/ where there is none."""
+        """The text of a config file; UserError naming the most similar one in config/ where it doesn't exist."""
         if not path.endswith('.py'):
             raise self.error(self.misplaced(path))
         try:
@@ -175,11 +201,11 @@ class _Configurator:
                 return file.read()
         except FileNotFoundError as error:
             raise self.error(f"config file '{path}' does not exist; {self.near_file(path)}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise self.error(f"config file '{path}' can't be read: {error}") from error
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+            raise self.error(f"config file '{path}' can't be read ({error}); give the path of a Python file") from error
 
     def misplaced(self, argument):
-        """The message for an argument that is neither a flag nor a config file."""
+        """The error message for an argument that is neither a flag nor a config file."""
         if argument.startswith('-'):
             return f"unknown option '{argument}': a key is set by --key=value; --help lists every key"
         text = f"unexpected argument '{argument}': a config file ends in .py, and a key is set by --key=value"
@@ -188,10 +214,10 @@ class _Configurator:
             return f'{text}; did you mean --{argument}?' if key in self.values else f'{text}; {self.suggestion(key)}'
         return f'{text}; {self.near_file(argument)}' if argument else text
 
-    # ---- what both share
+    # ---- flags and files
 
     def checked(self, key, value, label):
-        """The value in the type of the key's default; UserError, under that label, if it is of another type."""
+        """The value, converted to the type of the key's default; or UserError, starting with the label."""
         fitting = self.fitting(self.defaults[key], value)
         if fitting is None:
             default = self.defaults[key]
@@ -203,7 +229,7 @@ class _Configurator:
         return fitting
 
     def fitting(self, default, value):
-        """The value as an int, float, bool or str, whichever the default is, or None if it can't be one."""
+        """The value as the default's type (int, float, bool or str), or None where it can't be converted."""
         if isinstance(default, bool):
             return value if isinstance(value, bool) else None
         if isinstance(default, str):
@@ -225,14 +251,14 @@ class _Configurator:
         return {node.id: node.lineno for node in sorted(stores, key=lambda node: node.lineno)}
 
     def suggestion(self, name):
-        """'did you mean --key?' for the key nearest to a name that is none."""
+        """'did you mean --key?' with the key most similar to an unknown name."""
         import difflib
 
         near = difflib.get_close_matches(name.replace('-', '_').lower(), self.values, n=1)
         return f'did you mean --{near[0]}?' if near else '--help lists every key'
 
     def near_file(self, path):
-        """'did you mean config/name.py?' for the config file whose name is nearest."""
+        """'did you mean config/name.py?' with the config file whose name is most similar."""
         import difflib
         import glob
         import os
@@ -240,22 +266,22 @@ class _Configurator:
         files = {os.path.basename(file): file for file in sorted(glob.glob(os.path.join('config', '*.py')))}
         name = os.path.basename(path)
         near = difflib.get_close_matches(name if name.endswith('.py') else name + '.py', files, n=1)
-        return f'did you mean {files[near[0]]}?' if near else 'give its path from here, or see the folder config/'
+        return f'did you mean {files[near[0]]}?' if near else 'give its path from here, or see the files in config/'
 
     # ---- --help
 
     def print_help(self):
-        """Print the script's docstring and a table of the keys on stdout."""
+        """Print the script's docstring, and a table of the keys, on stdout."""
         docstring, comments = self.read_script()
         if docstring:
             print(docstring + '\n')
-        print('Keys, with their values here. Set them by --key=value or in a config file; what comes later wins.\n')
+        print('Keys with their current values. Set them with --key=value or in a config file; the last one wins.\n')
         widths = [max(map(len, column), default=0) for column in (self.values, map(repr, self.values.values()))]
         for key, value in self.values.items():
             print(f'  --{key:{widths[0]}}  {value!r:{widths[1]}}  {comments.get(key, "")}'.rstrip())
 
     def read_script(self):
-        """The docstring of the script and {name: comment} of its block, which ends where this file is executed."""
+        """The script's docstring, and {name: comment} of its block, which ends where this file is executed."""
         import ast
         import io
         import tokenize
@@ -277,5 +303,5 @@ class _Configurator:
         return ast.get_docstring(tree), comments
 
 
-config = _Configurator.configure(globals())
+config, given = _Configurator.configure(globals())
 del _Configurator

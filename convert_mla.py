@@ -39,17 +39,10 @@ batch_size = 16
 device = 'auto'
 dtype = 'float32'  # the differences are smaller than bfloat16's rounding
 threads = 0
-exec(open('configurator.py').read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-if method not in ('data', 'weights'):
-    raise UserError(f"method is '{method}'; it must be data or weights")
-if min(statistics_tokens, eval_tokens, batch_size) < 1:
-    raise UserError('statistics_tokens, eval_tokens and batch_size must be at least 1')
-try:
-    sizes = [int(size) for size in sweep.split(',')] if sweep else [n_latent]
-except ValueError as error:
-    raise UserError(f"sweep is '{sweep}'; it must be sizes separated by commas, such as 384,192,96") from error
+sizes = runtime.whole_numbers(sweep, 'sweep') or [n_latent]
 target = os.path.join(out_dir, 'ckpt.pt')
 runtime.check_folder(out_dir)
 if json and not os.path.isdir(os.path.dirname(os.path.abspath(json))):

@@ -41,19 +41,8 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 compile = 'auto'  # capture the decode step as a CUDA graph: True, False, or 'auto' (on CUDA only)
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
-exec(open('configurator.py').read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
-
-for ok, complaint in (
-    (num_samples >= 1 and max_new_tokens >= 1, 'num_samples and max_new_tokens must be at least 1'),
-    (temperature >= 0, f'temperature is {temperature}; it must be 0 (greedy) or more'),
-    (top_k >= 0, f'top_k is {top_k}; it must be 0 (all tokens) or more'),
-    (0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1 (all tokens)'),
-    (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
-    (threads >= 0 and 0 <= seed < 2**63, 'threads and seed must not be negative, and seed below 2^63'),
-):
-    if not ok:
-        raise UserError(complaint)
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
 device = runtime.pick_device(device)

@@ -38,7 +38,7 @@ dtype = 'auto'
 compile = 'auto'
 threads = 0
 seed = 1337
-exec(open('configurator.py').read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 SIZES = {
@@ -51,8 +51,6 @@ device = runtime.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
     raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
-if max_iters < 0 or sample_tokens < 1:
-    raise UserError('max_iters must not be negative, and sample_tokens at least 1')
 runtime.check_folder(out_dir)
 setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
                log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip

@@ -84,31 +84,15 @@ compile = 'auto'  # torch.compile: True, False, or 'auto' (on GPUs only)
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer over the processes
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 seed = 1337  # of initial values, batches and dropout
-exec(open('configurator.py').read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 stop_request = runtime.StopRequest()
 
-for ok, complaint in (
-    (attention in ('mha', 'mla'), f"attention is '{attention}'; it must be 'mha' or 'mla'"),
-    (compile in ('auto', True, False), f"compile is '{compile}'; it must be True, False or auto"),
-    (min(batch_size, block_size, eval_iters, eval_interval, log_interval, gradient_accumulation_steps) >= 1,
-     'batch_size, block_size, gradient_accumulation_steps and the eval_ and log_ numbers must be at least 1'),
-    (min(max_iters, checkpoint_interval, warmup_iters, threads, seed) >= 0,
-     'max_iters, checkpoint_interval, warmup_iters, threads and seed must not be negative'),
-    (0 < learning_rate < math.inf, f'learning_rate={learning_rate}; it must be above 0 and finite'),
-    (0 <= min_lr < math.inf, f'min_lr={min_lr}; it must be at least 0 and finite'),
-    (0 <= beta1 < 1 and 0 <= beta2 < 1, f'beta1={beta1} and beta2={beta2} must be at least 0 and below 1'),
-    (grad_clip >= 0, f'grad_clip={grad_clip} must not be negative'),
-    (0 <= weight_decay < math.inf, f'weight_decay={weight_decay} must be at least 0 and finite'),
-    (not overwrite or init_from not in ('resume', 'auto'),
-     f'overwrite=True starts a new run and init_from={init_from} resumes an old one; leave one of them out'),
-    (attention == 'mla' or not (n_latent or n_latent_q or n_rope or latent_norm),
-     'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'),
-):  # fmt: skip
-    if not ok:
-        raise UserError(complaint)
-
+if overwrite and init_from in ('resume', 'auto'):
+    raise UserError(f'overwrite=True starts a new run, init_from={init_from} resumes an old one; leave one of them out')
+if attention == 'mha' and (n_latent or n_latent_q or n_rope or latent_norm):
+    raise UserError('n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out')
 kept_iterations = set(runtime.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
 
 # ---- machine ---------------------------------------------------------------------------------------------------------

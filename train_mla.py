@@ -5,8 +5,9 @@ $ python train_mla.py config/train_shakespeare_char_mla.py
 $ torchrun --standalone --nproc_per_node=8 train_mla.py config/train_gpt2_mla.py
 """
 
+import os
 import runpy
 import sys
 
 sys.argv[1:1] = ['--attention=mla', '--out_dir=out-mla']
-runpy.run_path('train.py', run_name='__main__')
+runpy.run_path(os.path.join(os.path.dirname(__file__), 'train.py'), run_name='__main__')

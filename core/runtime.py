@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from core import bounds
+
 
 class UserError(Exception):
     """A mistake that the user can correct. The text is one line: what is wrong, and what to do about it."""
@@ -49,13 +51,14 @@ def notice(text):
 
 
 def whole_numbers(text, key):
-    """The value of a key such as '1,8' as a list of whole numbers. UserError where one is not above 0."""
+    """The value of a key such as '1,8' as a list of whole numbers; UserError where one is out of the key's bounds."""
     try:
         values = [int(part) for part in text.split(',')] if text else []
     except ValueError:
-        values = [0]
-    if min(values, default=1) < 1:
-        raise UserError(f"{key} is '{text}'; it must be whole numbers above 0, separated by commas, such as 1,8")
+        raise UserError(f"{key} is '{text}'; it must be whole numbers separated by commas, such as 1,8") from None
+    for value in values:
+        if found := bounds.problem(key, value):
+            raise UserError(f"in {key}='{text}' a number {found}")
     return values
 
 
@@ -150,8 +153,6 @@ def set_threads(threads=0):
 
     OMP_NUM_THREADS is obeyed. More threads than free cores are much slower than fewer, so container quotas count.
     """
-    if threads > 1024:
-        raise UserError(f'threads={threads} is more than any machine has; use 0 for the cores of this one')
     if not threads:
         threads = torch.get_num_threads()
         if 'OMP_NUM_THREADS' not in os.environ or 'LOCAL_WORLD_SIZE' in os.environ:

@@ -87,12 +87,11 @@ def write(name, text):
         (['--batch_size=32'], 'batch_size', 32),
         (['--batch_size', '32'], 'batch_size', 32),
         (['--batch_size=1e4'], 'batch_size', 10000),
-        (['--batch_size=-1'], 'batch_size', -1),
-        (['--batch_size', '-1'], 'batch_size', -1),
+        (['--len=-1'], 'len', -1),
+        (['--len', '-1'], 'len', -1),
         (['--dropout=0'], 'dropout', 0.0),
         (['--learning_rate=1'], 'learning_rate', 1.0),
         (['--learning_rate=3e-5'], 'learning_rate', 3e-5),
-        (['--learning_rate', '-3e-5'], 'learning_rate', -3e-5),
         (['--eval_only=true'], 'eval_only', True),
         (['--eval_only', 'TRUE'], 'eval_only', True),
         (['--eval_only=1'], 'eval_only', True),
@@ -140,10 +139,23 @@ def test_without_arguments_nothing_changes(configure, capsys):
 def test_it_leaves_the_keys_and_config_and_nothing_else(configure):
     write('x.py', 'import os\nbatch_size = 3\n_half = 2\ndef double(x): return 2 * x\n')
     names = configure('x.py', '--dropout=0.1', '--len=1')
-    assert set(names) == NAMES | set(names['config']) | {'config', '__file__', '__name__', '__builtins__', '__doc__'}
+    assert set(names) == NAMES | set(names['config']) | {'config', 'given', '__file__', '__name__', '__builtins__', '__doc__'}
     assert names['__doc__'].strip().startswith('Does nothing')
     assert names['limits'] == (1, 2) and names['math'].__name__ == 'math' and callable(names['time'])
     assert 'limits' not in names['config'] and '_private' not in names['config']
+    assert names['given'] == {'batch_size', 'dropout', 'len'}
+
+
+def test_a_key_is_given_even_where_it_is_set_to_its_default(configure):
+    assert configure(write('x.py', 'batch_size = 12\n'), '--dropout=0.0')['given'] == {'batch_size', 'dropout'}
+    assert configure()['given'] == set()
+
+
+def test_values_out_of_bounds_are_refused_wherever_they_come_from(configure):
+    for arguments in (['--batch_size=0'], [write('y.py', 'batch_size = 0\n')]):
+        with pytest.raises(UserError, match='batch_size is 0; it must be at least 1'):
+            configure(*arguments)
+    assert configure('y.py', '--batch_size=3')['batch_size'] == 3
 
 
 @pytest.mark.parametrize(

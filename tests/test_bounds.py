@@ -1,0 +1,65 @@
+"""core/bounds.py: every numeric key of every script has bounds, its default is inside, and what is outside is said."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from core import bounds
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [p for pattern in ('*.py', 'studies/*.py', 'data/*/prepare.py') for p in sorted(ROOT.glob(pattern))
+           if 'configurator.py' in p.read_text() and p.name != 'configurator.py']  # fmt: skip
+
+
+def keys_of(script):
+    """{key: default} of a script's block, without running it."""
+    keys = {}
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node):
+            return keys
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                keys[node.targets[0].id] = eval(compile(ast.Expression(node.value), script.name, 'eval'), {})
+            except NameError:
+                continue
+    raise AssertionError(f'{script} never executes the configurator')
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_numeric_key_has_bounds_that_hold_its_default(script):
+    keys = keys_of(script)
+    assert keys
+    for key, default in keys.items():
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert key in bounds.BOUNDS, key
+        assert bounds.problem(key, default) is None
+
+
+def test_no_bounds_are_left_over():
+    used = {key for script in SCRIPTS for key in keys_of(script)}
+    assert set(bounds.BOUNDS) | set(bounds.CHOICES) <= used
+
+
+@pytest.mark.parametrize(
+    ('key', 'inside', 'outside'),
+    [
+        ('dropout', [0, 0.5, 0.999], [-1e-9, 1, 1.5, float('nan'), float('inf')]),
+        ('learning_rate', [1e-300, 1, 1e38], [0, -1, float('inf'), float('nan')]),
+        ('top_p', [1e-9, 1], [0, 1.0001]),
+        ('threads', [0, 1, 1024], [-1, 1025, 1e30]),
+        ('n_layer', [1], [0, -1, 10**30]),
+        ('compile', [True, False, 'auto'], ['yes', 'true']),
+    ],
+)
+def test_ends_of_intervals(key, inside, outside):
+    assert all(bounds.problem(key, value) is None for value in inside)
+    assert all(bounds.problem(key, value) for value in outside)
+
+
+def test_the_message_says_what_would_be_right():
+    assert bounds.problem('dropout', 1.5) == 'is 1.5; it must be at least 0 and below 1'
+    assert bounds.problem('learning_rate', 0) == 'is 0; it must be above 0 and finite'
+    assert bounds.problem('threads', -1) == 'is -1; it must be at least 0 and at most 1,024'
+    assert bounds.problem('attention', 'gqa') == "is 'gqa'; it must be mha or mla"
+    assert bounds.problem('compile', 'maybe') == "is 'maybe'; it must be auto, True or False"
