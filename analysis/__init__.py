@@ -1,1 +1,1 @@
-"""Measurements on trained models: tensors in, arrays, tables and figures out."""
+"""Measurements of trained models: models and tensors in; arrays, tables and figures out. No training, no config."""

@@ -1,0 +1,124 @@
+"""
+A forward pass that shows each layer's queries, keys, values and attention pattern, and can change them.
+
+Works for GPT and MLAGPT. One layer's patterns are in memory at a time, so memory doesn't grow with depth. Models must
+be in eval mode.
+
+Shapes: B batch, T tokens, L layers, H heads, C width, d head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from core.kernels import attend, attention_pattern
+
+
+def device_of(model):
+    """The torch.device of a model's weights."""
+    return model.lm_head.weight.device
+
+
+def embed(model, tokens):
+    """
+    The residual stream (B, T, C) at the input of block 0, from token ids (B, T).
+
+    Raises ValueError for a model in training mode, or if T exceeds its block_size.
+    """
+    if model.training:
+        raise ValueError('measure a model in eval mode: call model.eval() first')
+    T = tokens.size(1)
+    if model.config.block_size < T:
+        raise ValueError(f"{T} tokens don't fit into block_size={model.config.block_size}; use shorter sequences")
+    x = model.transformer.wte(tokens)
+    return x + model.transformer.wpe.weight[:T] if model.config.pos == 'learned' else x
+
+
+def rope_of(model, T):
+    """RoPE's table for T positions, or None."""
+    return None if model.rope is None else model.rope[:, :T]
+
+
+@dataclass
+class Attention:
+    """One layer's queries, keys and values (B, H, T, d), its pattern (B, H, T, T) and its normed input (B, T, C)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    pattern: torch.Tensor
+    normed: torch.Tensor
+
+
+@torch.no_grad()
+def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
+    """
+    Run the residual stream x (B, T, C) through the blocks from `start` on; returns the output of ln_f (B, T, C).
+
+    visit(layer, Attention): called for each layer; without it no pattern is computed. edit(layer, z) -> z: replaces the
+    heads' outputs z (B, H, T, d). qkv(layer, attn, normed, rope): replaces attn.qkv(normed, rope). finish=False: stop
+    after the last layer's `visit` and return None; patterns don't need the rest.
+    """
+    rope = rope_of(model, x.size(1))
+    for layer in range(start, model.config.n_layer):
+        block = model.transformer.h[layer]
+        attn, normed = block.attn, block.ln_1(x)
+        q, k, v = attn.qkv(normed, rope) if qkv is None else qkv(layer, attn, normed, rope)
+        if visit is None:
+            z = attend(q, k, v, attn.scale)
+        else:
+            pattern = attention_pattern(q, k, attn.scale)
+            visit(layer, Attention(q, k, v, pattern, normed))
+            if not finish and layer == model.config.n_layer - 1:
+                return None
+            z = pattern @ v
+        x = finish_block(block, x, z if edit is None else edit(layer, z))
+    return model.transformer.ln_f(x)
+
+
+def finish_block(block, x, z):
+    """The output (B, T, C) of a block from its input x (B, T, C) and its heads' outputs z (B, H, T, d)."""
+    x = x + block.attn.c_proj(z.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x))
+
+
+@torch.no_grad()
+def patterns(model, tokens):
+    """The attention patterns of all layers for token ids (B, T): (L, B, H, T, T) on the CPU. For a few sequences."""
+    seen = []
+    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()), finish=False)
+    return torch.stack(seen)
+
+
+@torch.no_grad()
+def token_losses(model, hidden, targets, max_logits=2**24):
+    """
+    Cross-entropy (n,) in nats of targets (n,) given the output of ln_f, hidden (n, C).
+
+    At most max_logits logits are in memory at a time.
+    """
+    step = max(1, max_logits // model.config.vocab_size)
+    parts = [
+        F.cross_entropy(model.lm_head(hidden[first : first + step]), targets[first : first + step], reduction='none')
+        for first in range(0, len(targets), step)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def text_losses(model, tokens, positions=None, batch_size=8):
+    """
+    Loss of predicting each token but the first of token ids (N, T): float32 array (N, T-1), in nats.
+
+    positions: compute only these tokens, counted from 1, and leave nan elsewhere.
+    """
+    index = torch.arange(tokens.size(1) - 1) if positions is None else torch.tensor(positions) - 2
+    out = torch.full((len(tokens), tokens.size(1) - 1), float('nan'))
+    for first in range(0, len(tokens), batch_size):
+        part = tokens[first : first + batch_size].to(device_of(model))
+        hidden = run(model, embed(model, part))[:, index]
+        targets = part[:, index + 1]
+        losses = token_losses(model, hidden.flatten(0, 1), targets.flatten())
+        out[first : first + len(part), index] = losses.view(targets.shape).float().cpu()
+    return out.numpy()

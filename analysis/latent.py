@@ -1,0 +1,166 @@
+"""
+Measurements of MLA's latent: its dimension, which directions heads read, what removing them costs, RoPE's share.
+
+Shapes: N sequences, B in a batch, T tokens, Q scored queries per sequence, L layers, H heads, C width, d head size,
+r = n_latent. Losses are in nats. The model is an MLAGPT in eval mode.
+"""
+
+import numpy as np
+import torch
+
+from analysis.forward import device_of, embed, rope_of, run
+from analysis.induction import joined, repeat_losses, score_layers
+
+READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
+
+
+def content_latent(attn, normed, rope):
+    """The latent c_kv (B, T, r) of the layer's normed input (B, T, C), without the shared position key."""
+    return attn.latent(normed, rope)[..., : attn.n_latent]
+
+
+@torch.no_grad()
+def latent_moments(model, repeats, batch_size=16):
+    """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64 tensors: a list of L pairs."""
+    L, r = model.config.n_layer, model.config.n_latent
+    total = torch.zeros(L, r, dtype=torch.float64)
+    squares = torch.zeros(L, r, r, dtype=torch.float64)
+    rope = rope_of(model, repeats.tokens.size(1))
+
+    def add(layer, attention):
+        latent = content_latent(model.transformer.h[layer].attn, attention.normed, rope).flatten(0, 1).double()
+        total[layer] += latent.sum(0).cpu()
+        squares[layer] += (latent.T @ latent).cpu()
+
+    for part in repeats.batches(batch_size, device_of(model)):
+        run(model, embed(model, part.tokens), visit=add, finish=False)
+    mean = total / repeats.tokens.numel()
+    return [(m, s / repeats.tokens.numel() - m[:, None] * m) for m, s in zip(mean, squares, strict=True)]
+
+
+def effective_rank(covariance):
+    """exp of the entropy of the normalized eigenvalues of a covariance (r, r), 1 to r (Roy & Vetterli 2007)."""
+    share = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    share = share / share.sum().clamp_min(1e-300)
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+# ---- subspaces that heads read ---------------------------------------------------------------------------------------
+
+
+def row_space(weights):
+    """Orthonormal bases (H, min(a, r), r) of the row spaces of weights (H, a, r), float64."""
+    return torch.linalg.qr(weights.double().mT)[0].mT
+
+
+def overlap(first, second):
+    """
+    |Q1^T Q2|^2 / min(rank) between each row space of first (G, a, r) and each of second (H, b, r): (G, H), 0 to 1.
+
+    1 means that one contains the other. For two random subspaces of the latent the expectation is max(a, b) / r.
+    """
+    bases = [row_space(weights) for weights in (first, second)]
+    product = bases[0].flatten(0, 1) @ bases[1].flatten(0, 1).T
+    (G, a, _), (H, b, _) = (basis.shape for basis in bases)
+    return product.view(G, a, H, b).square().sum((1, 3)) / min(a, b)
+
+
+@torch.no_grad()
+def reading_overlaps(attn):
+    """
+    Overlap of the latent directions that pairs of heads read: {name: (array (H, H), chance)} for each of READINGS.
+
+    'key' and 'value' compare the up-projections of keys and of values; 'key_value'[g, h] compares head g's keys with
+    head h's values.
+    """
+    w_k, w_v, _ = attn.up_weights()
+    pairs = dict(zip(READINGS, ((w_k, w_k), (w_v, w_v), (w_k, w_v)), strict=True))
+    return {
+        name: (overlap(a, b).cpu().numpy(), min(1.0, max(a.size(1), b.size(1)) / attn.n_latent))
+        for name, (a, b) in pairs.items()
+    }
+
+
+# ---- ablations -------------------------------------------------------------------------------------------------------
+
+
+def latent_bands(r, bands):
+    """Ranges (first, last) of the r principal components, largest first: min(bands, r) of nearly equal size."""
+    edges = np.linspace(0, r, min(r, bands) + 1).round().astype(int)
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+def without_directions(layer, basis, mean, path):
+    """
+    A `qkv` for forward.run: in `layer`, the latent's coordinates along basis (r, n) are set to their mean.
+
+    mean (r,): of the latent. path: 'keys' or 'values', the only one that is computed from the changed latent.
+    """
+
+    def qkv(this_layer, attn, normed, rope):
+        if this_layer != layer:
+            return attn.qkv(normed, rope)
+        latent = attn.latent(normed, rope)
+        changed = latent.clone()
+        content = changed[..., : attn.n_latent]
+        content -= (content - mean) @ basis @ basis.T
+        k, _ = attn.decompress(changed if path == 'keys' else latent)
+        _, v = attn.decompress(changed if path == 'values' else latent)
+        return attn.queries(normed, rope), k, v
+
+    return qkv
+
+
+@torch.no_grad()
+def ablate_latent(model, repeats, moments=None, bands=16, progress=None):
+    """
+    The loss on repeated tokens with bands of a layer's latent directions set to their mean, for keys or values only.
+
+    The directions are the latent's principal components, in bands from the largest variance down. moments: as from
+    latent_moments, which is the default. progress: called after each ablation. Returns a dict: bands (a list of
+    ranges), base (N,), the loss without ablation, keys and values (L, bands, N).
+    """
+    repeats = repeats.to(device_of(model))
+    moments = moments or latent_moments(model, repeats)
+    ranges, x = latent_bands(model.config.n_latent, bands), embed(model, repeats.tokens)
+    shape = (model.config.n_layer, len(ranges), len(repeats))
+    out = {'keys': np.zeros(shape, np.float32), 'values': np.zeros(shape, np.float32)}
+    for layer, (mean, covariance) in enumerate(moments):
+        components = torch.linalg.eigh(covariance)[1].flip(-1).to(x)
+        for path, band in [(path, band) for path in out for band in range(len(ranges))]:
+            first, last = ranges[band]
+            changed = without_directions(layer, components[:, first:last], mean.to(x), path)
+            hidden = run(model, x, qkv=changed)
+            out[path][layer, band] = repeat_losses(model, hidden, repeats).mean(1).cpu()
+            if progress is not None:
+                progress()
+    return dict(out, bands=ranges, base=repeat_losses(model, run(model, x), repeats).mean(1).cpu().numpy())
+
+
+# ---- decoupled RoPE --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logit_parts(model, repeats, batch_size=16):
+    """
+    Content and position parts of the attention logit under decoupled RoPE: {'content', 'position'} -> array (N, L, H).
+
+    Each is that part of the scaled logit at the induction target minus its mean over the keys the query sees, averaged
+    over queries.
+    """
+    n_nope = model.config.head_size - model.config.n_rope
+
+    def split_logits(layer, a, part):
+        sequence = torch.arange(len(part), device=part.tokens.device)[:, None]
+        visible = (torch.arange(part.tokens.size(1), device=part.tokens.device) <= part.query[..., None])[:, :, None]
+        target, parts = (part.match + 1)[:, :, None, None].expand(-1, -1, a.q.size(1), 1), {}
+        for name, cut in (('content', slice(None, n_nope)), ('position', slice(n_nope, None))):
+            logits = (a.q[..., cut] @ a.k[..., cut].mT * model.transformer.h[layer].attn.scale)[sequence, :, part.query]
+            mean = (logits * visible).sum(-1) / visible.sum(-1)  # (B, Q, H)
+            parts[name] = (logits.gather(-1, target).squeeze(-1) - mean).mean(1)
+        return parts
+
+    return joined([
+        score_layers(model, part, lambda layer, a, part=part: split_logits(layer, a, part), finish=False)[1]
+        for part in repeats.batches(batch_size, device_of(model))
+    ])  # fmt: skip

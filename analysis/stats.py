@@ -1,0 +1,36 @@
+"""
+Confidence intervals of a mean: bootstrap over sequences, Student's t over training seeds.
+
+The mean and standard error over windows of a data set are core/evaluation.py's `mean_and_stderr`.
+"""
+
+from statistics import mean, stdev
+
+import numpy as np
+
+# 97.5 % quantiles of Student's t for n values, n - 1 degrees of freedom
+T_QUANTILE = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def bootstrap(values, resamples=2000, seed=0, level=0.95):
+    """
+    Bootstrap interval of the mean of values (N, ...) over their first axis: arrays (low, high), each (...).
+
+    resamples: number of resamples of N values with replacement. seed: of the resampling. level: coverage, 0 to 1.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    means = (counts @ values.reshape(n, -1) / n).reshape(resamples, *values.shape[1:])
+    tail = (1 - level) / 2
+    return np.quantile(means, tail, axis=0), np.quantile(means, 1 - tail, axis=0)
+
+
+def t_interval(values):
+    """
+    Mean of a list of numbers and the half width of its 95 % t interval, floats.
+
+    The half width is None unless there are 4 to 10 values: fewer give no useful interval, report their range instead.
+    """
+    n = len(values)
+    return mean(values), T_QUANTILE[n] * stdev(values) / n**0.5 if n in T_QUANTILE else None

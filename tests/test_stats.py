@@ -1,0 +1,36 @@
+"""Intervals contain the true mean as often as they claim."""
+
+import numpy as np
+import pytest
+
+from analysis import stats
+
+
+def test_bootstrap_gives_the_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, (400, 2, 3))
+    low, high = stats.bootstrap(values)
+    assert low.shape == (2, 3)
+    standard = values.std(0) / 20
+    np.testing.assert_allclose(high - low, 2 * 1.96 * standard, rtol=0.1)
+    assert (low < values.mean(0)).all() and (values.mean(0) < high).all()
+    again = stats.bootstrap(values)
+    assert (again[0] == low).all() and (again[1] == high).all()
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    values = np.random.default_rng(1).exponential(1.0, (60, 500))  # 500 experiments with 60 sequences each
+    low, high = stats.bootstrap(values, resamples=500, level=0.9)
+    assert ((low < 1) & (high > 1)).mean() == pytest.approx(0.9, abs=0.05)
+
+
+@pytest.mark.parametrize('n', [4, 5, 10])
+def test_t_interval_covers_the_mean_in_95_of_100_experiments(n):
+    draws = np.random.default_rng(n).normal(5.0, 3.0, (4000, n))
+    intervals = [stats.t_interval(values.tolist()) for values in draws]
+    covered = np.mean([abs(center - 5.0) < half for center, half in intervals])
+    assert covered == pytest.approx(0.95, abs=0.012)
+
+
+def test_too_few_values_have_no_interval():
+    assert stats.t_interval([1.0, 2.0, 6.0]) == (3.0, None)
+    assert stats.t_interval([1.0]) == (1.0, None)
