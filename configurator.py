@@ -46,14 +46,15 @@ class _Configurator:
         return self.values, self.given
 
     def check_folder(self):
-        """UserError unless a script of the repository is run from the repository's folder: its paths start there."""
+        """UserError unless a script is run from the repository's folder, where its paths start. data/ runs anywhere."""
         import os
 
         import core
 
         root = os.path.dirname(os.path.dirname(os.path.abspath(core.__file__)))
-        inside = os.path.abspath(self.script_file or '').startswith(os.path.join(root, ''))
-        if inside and not os.path.samefile(root, os.getcwd()):
+        script = os.path.abspath(self.script_file or '')
+        inside = script.startswith(os.path.join(root, ''))
+        if inside and not script.startswith(os.path.join(root, 'data', '')) and not os.path.samefile(root, os.getcwd()):
             raise self.error(f"run it from the repository's folder, where its data and configs are: cd {root}")
 
     def check_values(self):

@@ -1,7 +1,7 @@
 """
-Files that are whole at every moment, and their checksums.
+Atomic file writes, and checksums.
 
-A file is written beside its place, flushed to disk and renamed, so a crash or a full disk leaves the previous one.
+A file is written under a temporary name, flushed to disk and renamed; a crash or a full disk leaves the old version.
 """
 
 import contextlib
@@ -13,39 +13,40 @@ import os
 @contextlib.contextmanager
 def replacing(path, mode='w'):
     """
-    A context with an open file that takes the place of `path` when the block ends, and is removed if it fails.
+    A context manager that yields an open file, which replaces `path` when the block ends.
 
-    Text is UTF-8 with '\\n' line ends. Raises OSError; `path` is then as it was.
+    Text is UTF-8 with '\\n' line ends. If the block or a write fails, `path` is unchanged and the new file is removed.
+    Raises OSError.
     """
-    beside = f'{path}.writing'
+    temporary = f'{path}.writing'
     text = {} if 'b' in mode else dict(encoding='utf-8', newline='\n')
     try:
-        with open(beside, mode, **text) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             sync(file)
-        os.replace(beside, path)
+        os.replace(temporary, path)
         sync_folder(os.path.dirname(path))
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(beside)
+            os.remove(temporary)
         raise
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, whole or not at all. Raises OSError."""
+    """Write a value as indented JSON, atomically. Raises OSError."""
     with replacing(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
 
 
 def sync(file):
-    """Flush an open file to disk: a rename must never get there before what it names."""
+    """Flush an open file to disk. Required before a rename, which could otherwise reach the disk before the data."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder):
-    """Make renames in `folder` survive a power cut, where the system can."""
+    """Flush the renames in `folder` to disk, where the operating system supports it."""
     with contextlib.suppress(OSError, AttributeError):
         handle = os.open(folder or '.', os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -55,6 +56,6 @@ def sync_folder(folder):
 
 
 def sha256(path):
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,28 +1,100 @@
 """
 The tokenizers: text to token ids and back.
+
+Notable features:
+- each tokenizer is one subclass of Tokenizer, registered in TOKENIZERS: data sets, checkpoints, the prepare scripts,
+  export and analysis read its name, sizes and special ids from there
+- `load_tokenizer(meta)` returns the tokenizer that the meta of a data set or a checkpoint describes
+- sizes and special ids are known without tiktoken and without a network; vocabularies are loaded on first use
 """
 
+import functools
 import threading
 
 import numpy as np
 
+from core.bounds import listed
 from core.runtime import UserError
 
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>, which follows every document
-GPT2_VOCAB = 50257
-GPT2_PADDED_VOCAB = 50304  # the next multiple of 64 above 50257: faster matrix products (nanoGPT)
-BYTE_PAIR_TOKENIZERS = ('gpt2', 'bpe')  # those that cut a text into words, and have a token that ends a document
-# Where GPT-2's tokenizer cuts a text into words, between which it joins nothing (Radford et al. 2019; encoder.py)
+END_OF_TEXT = '<|endoftext|>'  # the text of the token that ends a document, in GPT-2 and in learned encodings
+NO_TEXT = 'none'  # meta['tokenizer'] of a data set whose ids stand for no text
+# GPT-2's regular expression for splitting text into words; merges never cross words (Radford et al. 2019; encoder.py)
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-class CharTokenizer:
+class Tokenizer:
+    """What all tokenizers share. A subclass sets the attributes below and implements encode_array and decode_bytes."""
+
+    name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
+    n_vocab = None  # number of ids; set per instance if it depends on the text
+    end_of_text = None  # id of the token that ends a document, or None
+    byte_pair = False  # splits text into words, so text must be cut between words; documents end with end_of_text
+    reads_bytes = False  # encodes bytes that are not UTF-8
+    learned_from = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
+    vocab_sizes = None  # the range of sizes that `learn` accepts; None if the size can't be chosen
+
+    @property
+    def padded_vocab_size(self):
+        """The vocabulary size of a new model for this tokenizer."""
+        return self.n_vocab
+
+    @classmethod
+    def learn(cls, material=None, vocab_size=0):
+        """A tokenizer for a text. material: see learned_from; vocab_size: one of vocab_sizes, or 0 for the default."""
+        return cls()
+
+    @classmethod
+    def from_meta(cls, meta):
+        """The tokenizer that a valid meta describes; its vocabulary is not loaded yet."""
+        return cls()
+
+    @classmethod
+    def problem(cls, meta):
+        """The first invalid tokenizer entry of a meta, as a predicate ('has ...'), or None if all are valid."""
+        size = meta.get('vocab_size', cls.n_vocab)
+        return None if size == cls.n_vocab else f'has vocab_size {size}, but {cls.name} has {cls.n_vocab:,} ids'
+
+    def meta(self):
+        """The tokenizer's entries in meta.json, as a dict: all that from_meta needs."""
+        return {'tokenizer': self.name, 'vocab_size': self.n_vocab}
+
+    def load(self):
+        """Load the vocabulary; returns self. UserError if it's not available."""
+        return self
+
+    def text_ids(self):
+        """The ids that text can contain, special tokens excluded, as an ascending int array."""
+        ids = np.arange(self.n_vocab)
+        return ids[ids != self.end_of_text] if self.end_of_text is not None else ids
+
+    def encode_array(self, text):
+        """The ids of a str as an integer array. Special tokens are not recognized: their names are plain text."""
+        raise NotImplementedError
+
+    def encode(self, text, special=False):
+        """The ids of a str as a list of int. special: encode '<|endoftext|>' as that token, if the tokenizer has it."""
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
+        """The str of an iterable of ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def decode_bytes(self, ids):
+        """The UTF-8 bytes of an iterable of ids; characters may be incomplete. ValueError for an unknown id."""
+        raise NotImplementedError
+
+    def fast_tokenizer(self):
+        """The same tokenizer as a `tokenizers.Tokenizer`, the class that Hugging Face's transformers builds on."""
+        raise NotImplementedError
+
+
+class CharTokenizer(Tokenizer):
     """One id per character. chars: a str of the characters in the order of their ids."""
 
-    name, end_of_text = 'char', None
+    name, learned_from = 'char', 'characters'
 
     def __init__(self, chars):
         self.chars = chars
@@ -30,8 +102,27 @@ class CharTokenizer:
         self.ids = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.ids[[ord(char) for char in chars]] = range(len(chars))
 
+    @classmethod
+    def learn(cls, material, vocab_size=0):
+        """The tokenizer of the characters in a str, in the order of their code points."""
+        return cls(''.join(sorted(set(material))))
+
+    @classmethod
+    def from_meta(cls, meta):
+        return cls(meta['chars'])
+
+    @classmethod
+    def problem(cls, meta):
+        chars, size = meta.get('chars'), meta.get('vocab_size')
+        if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
+            return None
+        return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
+
+    def meta(self):
+        return {**super().meta(), 'chars': self.chars}
+
     def encode_array(self, text):
-        """The ids of a str as an int32 array. UserError names the first character outside the vocabulary."""
+        """The ids of a str as an int32 array. UserError for the first character outside the vocabulary."""
         codes = code_points(text)
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         if len(ids) and ids.min() < 0:
@@ -40,158 +131,217 @@ class CharTokenizer:
             raise UserError(f'the character {char!r} is not among the {self.n_vocab} that the model knows: {known}')
         return ids
 
-    def encode(self, text, special=False):
-        """The ids of a str as a list of int. There are no special tokens: `special` changes nothing."""
-        return self.encode_array(text).tolist()
-
     def decode(self, ids):
-        """The str of some ids. ValueError for an id outside the vocabulary."""
-        return ''.join(self.chars[i] for i in known_ids(ids, self.n_vocab))
+        return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
     def decode_bytes(self, ids):
-        """The same as UTF-8 bytes."""
         return self.decode(ids).encode('utf-8', errors='replace')
 
+    def fast_tokenizer(self):
+        import tokenizers
 
-class ByteTokenizer:
-    """One id per byte of the UTF-8 text: 256 ids, and no text that it can't encode."""
+        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({char: i for i, char in enumerate(self.chars)}))
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
+        fast.decoder = tokenizers.decoders.Fuse()
+        return fast
 
-    name, end_of_text, n_vocab = 'byte', None, 256
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte of the UTF-8 text: 256 ids, enough for any text."""
+
+    name, n_vocab, reads_bytes = 'byte', 256, True
 
     def encode_array(self, text):
-        """The ids of a str, or of bytes as they are, as a uint8 array."""
+        """The ids of a str or of bytes as a uint8 array."""
         if isinstance(text, str):
             text = text.encode('utf-8', errors='surrogateescape')
         return np.frombuffer(text, dtype=np.uint8)
 
-    def encode(self, text, special=False):
-        """The ids of a str as a list of int. There are no special tokens: `special` changes nothing."""
-        return self.encode_array(text).tolist()
-
-    def decode(self, ids):
-        """The str of some ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
-
     def decode_bytes(self, ids):
-        """The bytes of some ids. ValueError for an id outside the vocabulary."""
-        return bytes(known_ids(ids, self.n_vocab))
+        return bytes(checked_ids(ids, self.n_vocab))
+
+    def fast_tokenizer(self):
+        return byte_level_bpe({bytes([byte]): byte for byte in range(256)}, split_words=False)
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, by tiktoken. UserError where tiktoken or its vocabulary can't be had."""
+class BytePairTokenizer(Tokenizer):
+    """
+    A byte-pair encoding over words, computed by tiktoken; the last id is <|endoftext|>.
 
-    name, end_of_text, n_vocab = 'gpt2', END_OF_TEXT, GPT2_VOCAB
+    Subclasses set end_of_text and `encoding`, a tiktoken.Encoding.
+    """
 
-    def __init__(self):
-        self.encoding = gpt2_encoding()
+    byte_pair = True
+
+    def load(self):
+        self.encoding  # noqa: B018  (a cached property)
+        return self
 
     def encode_array(self, text):
-        """The ids of a str as a uint32 array; '<|endoftext|>' in it is text like any other."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode(self, text, special=False):
-        """The ids of a str as a list of int; with `special`, '<|endoftext|>' in it is the token of that name."""
         if special:
-            return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+            return self.encoding.encode(text, allowed_special={END_OF_TEXT})
         return self.encoding.encode_ordinary(text)
 
-    def decode(self, ids):
-        """The str of some ids; a character that is cut off becomes U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
-
     def decode_bytes(self, ids):
-        """The bytes of some ids. ValueError for an id outside the vocabulary."""
-        return self.encoding.decode_bytes(known_ids(ids, self.n_vocab))
+        return self.encoding.decode_bytes(checked_ids(ids, self.n_vocab))
+
+    def fast_tokenizer(self):
+        from tokenizers import AddedToken
+
+        ranks = {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
+        fast = byte_level_bpe(ranks, split_words=True)
+        fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        return fast
 
 
-class BPETokenizer(GPT2Tokenizer):
+class BPETokenizer(BytePairTokenizer):
     """
-    A byte-pair encoding of one's own, as `learn_bpe` gives it; <|endoftext|> is its last id.
+    A byte-pair encoding learned from the training text.
 
-    pieces: a list of str in the order of their ids, a character for each byte (Latin-1). UserError without tiktoken.
+    pieces: a list of str in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
     """
 
-    name = 'bpe'
+    name, learned_from, vocab_sizes = 'bpe', 'text', range(300, (1 << 16) + 1)
 
     def __init__(self, pieces):
+        self.pieces = pieces
         self.n_vocab, self.end_of_text = len(pieces) + 1, len(pieces)
-        self.encoding = bpe_encoding(pieces)
+
+    @classmethod
+    def learn(cls, material, vocab_size=0):
+        """The encoding learned from an iterable of str. vocab_size: number of ids, 4096 by default."""
+        return cls(learn_bpe(material, vocab_size or 4096))
+
+    @classmethod
+    def from_meta(cls, meta):
+        return cls(meta['pieces'])
+
+    @classmethod
+    def problem(cls, meta):
+        pieces, size = meta.get('pieces'), meta.get('vocab_size')
+        if are_pieces(pieces) and size in (None, len(pieces) + 1):
+            return None
+        if not isinstance(size, int):
+            return 'has no valid "pieces"'
+        return f'has "pieces" that are not {size - 1} different strings that include every single byte'
+
+    def meta(self):
+        return {**super().meta(), 'pieces': self.pieces}
+
+    @functools.cached_property
+    def encoding(self):
+        """The tiktoken.Encoding. UserError if tiktoken is missing."""
+        ranks = {piece.encode('latin-1'): i for i, piece in enumerate(self.pieces)}
+        special = {END_OF_TEXT: self.end_of_text}
+        return import_tiktoken().Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+class GPT2Tokenizer(BytePairTokenizer):
+    """GPT-2's byte-pair encoding."""
+
+    name, n_vocab, end_of_text = 'gpt2', 50257, 50256
+    padded_vocab_size = 50304  # the next multiple of 64, for faster matrix multiplications (nanoGPT)
+
+    @functools.cached_property
+    def encoding(self):
+        """The tiktoken.Encoding. UserError if tiktoken is missing or can't get the vocabulary."""
+        return gpt2_encoding()
+
+
+TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, ByteTokenizer, BPETokenizer, GPT2Tokenizer)}
+
+
+def tokenizer_of(meta, vocab_size=None):
+    """
+    The tokenizer that the meta of a data set or a checkpoint describes, not loaded; None if its ids stand for no text.
+
+    vocab_size: the model's. nanoGPT's checkpoints have no meta; with GPT-2's vocabulary size they have its tokenizer.
+    Requires neither tiktoken nor a network. UserError for an unknown tokenizer or invalid entries.
+    """
+    if not meta and vocab_size is not None:
+        sizes = (GPT2Tokenizer.n_vocab, GPT2Tokenizer.padded_vocab_size)
+        return GPT2Tokenizer() if vocab_size in sizes else None
+    name = meta.get('tokenizer')
+    if name == NO_TEXT:
+        return None
+    if name not in list(TOKENIZERS):  # a list, because `name` may be unhashable
+        raise UserError(f'unknown tokenizer {name!r}; it must be {listed([*TOKENIZERS])}')
+    if problem := TOKENIZERS[name].problem(meta):
+        raise UserError(f"the tokenizer {name} {problem}: prepare the data set's meta.json again, or use an older copy "
+                        'of the checkpoint')  # fmt: skip
+    return TOKENIZERS[name].from_meta(meta)
 
 
 def load_tokenizer(meta):
     """
-    The tokenizer that a data set's or a checkpoint's meta describes.
+    The tokenizer that the meta of a data set or a checkpoint describes, ready to encode and decode.
 
-    It has `encode(text) -> list of int`, `decode(ids) -> str`, `decode_bytes(ids) -> bytes` (for a stream, to be put
-    through an incremental decoder), `n_vocab`, and `end_of_text` (an id, or None). UserError where there is none.
+    UserError if there is none, or if its vocabulary is not available.
     """
-    name = meta.get('tokenizer')
-    if name == 'char' and meta.get('chars'):
-        return CharTokenizer(meta['chars'])
-    if name == 'byte':
-        return ByteTokenizer()
-    if name == 'gpt2':
-        return GPT2Tokenizer()
-    if name == 'bpe' and are_pieces(meta.get('pieces')):
-        return BPETokenizer(meta['pieces'])
-    if name in ('char', 'bpe'):
-        part = {'char': 'chars', 'bpe': 'pieces'}[name]
-        raise UserError(f"the tokenizer {name} lacks its {part}: prepare the data set's meta.json again, or use an "
-                        'older copy of the checkpoint')  # fmt: skip
-    if name == 'none':
-        raise UserError('these tokens stand for no text (tokenizer: none), so none can be encoded or written')
-    raise UserError(f'unknown tokenizer {name!r}; it must be char, byte, bpe or gpt2')
+    tokenizer = tokenizer_of(meta)
+    if tokenizer is None:
+        raise UserError(f'these tokens stand for no text (tokenizer: {NO_TEXT}), so none can be encoded or decoded')
+    return tokenizer.load()
 
 
-def gpt2_encoding(seconds=60):
-    """tiktoken's GPT-2 encoding. tiktoken asks the network without a time-out, so that the wait is limited here."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError('the GPT-2 tokenizer needs tiktoken: pip install tiktoken') from None
-    try:
-        return within(seconds, lambda: tiktoken.get_encoding('gpt2'))
-    except Exception as error:  # whatever the network, a proxy or a broken cache raises
-        raise UserError(
-            f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): it downloads two files once; without a "
-            'network, copy its cache from a machine that has one and set TIKTOKEN_CACHE_DIR to that folder'
-        ) from error
+# ---- characters and ids ----------------------------------------------------------------------------------------------
 
 
-def bpe_encoding(pieces):
-    """tiktoken's encoding by these pieces (see BPETokenizer), after the same cuts into words as GPT-2's."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError('the bpe tokenizer needs tiktoken: pip install tiktoken') from None
-    ranks = {piece.encode('latin-1'): i for i, piece in enumerate(pieces)}
-    special = {'<|endoftext|>': len(pieces)}
-    return tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+def checked_ids(ids, n_vocab):
+    """An iterable of ids as a list of int. ValueError if one is outside the vocabulary."""
+    ids = [int(i) for i in ids]
+    if ids and not 0 <= min(ids) <= max(ids) < n_vocab:
+        raise ValueError(f'ids {min(ids)} to {max(ids)} are outside a vocabulary of {n_vocab}')
+    return ids
+
+
+def code_points(text):
+    """The code points of a str as a uint32 array."""
+    return np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
+
+
+# ---- byte-pair encodings ---------------------------------------------------------------------------------------------
 
 
 def learn_bpe(texts, vocab_size):
     """
-    Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str: the pieces of a BPETokenizer.
+    Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str; returns the pieces of a BPETokenizer.
 
-    vocab_size: ids, <|endoftext|> among them; fewer come out where the text has no more pairs. At least 257 do: the 256
-    bytes come first, so that there is no text that can't be encoded. UserError where the library is missing.
+    vocab_size: number of ids, <|endoftext|> included; the result has fewer if the text has no more pairs, and at least
+    257. The 256 bytes come first, so any text can be encoded. UserError if the library is missing.
     """
     try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+        import tokenizers
     except ImportError:
-        raise UserError('learning a byte-pair encoding needs tokenizers: pip install tokenizers') from None
-    letter_of = byte_letters()
-    byte_of = {letter: chr(byte) for byte, letter in enumerate(letter_of)}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=letter_of, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    ids = tokenizer.get_vocab()
+        raise UserError('learning a byte-pair encoding requires tokenizers: pip install tokenizers') from None
+    letters = byte_letters()
+    byte_of = {letter: chr(byte) for byte, letter in enumerate(letters)}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    size = vocab_size - 1
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
+    fast.train_from_iterator(texts, trainer)
+    ids = fast.get_vocab()
     return [''.join(byte_of[letter] for letter in piece) for piece in sorted(ids, key=ids.get)]
 
 
-def evenly(texts, total, most):
-    """Of an iterable of str, `total` characters long, as many as make up about `most`, in even steps; all if fewer."""
+def are_pieces(pieces):
+    """True if `pieces` are valid for a BPETokenizer: different strings of bytes that include every single byte."""
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) and piece for piece in pieces):
+        return False
+    single = {chr(byte) for byte in range(256)}
+    return len(set(pieces)) == len(pieces) and set(pieces) >= single >= set(''.join(pieces))
+
+
+def sample_evenly(texts, total, most):
+    """
+    Yields evenly spaced elements of an iterable of str: about `most` characters, or all if there are fewer.
+
+    total: the number of characters in all elements.
+    """
     taken = position = 0
     for text in texts:
         if taken * total <= position * most:
@@ -201,15 +351,61 @@ def evenly(texts, total, most):
 
 
 def byte_letters():
-    """GPT-2's printable stand-in for each byte, by which its vocabulary is written: a list of 256 characters."""
+    """The printable character that GPT-2's vocabulary file has for each byte: a list of 256 characters."""
     shown = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in shown}
     hidden = (byte for byte in range(256) if byte not in letters)
     return [*dict(sorted({**letters, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}.items())).values()]
 
 
+def byte_level_bpe(ranks, split_words):
+    """A `tokenizers.Tokenizer` of the byte-pair encoding with these ranks, a dict {token as bytes: id}."""
+    import tokenizers
+
+    letters = byte_letters()
+    spelled = {token: ''.join(letters[byte] for byte in token) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    merges = [(spelled[a], spelled[b]) for a, b in merges_of(ranks)]
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    return fast
+
+
+def merges_of(ranks):
+    """The merges of a byte-pair encoding in the order of their ranks: for each token, the two tokens that form it."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            yield tuple(parts)
+
+
+def import_tiktoken():
+    """The module tiktoken. UserError if it is missing."""
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError('byte-pair encodings require tiktoken: pip install tiktoken') from None
+    return tiktoken
+
+
+def gpt2_encoding(seconds=60):
+    """tiktoken's GPT-2 encoding. UserError after `seconds`: tiktoken downloads the vocabulary without a time limit."""
+    get_encoding = import_tiktoken().get_encoding
+    try:
+        return within(seconds, lambda: get_encoding('gpt2'))
+    except Exception as error:  # whatever the network, a proxy or a broken cache raises
+        raise UserError(
+            f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): it downloads two files once; without a "
+            'network, copy its cache from another machine and set TIKTOKEN_CACHE_DIR to that folder'
+        ) from error
+
+
 def within(seconds, work):
-    """What work() returns or raises; TimeoutError when that takes longer. Name look-ups too can hang, so a thread."""
+    """Returns or raises what work() does, or raises TimeoutError after `seconds`. In a thread: DNS lookups hang too."""
     outcome = []
 
     def run():
@@ -227,24 +423,3 @@ def within(seconds, work):
     if error is not None:
         raise error
     return result
-
-
-def known_ids(ids, n_vocab):
-    """Any iterable of ids as a list of int. ValueError if one is outside the vocabulary."""
-    ids = [int(i) for i in ids]
-    if ids and not 0 <= min(ids) <= max(ids) < n_vocab:
-        raise ValueError(f'ids {min(ids)} to {max(ids)} go beyond a vocabulary of {n_vocab}')
-    return ids
-
-
-def code_points(text):
-    """The code points of a str as a uint32 array."""
-    return np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
-
-
-def are_pieces(pieces):
-    """Whether `pieces` can be those of a BPETokenizer: different strings of bytes, every single byte among them."""
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) and piece for piece in pieces):
-        return False
-    single = {chr(byte) for byte in range(256)}
-    return len(set(pieces)) == len(pieces) and set(pieces) >= single >= set(''.join(pieces))

@@ -1,15 +1,21 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
+import runpy
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from core.tokenizer import CharTokenizer
+from core.write_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope='session')
 def shared_data():
-    """Real data beside the repository, where a machine has it; tests that use it are skipped elsewhere."""
+    """The folder of real data next to the repository. Tests that use it are skipped if it is missing."""
     folder = ROOT.parent / 'shared' / 'data'
     if not folder.is_dir():
         pytest.skip(f'no {folder}')
@@ -18,38 +24,45 @@ def shared_data():
 
 @pytest.fixture
 def gpt2_cache(shared_data, monkeypatch):
-    """Points tiktoken, here and in scripts that the test starts, at GPT-2's vocabulary."""
+    """Gives tiktoken GPT-2's vocabulary, in this process and in the scripts that the test starts."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken_cache'))
 
 
 @pytest.fixture
 def char_data(tmp_path):
-    """The folder of a tiny data set by characters (data_dir tmp_path/data, dataset tiny): 3600 and 400 tokens."""
-    from core.tokenizer import CharTokenizer
-    from core.write_dataset import write_dataset
-
+    """The folder of a small data set of characters (data_dir tmp_path/data, dataset tiny): 3600 and 400 tokens."""
     text = 'the cat sat on the mat; a rat sat on that. ' * 100
-    chars = ''.join(sorted(set(text)))
-    ids = CharTokenizer(chars).encode_array(text)[:4000]
+    tokenizer = CharTokenizer.learn(text)
+    ids = tokenizer.encode_array(text)[:4000]
     folder = tmp_path / 'data' / 'tiny'
-    write_dataset(folder, 'char', {'train': ids[:3600], 'val': ids[3600:]}, chars=chars, source='a test text')
+    write_dataset(folder, tokenizer, {'train': ids[:3600], 'val': ids[3600:]}, source='a test text')
     return folder
 
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A data_dir with `tiny`, a small data set: each character is one to three steps after the last."""
-    import numpy as np
-
-    from core.write_dataset import write_dataset
-
     folder = tmp_path_factory.mktemp('data')
     state, ids = 12345, [0]
     for _ in range(4000):
         state = (state * 1103515245 + 12345) % 2**31
         ids.append((ids[-1] + 1 + (state >> 16) % 3) % 12)
     ids = np.array(ids)
-    write_dataset(
-        folder / 'tiny', 'char', {'train': ids[:3500], 'val': ids[3500:]}, chars='abcdefghijkl', source='a test'
-    )
+    splits = {'train': ids[:3500], 'val': ids[3500:]}
+    write_dataset(folder / 'tiny', CharTokenizer('abcdefghijkl'), splits, source='a test')
     return folder
+
+
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """Runs a script in this process: prepare(script, key=value, ...) -> (stdout, stderr). UserErrors pass through."""
+
+    def run(script, **keys):
+        monkeypatch.setattr(sys, 'argv', [script, *(f'--{key}={value}' for key, value in keys.items())])
+        monkeypatch.setattr(sys, 'path', list(sys.path))
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+        return capsys.readouterr()
+
+    return run

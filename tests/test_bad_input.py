@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from core import checkpoint as checkpoints
+from core.tokenizer import ByteTokenizer, CharTokenizer
 from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -46,11 +47,10 @@ def save(path, model, tokenizer, **more):
 def make_place(folder):
     """A data set, an MHA and an MLA checkpoint in `folder`, a prompt and a config file: every case breaks one thing."""
     ids = np.arange(1000) * 7 % 12
-    meta = write_dataset(
-        folder / 'data' / 'tiny', 'char', {'train': ids[:900], 'val': ids[900:]}, chars='abcdefghijkl', source='a test'
-    )
-    write_dataset(folder / 'data' / 'wide', 'byte', {'train': ids, 'val': ids}, source='bytes')
-    write_dataset(folder / 'data' / 'rows', 'none', {'train': ids[:990], 'val': ids[:99]}, source='rows',
+    letters, splits = CharTokenizer('abcdefghijkl'), {'train': ids[:900], 'val': ids[900:]}
+    meta = write_dataset(folder / 'data' / 'tiny', letters, splits, source='a test')
+    write_dataset(folder / 'data' / 'wide', ByteTokenizer(), {'train': ids, 'val': ids}, source='bytes')
+    write_dataset(folder / 'data' / 'rows', None, {'train': ids[:990], 'val': ids[:99]}, source='rows',
                   vocab_size=12, row_tokens=11, masks={'train': 0 * ids[:990], 'val': 0 * ids[:99]})  # fmt: skip
     save(folder / 'mha' / 'ckpt.pt', GPT(GPTConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')
     save(folder / 'mla' / 'ckpt.pt', MLAGPT(MLAConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')

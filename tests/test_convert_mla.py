@@ -12,6 +12,7 @@ import torch
 from core import checkpoint as checkpoints
 from core.dataset import TokenData
 from core.runtime import UserError
+from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
 
@@ -27,7 +28,7 @@ def surroundings(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     random = np.random.default_rng(0)
     splits = {'train': random.integers(10, size=4000), 'val': random.integers(10, size=1000)}
-    write_dataset(tmp_path / 'data' / 'letters', 'char', splits, source='random letters', chars=CHARS)
+    write_dataset(tmp_path / 'data' / 'letters', CharTokenizer(CHARS), splits, source='random letters')
     save_model(tmp_path / 'mha')
 
 

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from core import checkpoint as checkpoints
-from core import tokenizer
 from core.runtime import UserError
-from core.tokenizer import load_tokenizer
+from core.tokenizer import learn_bpe, load_tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -164,7 +163,7 @@ def test_gpt2_tokenizer(monkeypatch, tmp_path, shared_data):
 
 def test_learned_byte_pair_tokenizer(monkeypatch, tmp_path):
     text = 'low lower lowest, newer newest; the lowest newest of them. ' * 20
-    pieces = tokenizer.learn_bpe([text], 310)
+    pieces = learn_bpe([text], 310)
     model = random_model('mla', vocab_size=len(pieces) + 1)
     folder = export(monkeypatch, tmp_path, model, {'tokenizer': 'bpe', 'pieces': pieces})
     tokenizer = same_tokens(folder, {'tokenizer': 'bpe', 'pieces': pieces}, [text, "don't\n\n 1 \u00e9\u4e2d\t x", ''])

@@ -12,6 +12,7 @@ import torch
 from core import checkpoint as checkpoints
 from core.conversion import collect_statistics, to_mla
 from core.dataset import TokenData
+from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
 
@@ -24,7 +25,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('init_from')
     random = np.random.default_rng(0)
     splits = {'train': random.integers(10, size=4000), 'val': random.integers(10, size=1000)}
-    write_dataset(folder / 'data' / 'letters', 'char', splits, source='random letters', chars='abcdefghij')
+    write_dataset(folder / 'data' / 'letters', CharTokenizer('abcdefghij'), splits, source='random letters')
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=10, n_layer=2, n_head=2, n_embd=16, gelu='tanh'))
     for parameter in model.parameters():

@@ -1,12 +1,13 @@
 """
-Make the data set on which two-layer models form induction heads within a minute: rows of repeated random blocks.
+Prepare random blocks of tokens, repeated: two-layer models form induction heads on them within a minute.
 
 $ python data/repeats/prepare.py
 
-Each row is a block of random tokens, of a random period, over and over. What the first period holds can't be known, so
-those targets are masked; everything after can be predicted by looking at what followed the present token before, and by
-nothing else. Both matter: with one fixed period a model learns to look so many tokens back, without masking the noise
-of the first period drowns the rest, and no induction head forms. The rows are made from a seed; nothing is downloaded.
+Each row repeats a block of random tokens whose length, the period, is random too. The tokens of the first period are
+unpredictable, so these targets are masked. Every later token can be predicted only from what followed the current token
+earlier in the row. Both are required: with one fixed period a model learns to attend a fixed distance back, and without
+masks the noise of the first period dominates the loss; in either case no induction head forms. The rows are a function
+of the seed; nothing is downloaded.
 """
 
 import sys
@@ -20,35 +21,34 @@ from core.runtime import UserError
 from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-folder = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json go
+folder = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json are written
 rows = 65536  # of training; 2000 iterations of 32 rows read about as many
-val_rows = 2048  # of validation, from fresh blocks
+val_rows = 2048  # of validation, with other blocks
 block_size = 64  # tokens in a sequence; a row has one more, the last target
 vocab_size = 128  # different tokens
-min_period = 8  # the shortest block; the longest is half a sequence
+min_period = 8  # length of the shortest block; the longest is half a sequence
 seed = 1337
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def repeated_rows(count, rng):
-    """`count` rows and their masks, both (count, block_size + 1); 1 where a token could not be foreseen."""
+    """`count` rows and their masks, both (count, block_size + 1); a mask is 1 where a token is unpredictable."""
     period = rng.integers(min_period, block_size // 2 + 1, (count, 1))
     position = np.arange(block_size + 1)
     block = rng.integers(0, vocab_size, (count, block_size // 2))
-    # the first token of the second period is masked too: nothing says yet how long the period is
+    # the first token of the second period is masked too: nothing shows yet that the block has ended
     return np.take_along_axis(block, position % period, axis=1), (position <= period).astype(np.uint8)
 
 
-if not (2 <= min_period <= block_size // 2 and vocab_size >= 2 and min(rows, val_rows) >= 1 and seed >= 0):
-    raise UserError('min_period must be 2 to half of block_size, vocab_size at least 2, rows and val_rows at least 1, '
-                    'seed not negative')  # fmt: skip
+if not (2 <= min_period <= block_size // 2 and vocab_size >= 2):
+    raise UserError('min_period must be 2 to half of block_size, and vocab_size at least 2')
 started = time.perf_counter()
 made = {'train': repeated_rows(rows, np.random.default_rng([seed, 0])),
         'val': repeated_rows(val_rows, np.random.default_rng([seed, 1]))}  # fmt: skip
 meta = write_dataset(
     folder,
-    'none',
+    None,
     {split: tokens.ravel() for split, (tokens, _) in made.items()},
     source=f'random blocks of period {min_period} to {block_size // 2}, repeated (data/repeats, seed {seed})',
     vocab_size=vocab_size,

@@ -1,13 +1,13 @@
 """
-Prepare Shakespeare in GPT-2's tokens, to fine-tune GPT-2 on: train.bin, val.bin and meta.json in this folder.
+Prepare Shakespeare in GPT-2's tokens, for fine-tuning GPT-2: train.bin, val.bin and meta.json in this folder.
 
-Download tinyshakespeare (1.1 MB, once), or use a copy input.txt in this folder or in data/shakespeare_char:
+Download tinyshakespeare (1.1 MB, once), or use a copy named input.txt in this folder or in data/shakespeare_char:
 $ python data/shakespeare/prepare.py
 
 Use a local copy, or any other text:
 $ python data/shakespeare/prepare.py --input=FILE
 
-tiktoken downloads GPT-2's vocabulary once; without a network point TIKTOKEN_CACHE_DIR at a copy of its cache.
+tiktoken downloads GPT-2's vocabulary once; without a network, set TIKTOKEN_CACHE_DIR to a copy of its cache.
 """
 
 import sys
@@ -18,16 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'shakespeare_char')
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import corpus
 
-from core import tokenizer, write_dataset
+from core.tokenizer import GPT2Tokenizer
+from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-input = ''  # a text file; '' = tinyshakespeare: a local input.txt, else from the network, else the stand-in
-download = True  # False: do not try the network
-out_dir = ''  # where the data set goes; '' = this folder
+input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else the stand-in
+download = True  # False: never use the network
+out_dir = ''  # where the data set is written; '': this folder
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
-tokenizer = tokenizer.GPT2Tokenizer()
+tokenizer = GPT2Tokenizer().load()
 here = Path(__file__).resolve().parent
 text, source, checksum = corpus.find(input, [here, here.parent / 'shakespeare_char'], download)
 cut = int(len(text) * 0.9)
@@ -36,5 +37,5 @@ start = time.perf_counter()
 splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
 seconds = time.perf_counter() - start
 folder = Path(out_dir or here)
-meta = write_dataset.write_dataset(folder, 'gpt2', splits, source=source, input_sha256=checksum)
-print(write_dataset.summary(folder, meta, seconds))
+meta = write_dataset(folder, tokenizer, splits, source=source, input_sha256=checksum)
+print(summary(folder, meta, seconds))

@@ -1,11 +1,11 @@
 """
-A stand-in for tinyshakespeare, for machines that can't download it: play-like English verse of our own making.
+A stand-in for tinyshakespeare, for machines that can't download it: generated, play-like English verse.
 
 Notable features:
 - the same 65 characters and the same layout (a name and a colon, lines, an empty line) as tinyshakespeare
-- a grammar with agreement, several hundred words, scenes with a cast and topics of their own, and rhymed couplets, so
-  that a small model has something to learn at every distance: letters, words, syntax, who is talking about what
-- deterministic on every machine and Python version: integer arithmetic only, no `random`
+- a grammar with agreement, several hundred words, scenes with their own cast and topics, and rhymed couplets, so a
+  small model can learn at every distance: letters, words, syntax, speakers and topics
+- the same on every machine and Python version: integer arithmetic only, no `random`
 
 It is not Shakespeare, and losses on it can't be compared with losses on tinyshakespeare.
 """
@@ -13,7 +13,7 @@ It is not Shakespeare, and losses on it can't be compared with losses on tinysha
 import re
 
 CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LENGTH = 1_150_000  # characters; the last scene runs a little over
+LENGTH = 1_150_000  # characters; the last scene exceeds it slightly
 SEED = 1623  # the year of the First Folio
 
 MEN = 'Aldric Bastian Corwin Dunstan Everard Fenwick Godric Hartwin Ivo Jocelin Kester Lambert Merrick Norbert Oswin'
@@ -25,7 +25,7 @@ COMMONERS = 'Sailor Shepherd Miller Watchman Gardener Servant Soldier Fishwife F
 PLACES = 'Arden Brackwater Corvanne Dunmere Estermark Farrow Galloway Harrowgate Ilmar Jessamy Kelder Lorne Marrowby'
 PLACES += ' Northmoor Ostrava Penhallow Quarrel Ravensea Saltmarsh Thornbury Umber Vell Westerly Xeres York Zell'
 
-# Kinds of words; where phrases of several words occur, '|' stands between them. Earlier words are drawn more often.
+# Kinds of words, separated by spaces; kinds with phrases are separated by '|'. Earlier words are drawn more often.
 WORDS = {
     'role': """king lord lady soldier queen friend brother captain duke prince sister father mother daughter son servant
         shepherd stranger widow beggar judge merchant priest cousin sailor fool poet thief messenger nurse master
@@ -88,7 +88,7 @@ PARTS = {verb: parts for verb, *parts in (forms.split() for forms in IRREGULAR.s
 PLURALS = {'thief': 'thieves', 'wolf': 'wolves', 'foot': 'feet', 'ferryman': 'ferrymen', 'watchman': 'watchmen'}
 SHE = ['lady', 'queen', 'sister', 'mother', 'daughter', 'widow', 'nurse', 'mistress']
 
-# Each sentence is one template whose <slots> are filled from left to right: <n> any noun, <ns> its plural, <the> a noun
+# Each sentence is a template whose <slots> are filled from left to right: <n> any noun, <ns> its plural, <the> a noun
 # phrase (singular), <it> the pronoun of the last noun, <who> one of the cast, then <he> <him> <his>, <you> how the
 # listener is addressed, <tv> and <iv> verbs with and without object: .s third person, .h thou, .d past, .n participle.
 STATEMENTS = [
@@ -215,13 +215,13 @@ GREETINGS = [
     'hail, <you>, and hail, <who>!',
     'here comes <who>, with <a> <n> in <his> hand.',
 ]
-# A bill read aloud: the only place where the digit and the two signs occur, as rare as in the text it stands in for.
+# A bill read aloud: the only source of the digit and the two signs, which are as rare in tinyshakespeare.
 BILLS = [
     'item: 3 <ns> & 33 <ns>, at 3 $ the dozen',
     'it is written here: 3 $ for <a> <n>, & no <mass>',
     '33 <ns>, 3 <ns> & <a> <n>: the sum is 333 $',
 ]
-# Nouns that rhyme with each other; the two lines of a couplet end in two of one row.
+# Rows of nouns that rhyme; the two lines of a couplet end in two nouns of a row.
 RHYMES = [
     'night light knight flight fight sight might',
     'day way bay clay play prey fray',
@@ -269,7 +269,7 @@ def plural(noun):
 
 
 def with_ending(verb, ending):
-    """The verb before an ending that starts in a vowel: love + est -> lovest, quit + est -> quittest."""
+    """A verb with an ending that starts with a vowel: love + est -> lovest, quit + est -> quittest."""
     if verb.endswith('e'):
         return verb[:-1] + ending
     return verb + (verb[-1] if verb in ('quit', 'shun') else '') + ending
@@ -289,19 +289,19 @@ def inflect(verb, form):
 
 
 def syllables(word):
-    """A rough count, good enough to break lines near ten."""
+    """The approximate number of syllables, accurate enough to break lines near ten."""
     letters = re.sub('[^a-z]', '', word.lower())
     silent = len(letters) > 2 and letters.endswith('e') and not letters.endswith('le')
     return max(1, len(VOWELS.findall(letters)) - silent)
 
 
 def listed(text):
-    """The words of a kind, or its phrases where '|' stands between them."""
+    """The words of a kind as a list, or its phrases if they are separated by '|'."""
     return [' '.join(item.split()) for item in text.split('|')] if '|' in text else text.split()
 
 
 class Playwright:
-    """Writes the play. All chance comes from one 64-bit linear congruential generator (Knuth's MMIX constants)."""
+    """Writes the play. Random numbers come from a 64-bit linear congruential generator (Knuth's MMIX constants)."""
 
     def __init__(self, seed):
         self.state = seed
@@ -329,7 +329,7 @@ class Playwright:
         }
 
     def below(self, n):
-        """A whole number in [0, n)."""
+        """A random integer in [0, n)."""
         self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
         return (self.state >> 32) * n >> 32
 
@@ -340,7 +340,7 @@ class Playwright:
         return items[self.below(len(items))]
 
     def favour(self, items):
-        """A pick in which earlier items come more often, since real words are not equally frequent either."""
+        """A random item; earlier ones are more likely, since word frequencies in real text are skewed."""
         return items[min(self.below(len(items)), self.below(len(items)))]
 
     def noun(self):
@@ -349,7 +349,7 @@ class Playwright:
         return noun
 
     def person(self):
-        """The name of somebody else, seldom one who isn't in this scene; sets who 'he' or 'she' is."""
+        """The name of another person, usually in this scene; sets the pronoun for 'he' or 'she'."""
         name, self.pronoun = self.pick(self.cast if self.chance(75) else self.people)
         return self.person() if name.upper() == self.speaker else name
 
@@ -365,7 +365,7 @@ class Playwright:
         return SLOT.sub(self.slot, template)
 
     def sentence(self, kind):
-        """One sentence of a kind (a list of templates), with its end mark, its first letter small."""
+        """One sentence of a kind (a list of templates) with its end mark; the first letter is lower case."""
         text = self.fill(self.pick(kind))
         if kind is STATEMENTS or kind is COMMANDS:
             opening = self.below(100)
@@ -402,7 +402,7 @@ class Playwright:
         return [self.sentence(kind) for kind in kinds]
 
     def verse(self, sentences):
-        """Lines of about ten syllables, each with a capital; they like to end where a phrase ends."""
+        """Lines of about ten syllables, capitalized; they tend to end with a phrase."""
         lines, line, beats = [], [], 0
         for word in polish(' '.join(sentences)).split(' '):
             if beats and (beats + syllables(word) > 10 or beats > 7 and line[-1][-1] in '.,;:?!'):
@@ -413,7 +413,7 @@ class Playwright:
         return [capital(text) for text in [*lines, ' '.join(line)]]
 
     def prose(self, sentences):
-        """Lines of up to 60 characters, as common people speak."""
+        """Lines of up to 60 characters, for commoners."""
         lines = ['']
         for word in polish(' '.join(sentences)).split(' '):
             if len(lines[-1]) + len(word) >= 60:
@@ -422,7 +422,7 @@ class Playwright:
         return lines
 
     def scene(self):
-        """One scene: who is there, where, what about; then speeches, most often in turn; a couplet at the end."""
+        """One scene: cast, place and topics, then speeches, mostly in turn, and a couplet at the end."""
         self.home = self.pick(self.places)
         self.topics = [self.favour(self.pick(self.nouns)) for _ in range(5)]
         self.cast = []
@@ -454,17 +454,17 @@ class Playwright:
 
 
 def capital(line):
-    """The line with a capital at its start."""
+    """A line with its first letter capitalized."""
     return LINE_START.sub(lambda match: match[0].upper(), line)
 
 
 def polish(text):
-    """'a owl' -> 'an owl', and a capital at the start of each sentence."""
+    """Text with 'a owl' -> 'an owl', and the first letter of each sentence capitalized."""
     return SENTENCE_START.sub(lambda match: match[0].upper(), ARTICLE.sub('an ', text))
 
 
 def generate():
-    """The whole corpus: a str of a little over LENGTH characters, the same on every machine."""
+    """The whole corpus: a str of slightly more than LENGTH characters, the same on every machine."""
     playwright = Playwright(SEED)
     scenes, length = [], 0
     while length < LENGTH:

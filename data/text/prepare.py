@@ -1,24 +1,24 @@
 """
-Prepare your own text: files or folders in, train.bin, val.bin and meta.json out, in data/NAME.
+Prepare any text: files or folders in, train.bin, val.bin and meta.json out, in data/NAME.
 
-A novel by characters, then train on it:
+A novel in characters, and training on it:
 $ python data/text/prepare.py --input=novel.txt --name=novel
 $ python train.py config/train_shakespeare_char.py --dataset=novel --out_dir=out-novel
 
-All .txt and .md files below a folder, and one file more, in GPT-2's tokens:
+All .txt and .md files of a folder, and one more file, in GPT-2's tokens:
 $ python data/text/prepare.py --input=notes,diary.txt --name=notes --tokenizer=gpt2
 
-In tokens learned from the text itself, for small models, whose arithmetic would mostly be GPT-2's 50257 ids:
+In a byte-pair encoding learned from the text, for small models, whose output head GPT-2's 50,257 ids would dominate:
 $ python data/text/prepare.py --input=notes --name=notes --tokenizer=bpe --vocab_size=2048
 
 A compressed file with one document per line:
 $ python data/text/prepare.py --input=reviews.txt.gz --name=reviews --tokenizer=gpt2 --documents=line
 
 Notable features:
-- any size: the text streams through all cores in bounded memory; the result is that of encoding each file in one go
-- text is UTF-8, whatever the system's default; a byte order mark goes, \\r\\n becomes \\n (byte: bytes as they are)
-- files come in the order of their paths; the last part of the text, by position, is for validation
-- gpt2 and bpe put <|endoftext|> after each document; char and byte have no such token: file follows file as it is
+- any size: the text streams through all cores in bounded memory; the ids equal those of encoding each file at once
+- text is UTF-8 whatever the locale; byte order marks are dropped, \\r\\n becomes \\n (byte: the bytes are unchanged)
+- files are read in the order of their paths; the end of the text is the validation split
+- gpt2 and bpe insert <|endoftext|> after each document; char and byte have no such token and concatenate the files
 """
 
 import gzip
@@ -32,33 +32,36 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import tokenizer, write_dataset
+from core.bounds import listed
+from core.files import sha256
 from core.runtime import UserError
+from core.tokenizer import TOKENIZERS, code_points, sample_evenly
+from core.write_dataset import chunks, cut_point, encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-input = ''  # a file or a folder, or several with commas between
-name = 'text'  # the data set goes to data/NAME; train with --dataset=NAME
-out_dir = ''  # a folder to take the place of data/NAME
-tokenizer = 'char'  # char, byte, gpt2 or bpe
+input = ''  # a file or a folder, or several, separated by commas
+name = 'text'  # the data set is written to data/NAME; train with --dataset=NAME
+out_dir = ''  # write to this folder instead of data/NAME
+tokenizer = 'char'  # char, byte, bpe or gpt2
 vocab_size = 0  # bpe: number of ids; 0: 4096
-documents = 'file'  # gpt2, bpe: <|endoftext|> after every file, or after every line
+documents = 'file'  # gpt2, bpe: a document is a file or a line
 suffixes = '.txt,.md,.txt.gz'  # which files of a folder to read
-val_fraction = 0.1  # the part of the text that is for validation
-workers = 0  # threads; 0 = all cores
+val_fraction = 0.1  # fraction of the text in the validation split
+workers = 0  # threads; 0: all cores
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
-BLOCK = 1 << 20  # characters, or bytes, that are read at a time
-LEARN_FROM = 1 << 25  # bpe: characters of the training text that pairs are learned from
+BLOCK = 1 << 20  # characters, or bytes, per read
+LEARN_FROM = 1 << 25  # characters of the training text from which a byte-pair encoding is learned
 
 
 def input_files(given):
-    """The files that `--input` names, in order. UserError where there is none."""
+    """The files that `--input` names, in order. UserError if there are none."""
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and Path(given).exists():
-        paths = [Path(given)]  # a name with a comma in it
+        paths = [Path(given)]  # a name that contains a comma
     if not paths:
-        raise UserError('say what to prepare: --input=FILE, or a folder, or several with commas between')
+        raise UserError('say what to prepare: --input=FILE, or a folder, or several, separated by commas')
     wanted = tuple(suffix.strip() for suffix in suffixes.split(',') if suffix.strip())
     files = []
     for path in paths:
@@ -68,7 +71,7 @@ def input_files(given):
             visible = (file for file in below if not any(p.startswith('.') for p in file.relative_to(path).parts))
             found = sorted(visible, key=lambda file: file.as_posix())
             if not found:
-                raise UserError(f'there are no {suffixes} files in {path}; name other endings with --suffixes')
+                raise UserError(f'there are no {suffixes} files in {path}; set other suffixes with --suffixes')
         elif not path.exists():
             raise UserError(f'there is no file or folder {path}; check --input')
         files += found
@@ -76,10 +79,10 @@ def input_files(given):
 
 
 def blocks(path):
-    """The text of a file in blocks: str, or bytes for the byte tokenizer. UserError where it can't be read."""
+    """Yields the text of a file in blocks: str, or bytes if the tokenizer reads bytes. UserError if unreadable."""
     try:
         with gzip.open(path, 'rb') if path.name.endswith('.gz') else open(path, 'rb') as file:
-            reader = file if tokenizer == 'byte' else io.TextIOWrapper(file, encoding='utf-8-sig')
+            reader = file if kind.reads_bytes else io.TextIOWrapper(file, encoding='utf-8-sig')
             while block := reader.read(BLOCK):
                 yield block
     except UnicodeDecodeError as error:
@@ -91,7 +94,7 @@ def blocks(path):
 
 
 def bad_line(path):
-    """Where a file stops being UTF-8, for a human."""
+    """The first place in a file that is not UTF-8, for an error message."""
     with gzip.open(path, 'rb') if path.name.endswith('.gz') else open(path, 'rb') as file:
         for number, line in enumerate(iter(lambda: file.readline(1 << 24), b''), 1):
             try:
@@ -102,19 +105,19 @@ def bad_line(path):
 
 
 def survey(files):
-    """Reads everything once: the length of each file, and the characters that occur (None but for char)."""
+    """Reads all files once: returns the length of each, and a str of the characters that occur if those are learned."""
     lengths, seen = [], np.zeros(0x110000, dtype=bool)
     for path in tqdm(files, desc='reading', unit='file', disable=None):
         lengths.append(0)
         for block in blocks(path):
             lengths[-1] += len(block)
-            if tokenizer == 'char':
-                seen[tokenizer.code_points(block)] = True
-    return lengths, ''.join(map(chr, np.flatnonzero(seen))) if tokenizer == 'char' else None
+            if kind.learned_from == 'characters':
+                seen[code_points(block)] = True
+    return lengths, ''.join(map(chr, np.flatnonzero(seen)))
 
 
 def part(path, start, stop):
-    """The blocks of a file from character (or byte) `start` to `stop`."""
+    """Yields the blocks of a file from character (or byte) `start` to `stop`."""
     position = 0
     for block in blocks(path):
         inside = block[max(0, start - position) : max(0, stop - position)]
@@ -126,17 +129,15 @@ def part(path, start, stop):
 
 
 def lines(stream, whole):
-    """The lines of a stream of str as (text, ended); empty ones are left out. whole: does the last one end there?"""
-    rest, begun = '', False  # begun: a line so long that its head went out already
+    """Yields the lines of a stream of str as (text, ended), without empty ones. whole: the last line ends there."""
+    rest, begun = '', False  # begun: the start of this line, longer than a block, has been yielded
     for block in stream:
         *full, rest = (rest + block).split('\n')
         for line in full:
             if begun or line.strip():
                 yield line, True
             begun = False
-        if len(rest) > BLOCK and (
-            at := write_dataset.last_cut(rest) or len(rest) > write_dataset.LONGEST_RUN and len(rest)
-        ):
+        if len(rest) > BLOCK and (at := cut_point(rest)):
             yield rest[:at], False
             rest, begun = rest[at:], True
     if begun or rest.strip():
@@ -144,7 +145,7 @@ def lines(stream, whole):
 
 
 def pieces(files, lengths, start, stop):
-    """The text from `start` to `stop`, counted over all files, as the (text, ended) pairs that are encoded."""
+    """Yields the text from position `start` to `stop` of all files as the (text, ended) pairs that are encoded."""
     position = 0
     for path, length in zip(files, lengths, strict=True):
         first, last = max(0, start - position), min(length, stop - position)
@@ -154,36 +155,48 @@ def pieces(files, lengths, start, stop):
         stream, whole = part(path, first, last), last == length
         if documents == 'line':
             yield from lines(stream, whole)
-        elif tokenizer in tokenizer.BYTE_PAIR_TOKENIZERS:
-            yield from ((piece, False) for piece in write_dataset.chunks(stream))
+        elif kind.byte_pair:
+            yield from ((piece, False) for piece in chunks(stream))
             yield '', whole
         else:
             yield from ((block, False) for block in stream)
 
 
-def digest(files):
-    """The SHA-256 of a file, or of the list of those of several files."""
-    sums = [write_dataset.file_sha256(path) for path in files]
+def learn(files, lengths, characters, cut):
+    """The tokenizer, loaded; learned from the characters or from the text in front of position `cut` if required."""
+    material = characters
+    if kind.learned_from == 'text':
+        stream = (text for text, _ in pieces(files, lengths, 0, cut))
+        sample = sample_evenly(stream, cut, LEARN_FROM)
+        material = tqdm(sample, desc='learning', unit=' texts', unit_scale=True, disable=None)
+    return kind.learn(material, vocab_size).load()
+
+
+def checksum(files):
+    """The SHA-256 of a file, or of the list of checksums of several files."""
+    sums = [sha256(path) for path in files]
     return sums[0] if len(sums) == 1 else hashlib.sha256('\n'.join(sums).encode('ascii')).hexdigest()
 
 
+kind = TOKENIZERS.get(tokenizer)
+if kind is None:
+    raise UserError(f"tokenizer is '{tokenizer}'; it must be {listed([*TOKENIZERS])}")
+sized = [each.name for each in TOKENIZERS.values() if each.vocab_sizes]
+divided = [each.name for each in TOKENIZERS.values() if each.byte_pair]
+sizes = kind.vocab_sizes or range(1)
 for holds, complaint in (
     (
-        tokenizer in ('char', 'byte', *tokenizer.BYTE_PAIR_TOKENIZERS),
-        f"tokenizer is '{tokenizer}'; it must be char, byte, bpe or gpt2",
+        not vocab_size or kind.vocab_sizes,
+        f'--vocab_size requires --tokenizer={listed(sized)}: the other vocabularies have fixed sizes',
     ),
-    (not vocab_size or tokenizer == 'bpe', '--vocab_size needs --tokenizer=bpe: the others have a size of their own'),
     (
-        not vocab_size or 300 <= vocab_size <= 65536,
-        f'vocab_size={vocab_size} must be from 300 (the 256 bytes are in it) to 65536',
+        not vocab_size or vocab_size in sizes,
+        f'vocab_size={vocab_size} must be from {sizes[0]} (the 256 bytes are included) to {sizes[-1]}',
     ),
-    (documents in ('file', 'line'), f"documents is '{documents}'; it must be file or line"),
     (
-        documents == 'file' or tokenizer in tokenizer.BYTE_PAIR_TOKENIZERS,
-        '--documents=line needs --tokenizer=gpt2 or bpe: the others have no end token',
+        documents == 'file' or kind.byte_pair,
+        f'--documents=line requires --tokenizer={listed(divided)}: the others have no end-of-text token',
     ),
-    (0 < val_fraction < 1, f'val_fraction={val_fraction} must be above 0 and below 1'),
-    (workers >= 0, f'workers={workers} must not be negative'),
     (
         name and name == Path(name).name and not name.startswith('.'),
         f"name is '{name}'; it must be a plain folder name",
@@ -198,31 +211,21 @@ for path in files:
     if any(target.exists() and target.samefile(path) for target in made):
         raise UserError(f'{path} would be overwritten by the data set; choose another --name or --out_dir')
 
-lengths, chars = survey(files)
+lengths, characters = survey(files)
 total = sum(lengths)
 if total < 2:
-    raise UserError(f'there is no text in {input}; name another file or folder with --input')
+    raise UserError(f'there is no text in {input}; set another file or folder with --input')
 cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
-vocabulary = None
-if tokenizer == 'bpe':
-    stream = (text for text, _ in pieces(files, lengths, 0, cut))
-    sample = tqdm(
-        tokenizer.evenly(stream, cut, LEARN_FROM), desc='learning', unit=' texts', unit_scale=True, disable=None
-    )
-    vocabulary = tokenizer.learn_bpe(sample, vocab_size or 4096)
-encoder = tokenizer.load_tokenizer({'tokenizer': tokenizer, 'chars': chars, 'pieces': vocabulary})
+encoder = learn(files, lengths, characters, cut)
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
 source = f'file {files[0].name}' if len(files) == 1 else f'{len(files):,} files of {named}'
 
 start = time.perf_counter()
-unit = 'B' if tokenizer == 'byte' else 'char'
+unit = 'B' if kind.reads_bytes else 'char'
 with tqdm(desc='encoding', total=total, unit=unit, unit_scale=True, disable=None) as bar:
     ranges = {'train': (0, cut), 'val': (cut, total)}
     splits = {
-        split: write_dataset.encode_stream(encoder, pieces(files, lengths, *ends), workers, bar)
-        for split, ends in ranges.items()
+        split: encode_stream(encoder, pieces(files, lengths, *ends), workers, bar) for split, ends in ranges.items()
     }
-    meta = write_dataset.write_dataset(
-        folder, tokenizer, splits, chars=chars, pieces=vocabulary, source=source, input_sha256=digest(files)
-    )
-print(write_dataset.summary(folder, meta, time.perf_counter() - start))
+    meta = write_dataset(folder, encoder, splits, source=source, input_sha256=checksum(files))
+print(summary(folder, meta, time.perf_counter() - start))
