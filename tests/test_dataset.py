@@ -42,8 +42,8 @@ def test_a_batch_depends_on_seed_and_number_alone(tmp_path):
     assert not torch.equal(x, one.batch(1337, 4, 8)[0]) and not torch.equal(x, one.batch(1338, 3, 8)[0])
 
 
-def test_the_windows_of_a_batch_are_these_forever(tmp_path):
-    """Runs of different versions can be compared only while this holds."""
+def test_the_windows_of_a_batch_never_change(tmp_path):
+    """Runs of different versions are comparable only if this holds."""
     data = TokenData(numbers(tmp_path), 16)
     assert data.batch(1337, 0, 6)[0][:, 0].tolist() == [953, 803, 526, 325, 782, 107]
     assert data.batch(1337, 1, 6)[0][:, 0].tolist() == [578, 189, 494, 504, 448, 266]
@@ -163,7 +163,7 @@ def test_a_broken_data_set_is_explained(case, char_data):
     assert 'data/text/prepare.py --input=FILE --name=tiny' in one_line(error)
 
 
-def test_the_command_named_is_the_folders_own(char_data):
+def test_the_message_names_the_prepare_script_of_the_folder(char_data):
     (char_data / 'prepare.py').touch()
     (char_data / 'train.bin').unlink()
     with pytest.raises(UserError, match='run python .*tiny/prepare.py$'):
@@ -223,7 +223,7 @@ def nanogpt_folder(folder, meta):
         (folder / 'meta.pkl').write_bytes(meta)
 
 
-def test_nanogpt_folder_by_characters(tmp_path):
+def test_nanogpt_folder_in_characters(tmp_path):
     chars = 'abc'
     meta = dict(vocab_size=3, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
     nanogpt_folder(tmp_path, pickle.dumps(meta))

@@ -87,7 +87,7 @@ def test_shakespeare_char_from_a_file(prepare, tmp_path):
     assert 'WARNING' not in err
 
 
-def test_tinyshakespeare_by_characters(prepare, shared_data, tmp_path, monkeypatch):
+def test_tinyshakespeare_in_characters(prepare, shared_data, tmp_path):
     out, err = prepare(CHAR, input=shared_data / 'tinyshakespeare' / 'input.txt', out_dir=tmp_path)
     data = TokenData(tmp_path, 256)
     assert data.tokens == {'train': 1_003_854, 'val': 111_540} and data.n_vocab == data.padded_vocab_size == 65

@@ -82,7 +82,7 @@ def test_own_text_in_gpt2_tokens(workers, prepare, texts, tmp_path, gpt2_cache):
     assert ids_of(tmp_path / 'out', 'val').tolist() == val and val.count(50256) == 2
 
 
-def test_own_text_with_a_document_per_line(prepare, tmp_path, gpt2_cache, monkeypatch):
+def test_own_text_with_a_document_per_line(prepare, tmp_path, gpt2_cache):
     documents = [f'Document {i} says <|endoftext|> {"ha " * (i % 7)}' for i in range(200)]
     (tmp_path / 'in.txt').write_text('\n\n'.join(documents), encoding='utf-8')
     prepare(

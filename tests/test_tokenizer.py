@@ -1,9 +1,7 @@
 """core/tokenizer.py: encoding and decoding, learned encodings, and the registry that everything else reads."""
 
-import runpy
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +22,6 @@ from core.tokenizer import (
     tokenizer_of,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = ['low lower lowest newest', 'the quick brown fox jumps over a lazy dog', 'wide wider widest caf\u00e9'] * 50
 
 
@@ -194,15 +191,11 @@ class Reversed(ByteTokenizer):
         return bytes(255 - int(i) for i in ids if i != 256)
 
 
-def test_a_new_tokenizer_needs_one_class(monkeypatch, tmp_path):
+def test_a_new_tokenizer_is_one_class(prepare, monkeypatch, tmp_path):
     """Once registered, text can be prepared, read and decoded with it, without a change elsewhere."""
     monkeypatch.setitem(TOKENIZERS, 'reversed', Reversed)
     (tmp_path / 'in.txt').write_text('some text ' * 20)
-    keys = dict(input=tmp_path / 'in.txt', out_dir=tmp_path / 'out', tokenizer='reversed')
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', *(f'--{key}={value}' for key, value in keys.items())])
-    monkeypatch.setattr(sys, 'path', list(sys.path))
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    runpy.run_path(str(ROOT / 'data' / 'text' / 'prepare.py'), run_name='__main__')
+    prepare('data/text/prepare.py', input=tmp_path / 'in.txt', out_dir=tmp_path / 'out', tokenizer='reversed')
     data = TokenData(tmp_path / 'out', 4)
     assert data.n_vocab == 257 and data.meta['tokenizer'] == 'reversed'
     ids = np.fromfile(tmp_path / 'out' / 'train.bin', dtype='<u2')

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from preparing import files_of
 
 from core.dataset import TokenData
 from core.files import sha256
@@ -78,10 +79,6 @@ def test_an_error_in_a_worker_reaches_the_caller():
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_files_on_disk(char_data):
