@@ -9,9 +9,14 @@ $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile=Fal
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/train_gpt2.py
 
-Resume a run that stopped, for whatever reason (or pass --init_from=auto from the start):
-$ python train.py config/train_shakespeare_cpu.py --init_from=resume
+Resume a run that stopped, for whatever reason; it takes all that you don't give from its checkpoint:
+$ python train.py --resume=yes --out_dir=out-shakespeare-cpu
+$ python train.py config/train_shakespeare_cpu.py --resume=auto  # resumes where there is a run, otherwise starts one
 """
+
+from core.signals import STOPPED, StopRequest
+
+stop_request = StopRequest()  # before the slow imports, so that a signal that arrives during them counts
 
 import math
 import os
@@ -24,14 +29,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from core import checkpoint as checkpoints
-from core import evaluation, runlog, runtime
-from core.dataset import TokenData
+from core import evaluation, runlog, runtime, starting
+from core.runfolder import RunFolder
 from core.runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # output
 out_dir = 'out'
-init_from = 'scratch'  # or 'resume', 'auto' (resume where a run exists), a checkpoint, 'gpt2*', a Hugging Face folder
+init_from = 'scratch'  # or a checkpoint, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a Hugging Face folder
+resume = 'no'  # 'yes': continue the run in out_dir; 'auto': where there is one, otherwise start from init_from
 overwrite = False  # discard the run that out_dir holds, and start a new one
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between rows of log.csv
@@ -87,10 +93,14 @@ seed = 1337  # of initial values, batches and dropout
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-stop_request = runtime.StopRequest()
-
-if overwrite and init_from in ('resume', 'auto'):
-    raise UserError(f'overwrite=True starts a new run, init_from={init_from} resumes an old one; leave one of them out')
+# ---- a new run, or which one to resume -------------------------------------------------------------------------------
+folder = RunFolder(out_dir)
+if not eval_only:
+    runtime.check_folder(out_dir)
+    if os.path.isdir(out_dir) and runtime.is_rank_zero():
+        folder.acquire()  # before looking: what is in it must not change any more
+config, resumed_from, resumed = starting.resolve(config, given, folder)
+globals().update(config)
 if attention == 'mha' and (n_latent or n_latent_q or n_rope or latent_norm):
     raise UserError('n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out')
 kept_iterations = set(runtime.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
@@ -112,38 +122,24 @@ if gradient_accumulation_steps % processes.world_size:
     )
 micro_steps = gradient_accumulation_steps // processes.world_size
 rows_per_iter = gradient_accumulation_steps * batch_size
-tokens_per_iter = rows_per_iter * block_size
 
-# ---- data, and the run so far ----------------------------------------------------------------------------------------
-ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
-if not eval_only:
-    runtime.check_folder(out_dir)
-data = TokenData(os.path.join(data_dir, dataset), block_size)
-if init_from == 'auto':
-    init_from = config['init_from'] = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-resumed = checkpoints.load(ckpt_path) if init_from == 'resume' else None
-if dtype == 'auto' and device == 'cpu' and resumed and 'attention' in resumed:
-    dtype = resumed['config'].get('dtype', dtype)  # on a CPU a resumed run keeps its dtype
-dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, device, n_embd))
-autocast = runtime.autocast(device, dtype)
-if resumed is None and os.path.exists(ckpt_path) and not overwrite and not eval_only:
-    raise UserError(f'{out_dir} holds another run; resume it with --init_from=resume, choose another --out_dir, '
-                    'or discard it with --overwrite=True')  # fmt: skip
+# ---- data, model and optimizer ---------------------------------------------------------------------------------------
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
     wandb_run = runlog.start_wandb(wandb_project, wandb_run_name, config, (resumed or {}).get('wandb_run_id'))
-
-# ---- model and optimizer ---------------------------------------------------------------------------------------------
-raw_model = checkpoints.starting_model(config, data, device, resumed, ckpt_path)
+raw_model, data = starting.model_and_data(config, given, device, resumed, resumed_from)
+block_size = raw_model.config.block_size
+dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, device, raw_model.config.n_embd))
+autocast = runtime.autocast(device, dtype)
 fsdp = fsdp and processes.world_size > 1
 if fsdp:
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
-iter_num, best_val_loss = 0, 1e9
+iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:
-    iter_num, best_val_loss = resumed.get('iter_num', 0), float(resumed.get('best_val_loss', 1e9))
+    iter_num, tokens, val_loss, best_val_loss = starting.progress(resumed)
     if resumed.get('optimizer'):
         checkpoints.restore_optimizer(optimizer, resumed['optimizer'])
     if resumed.get('scaler'):
@@ -154,6 +150,7 @@ model = torch.compile(raw_model) if compile and not fsdp else raw_model
 if processes.world_size > 1 and not fsdp:
     model = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith('cuda') else None)
 
+tokens_per_iter = rows_per_iter * block_size
 runtime.notice(
     f'device={device} ({threads} CPU threads, {processes.world_size} process{"es" * (processes.world_size > 1)}), '
     f'dtype={dtype}, compile={compile}; {attention}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
@@ -188,9 +185,14 @@ def evaluate(split):
     return evaluation.mean_and_stderr(losses, processes)
 
 
-def kept_path(iteration):
-    """Where the checkpoint of an iteration named by keep_checkpoints is kept."""
-    return os.path.join(out_dir, f'ckpt_{iteration:06}.pt')
+def stop_unless_finite(*losses):
+    """A run whose loss or gradient is not finite never recovers, and its weights must not reach a checkpoint."""
+    bad = processes.min(min(int(first_bad), max_iters if all(map(math.isfinite, losses)) else iter_num))
+    if bad < max_iters or not all(map(math.isfinite, losses)):
+        saver.wait()
+        kept = f'the last checkpoint is of iteration {saved_iter}' if saved_iter is not None else 'nothing was saved'
+        raise UserError(f'loss or gradient were not finite in iteration {bad}; {kept}. Lower --learning_rate, raise '
+                        '--warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
 
 
 def save(best=False):
@@ -198,18 +200,10 @@ def save(best=False):
     if processes.rank == 0 or fsdp:
         state = checkpoints.contents(
             raw_model, config, optimizer=optimizer, iter_num=iter_num, best_val_loss=best_val_loss, val_loss=val_loss,
-            tokenizer=data.meta, corpus=data.corpus, scaler=scaler, wandb_run_id=wandb_run_id,
+            tokenizer=data.meta, corpus=data.corpus, tokens=tokens, scaler=scaler, wandb_run_id=wandb_run_id,
         )  # fmt: skip
-        others = [best_path] * best + [kept_path(iter_num)] * (iter_num in kept_iterations)
-        saver.save(ckpt_path, state, others)
-
-
-def stop_if_not_finite():
-    """A run whose loss is not finite never recovers, and its weights must not reach a checkpoint."""
-    if (bad := processes.min(int(first_bad))) < max_iters:
-        saver.wait()
-        raise UserError(f'the loss was not finite in iteration {bad}; the last checkpoint in {out_dir} is from before. '
-                        'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32')  # fmt: skip
+        others = [folder.best] * best + [folder.kept(iter_num)] * (iter_num in kept_iterations)
+        saver.save(folder.ckpt, state, others)
 
 
 if eval_only:
@@ -222,29 +216,30 @@ if eval_only:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 log = None
 if processes.rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
-    if not iter_num:
-        # discarded by --overwrite: --init_from=auto must not find it again
-        for path in (ckpt_path, best_path, *map(kept_path, kept_iterations)):
-            if os.path.exists(path):
-                os.remove(path)
-    log = runlog.RunLog(os.path.join(out_dir, 'log.csv'), iter_num, wandb_run)
+    folder.acquire()
+    if resumed_from is None and overwrite:
+        folder.clear()
+    elif resumed_from is None:
+        folder.set_log_aside()
+    log = runlog.RunLog(folder.log, iter_num, wandb_run)
 saver = checkpoints.Writer(writes=processes.rank == 0)
+saved_iter = iter_num if resumed_from else None
 bar = tqdm(total=max_iters, initial=iter_num, unit='it', disable=None if processes.rank == 0 else True)
-val_loss = None
-first_bad = torch.full((), max_iters, device=device)  # the first iteration whose loss was not finite, if there is one
+first_bad = torch.full((), max_iters, device=device)  # first iteration whose loss or gradient was not finite, if any
 measured_from, measured_iters = time.perf_counter(), 0
 raw_model.train()
 batches = micro_batches(iter_num)
 x, y = next(batches)
 while True:
     lr = get_lr(iter_num)
-    row = {}
-    if iter_num % eval_interval == 0 or iter_num == max_iters:
-        stop_if_not_finite()
+    row, improved = {}, False
+    done = iter_num >= max_iters
+    evaluates = done or iter_num % eval_interval == 0
+    if evaluates:
         started = time.perf_counter()
         train_loss, _ = evaluate('train')
         val_loss, val_stderr = evaluate('val')
+        stop_unless_finite(train_loss, val_loss)
         row = dict(train_loss=f'{train_loss:.6f}', val_loss=f'{val_loss:.6f}', val_stderr=f'{val_stderr:.6f}')
         if processes.rank == 0:
             tqdm.write(
@@ -252,13 +247,13 @@ while True:
             )
         # not '<': a run killed between writing ckpt.pt and ckpt_best.pt resumes here with an equal loss
         improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
-        if iter_num and (always_save_checkpoint or improved or iter_num in kept_iterations):
-            save(best=improved)
         measured_from += time.perf_counter() - started
-    elif iter_num in kept_iterations or (iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0):
-        stop_if_not_finite()
-        save()
-    if iter_num >= max_iters or processes.any(stop_request.signal):
+    stops = not done and processes.any(stop_request.signal or (log and log.error))
+    saves = stops or iter_num in kept_iterations or (iter_num and evaluates and (always_save_checkpoint or improved))
+    saves = saves or (iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0)
+    if done:
+        if saves:
+            save(best=improved)
         break
 
     for group in optimizer.param_groups:
@@ -275,26 +270,32 @@ while True:
             loss += micro_loss.detach()
             x, y = next(batches)  # while a GPU is still busy with the forward pass
             scaler.scale(micro_loss).backward()
-    grad_norm = None
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-        grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
+    # a gradient that overflows float16 says nothing about the weights: the scaler skips the step and lowers the scale
+    finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
+    first_bad = torch.where(finite | (first_bad < iter_num), first_bad, iter_num)
+    if saves:  # before the step: the loss and gradient of these very weights are known now
+        stop_unless_finite()
+        save(best=improved)
+        saved_iter = iter_num
+    if stops:
+        break
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    first_bad = torch.where(loss.isfinite() | (first_bad < iter_num), first_bad, iter_num)
     measured_iters += 1
 
-    if iter_num % log_interval == 0 or row:
-        mean_loss = processes.sum(loss.double().cpu()).item() / processes.world_size  # waits for the device
+    if iter_num % log_interval == 0 or evaluates:
+        mean_loss = processes.sum(loss.cpu().double()).item() / processes.world_size  # waits for the device
         seconds = (time.perf_counter() - measured_from) / measured_iters
         peak = (runtime.peak_flops(device, dtype) or 0) * processes.world_size
         mfu = raw_model.estimate_mfu(rows_per_iter, seconds, peak)
         row.update(
-            iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}',
-            grad_norm='' if grad_norm is None else f'{float(grad_norm):.6f}', ms_per_iter=f'{1000 * seconds:.2f}',
-            tokens_per_s=f'{tokens_per_iter / seconds:.0f}', mfu='' if mfu is None else f'{mfu:.4f}',
+            iter=iter_num, tokens=tokens, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}', grad_norm=f'{float(grad_norm):.6f}',
+            ms_per_iter=f'{1000 * seconds:.2f}', tokens_per_s=f'{tokens_per_iter / seconds:.0f}',
+            mfu='' if mfu is None else f'{mfu:.4f}',
         )  # fmt: skip
         if processes.rank == 0:
             log.write(row)
@@ -302,26 +303,24 @@ while True:
             if bar.disable and iter_num % log_interval == 0:
                 shown = 'n/a' if mfu is None else f'{100 * mfu:.2f}%'
                 print(f'iter {iter_num}: loss {mean_loss:.4f}, time {1000 * seconds:.2f}ms, mfu {shown}', flush=True)
-        stop_if_not_finite()
+        stop_unless_finite()
         measured_from, measured_iters = time.perf_counter(), 0
     iter_num += 1
+    tokens += tokens_per_iter
     bar.update()
 
-# ---- the end: all done, or asked to stop -----------------------------------------------------------------------------
+# ---- the end: done, or asked to stop ---------------------------------------------------------------------------------
 bar.close()
-stopped_early = iter_num < max_iters
-if stopped_early:
-    stop_if_not_finite()
-    save()
-elif processes.rank == 0 and row:
-    log.write(dict(row, iter=iter_num, tokens=iter_num * tokens_per_iter, lr=f'{lr:.6g}'))
+if processes.rank == 0 and done:
+    log.write(dict(row, iter=iter_num, tokens=tokens, lr=f'{lr:.6g}'))
 saver.wait()
 processes.any(False)  # torchrun ends the job when one process leaves: none may, before the checkpoint is on disk
+if stops:
+    runtime.notice(
+        f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {folder.ckpt} is saved. '
+        f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
+    )
 if log:
     log.finish()
-if stopped_early:
-    runtime.notice(
-        f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {ckpt_path} is saved, '
-        'resume with --init_from=resume'
-    )
-processes.exit(runtime.PREEMPTED if stopped_early else 0)
+    folder.release()
+processes.exit(STOPPED if stops else 0)

@@ -11,12 +11,12 @@ Notable features:
 import contextlib
 import os
 import threading
-from dataclasses import fields
+import zipfile
+from dataclasses import fields, replace
 
 import torch
 
 from core import files
-from core.conversion import collect_statistics, to_mla, training_text
 from core.gpt2 import GPT2_SIZES
 from core.runtime import UserError
 from model import GPT, GPTConfig
@@ -33,6 +33,7 @@ TYPES = {
     'model_args': dict,
     'optimizer': dict,
     'iter_num': int,
+    'tokens': int,
     'best_val_loss': (int, float, torch.Tensor),
     'config': dict,
     'attention': str,
@@ -61,12 +62,13 @@ def model_args(config):
 
 
 def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, val_loss=None, tokenizer=None, corpus='',
-             scaler=None, wandb_run_id=None):  # fmt: skip
+             tokens=0, scaler=None, wandb_run_id=None):  # fmt: skip
     """
     The dict that a checkpoint file holds.
 
     model: a GPT or MLAGPT, not wrapped; config: the run's keys and values; tokenizer: the data set's meta;
-    corpus: one line that describes the training data; val_loss: the last one measured, in nats per token.
+    corpus: one line that describes the training data; val_loss: the last one measured, in nats per token; tokens:
+    trained on so far.
     """
     owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     first = {}  # a tensor with two names, the tied embedding, becomes one object and is saved once
@@ -75,10 +77,11 @@ def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, va
         'optimizer': optimizer.state_dict() if optimizer is not None else None,
         'model_args': model_args(model.config),
         'iter_num': iter_num,
+        'tokens': tokens,
         'best_val_loss': best_val_loss,
         'config': config,
         'attention': attention_of(model),
-        'tokenizer': {k: v for k, v in (tokenizer or {}).items() if k != 'sha256'},
+        'tokenizer': tokenizer or {},
         'corpus': corpus,
         'val_loss': val_loss,
         'scaler': scaler.state_dict() if scaler is not None else None,
@@ -176,16 +179,30 @@ def find(path):
     return file
 
 
+def check_sums(file):
+    """UserError where a part of the file differs from its CRC. torch.save writes zip files, torch.load ignores CRCs."""
+    if not zipfile.is_zipfile(file):
+        return  # PyTorch's format before 1.6 has no checksums; torch.load says what is wrong with other files
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged zip file raises almost anything
+        raise UserError(f'{file} is damaged ({error}); {OTHER_COPY}') from error
+    if damaged:
+        raise UserError(f'{file} is damaged: the checksum of {damaged} is wrong; {OTHER_COPY}')
+
+
 def load(path, device='cpu', mapped=False):
     """
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
 
-    mapped: tensors are memory-mapped, so the optimizer's are never read where only the model is used.
+    mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used.
 
-    Raises UserError where the file is missing, truncated or not a checkpoint, where it holds anything but tensors and
-    plain values, and where an entry's type is not that in TYPES.
+    Raises UserError where the file is missing, truncated, damaged (by its CRCs) or not a checkpoint, where it holds
+    anything but tensors and plain values, and where an entry's type is not that in TYPES.
     """
     file = find(path)
+    check_sums(file)
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
@@ -202,29 +219,48 @@ def load(path, device='cpu', mapped=False):
         value = checkpoint.get(name)
         if not isinstance(value, kinds) and (value is not None or name in ('model', 'model_args')):
             raise UserError(f"{file} is damaged: its '{name}' is a {type(value).__name__}; {OTHER_COPY}")
+    if min(checkpoint.get('iter_num') or 0, checkpoint.get('tokens') or 0) < 0:
+        raise UserError(f'{file} is damaged: its iter_num or tokens is negative; {OTHER_COPY}')
     tensors = checkpoint['model'].items()
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
         raise UserError(f"{file} is damaged: its 'model' holds more than named tensors; {OTHER_COPY}")
     return checkpoint
 
 
+def kind_of(checkpoint):
+    """'mha' or 'mla', for a loaded checkpoint. UserError where it names another attention."""
+    guess = 'mla' if any('.c_kv_down.' in name for name in checkpoint['model']) else 'mha'  # nanoGPT's don't say
+    kind = checkpoint.get('attention') or guess
+    if kind not in KINDS:
+        raise UserError(f"the checkpoint's attention is '{kind}'; only {' and '.join(KINDS)} are supported")
+    return kind
+
+
+def model_config(checkpoint, **overrides):
+    """The GPTConfig or MLAConfig of a loaded checkpoint. overrides: model_args to replace. UserError if invalid."""
+    try:
+        return KINDS[kind_of(checkpoint)][1](**{**checkpoint['model_args'], **overrides})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
+
+
+def changed(config, key, value):
+    """True where a model's config would differ if its field `key` were set to `value` (0 may stand for a default)."""
+    try:
+        return getattr(replace(config, **{key: value}), key) != getattr(config, key)
+    except ValueError:
+        return True
+
+
 def build_model(checkpoint, **overrides):
     """
-    The GPT or MLAGPT that a loaded checkpoint holds, with its weights, on the CPU.
+    The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
 
     overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit.
     """
     state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
-    guess = 'mla' if any('.c_kv_down.' in name for name in state) else 'mha'
-    kind = checkpoint.get('attention', guess)
-    if kind not in KINDS:
-        raise UserError(f"the checkpoint's attention is '{kind}'; only {' and '.join(KINDS)} are known")
-    model_class, config_class = KINDS[kind]
-    try:
-        model = model_class(config_class(**{**checkpoint['model_args'], **overrides}))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
+    model = KINDS[kind_of(checkpoint)][0](model_config(checkpoint, **overrides))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -245,7 +281,12 @@ def part_like(parameter, tensor):
 
 
 def restore_optimizer(optimizer, state):
-    """Load the optimizer state from a checkpoint. UserError where it doesn't fit the optimizer's parameters."""
+    """
+    Load the optimizer state of a checkpoint; weight decay and betas stay those that the optimizer was made with.
+
+    UserError where the state doesn't fit the optimizer's parameters.
+    """
+    made_with = [{key: group[key] for key in ('weight_decay', 'betas')} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     try:
         moments = state['state'] and [(state['state'][i]['exp_avg'], state['state'][i]['exp_avg_sq'])
@@ -257,6 +298,8 @@ def restore_optimizer(optimizer, state):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
         raise UserError(f"the checkpoint's 'optimizer' does not fit its model: {reason}; {OTHER_COPY}") from error
+    for group, settings in zip(optimizer.param_groups, made_with, strict=True):
+        group.update(settings)
 
 
 def pretrained(source, dropout=0.0, **overrides):
@@ -275,71 +318,3 @@ def pretrained(source, dropout=0.0, **overrides):
         return GPT.from_pretrained(source, dict(dropout=dropout, **overrides)), {}
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-# ---- the model that a training run starts from -----------------------------------------------------------------------
-
-
-def new_model(keys, vocab_size):
-    """A model with initial values, of the sizes that a script's keys ask for. ValueError where they don't fit."""
-    model_class, config_class = KINDS[keys['attention']]
-    sizes = {field.name: keys[field.name] for field in fields(config_class) if field.name in keys}
-    return model_class(config_class(**{**sizes, 'vocab_size': vocab_size}), seed=keys['seed'])
-
-
-def resumed_model(saved, path, keys):
-    """The model of a run to be resumed from its loaded checkpoint. UserError where the keys describe another model."""
-    model = build_model(saved, **{name: keys[name] for name in ('dropout', *NOT_THE_MODEL)})
-    if attention_of(model) != keys['attention']:
-        script = 'train_mla.py' if keys['attention'] == 'mha' else 'train.py'
-        raise UserError(f'{path} holds a model with the other attention; resume it with {script}')
-    if keys['block_size'] != model.config.block_size:
-        raise UserError(f'block_size={keys["block_size"]}, and the run in {path} has {model.config.block_size}; '
-                        f'resume it with --block_size={model.config.block_size}')  # fmt: skip
-    return model
-
-
-def pretrained_model(keys, data, device):
-    """
-    The model that training starts from where `init_from` names one; with attention='mla' an MHA model is converted.
-
-    data: the TokenData to train on: the conversion is weighted by what attention reads in it. UserError or ValueError.
-    """
-    source, n_latent = keys['init_from'], keys['n_latent']
-    model = pretrained(source, **{name: keys[name] for name in ('dropout', *NOT_THE_MODEL)})[0]
-    if keys['attention'] == 'mla' and attention_of(model) == 'mha':
-        count = max(keys['batch_size'], 65536 // keys['block_size'])
-        text = training_text(data, count, keys['batch_size'])
-        model = to_mla(model, n_latent, collect_statistics(model.to(device), text))
-    elif attention_of(model) != keys['attention']:
-        raise UserError(f'{source} holds a model with MLA, which has no way back to MHA; use train_mla.py')
-    if n_latent not in (0, getattr(model.config, 'n_latent', 0)):
-        raise UserError(f'{source} has n_latent={model.config.n_latent}, not {n_latent}; leave --n_latent out')
-    return model
-
-
-def starting_model(keys, data, device, saved=None, path=''):
-    """
-    The model that a training run starts from, on the CPU or `device`: resumed, pretrained or new.
-
-    keys: the training script's keys; data: its TokenData; saved: the checkpoint to resume, loaded from `path`, or None.
-    UserError, in one line, where keys, source and data don't fit together.
-    """
-    try:
-        if saved:
-            model = resumed_model(saved, path, keys)
-        elif keys['init_from'] == 'scratch':
-            model = new_model(keys, data.padded_vocab_size)
-        else:
-            model = pretrained_model(keys, data, device)
-        if keys['block_size'] < model.config.block_size:
-            model.crop_block_size(keys['block_size'])
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if data.n_vocab > model.config.vocab_size:
-        raise UserError(f'{keys["dataset"]} has {data.n_vocab} different tokens, and the model only '
-                        f'{model.config.vocab_size}; use the data set that the model was made for')  # fmt: skip
-    if keys['block_size'] > model.config.block_size:
-        raise UserError(f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in '
-                        f'{keys["init_from"]}; lower it')  # fmt: skip
-    return model

@@ -2,7 +2,9 @@
 What a run reports while it trains: one row of log.csv per logged iteration, and the same to wandb where that is on.
 """
 
+import contextlib
 import csv
+import io
 import os
 
 from core import files, runtime
@@ -37,14 +39,14 @@ class RunLog:
 
     def __init__(self, path, iter_num, wandb_run=None):
         """
-        path: log.csv. iter_num: the iteration the next row is about; rows from there on, left by a run that was killed
-        after its last checkpoint, are cut. UserError where the file can't be read and written as a log.
+        path: log.csv. iter_num: the iteration of the next row; rows from there on, left by a run that was killed after
+        its last checkpoint, are cut. UserError where the file can't be read and written as a log.
         """
-        self.wandb_run = wandb_run
+        self.path, self.wandb_run, self.error = path, wandb_run, None
         kept = []
         try:
             if iter_num and os.path.exists(path):
-                kept = [row for row in read(path) if row['iter'].isdigit() and int(row['iter']) < iter_num]
+                kept = [row for row in read(path) if int(row['iter']) < iter_num]
             with files.replacing(path) as file:
                 writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
                 writer.writeheader()
@@ -54,22 +56,34 @@ class RunLog:
             raise UserError(f"{path} can't be read and written as a run's log ({error}); move it away") from error
 
     def write(self, row):
-        """Append a row, a dict with some of COLUMNS."""
-        csv.DictWriter(self.file, COLUMNS, restval='').writerow(row)
+        """Append a row, a dict with some of COLUMNS. Where the disk is full, `error` holds the reason afterwards."""
+        try:
+            csv.DictWriter(self.file, COLUMNS, restval='').writerow(row)
+        except OSError as error:
+            self.error = error
         if self.wandb_run is not None:
             self.wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
 
     def finish(self):
-        """Close the file and the wandb run."""
-        self.file.close()
+        """Close the file and the wandb run. UserError where a row could not be written."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
+        if self.error is not None:
+            raise UserError(f"{self.path} can't be written ({self.error}); free some disk space and resume the run")
 
 
 def read(path):
-    """The rows of a log.csv, a list of {column: str}. Raises OSError, ValueError or csv.Error."""
+    """
+    The rows of a log.csv, a list of {column: str}; a last row that a kill cut short is left out.
+
+    Raises OSError, ValueError, KeyError or csv.Error where the file is no log.
+    """
     with open(path, encoding='utf-8', newline='') as file:
-        return list(csv.DictReader(file))
+        text = file.read()
+    whole = text[: text.rfind('\n') + 1]
+    return [row for row in csv.DictReader(io.StringIO(whole, newline='')) if row['iter'].isdigit() and None not in row]
 
 
 def column(rows, name):

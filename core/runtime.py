@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -78,13 +77,25 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def pick_device(device='auto'):
-    """'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists; any other is checked. UserError if it fails."""
+    """
+    'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists. Any other is checked; UserError if it isn't available.
+
+    A GPU with an index, such as 'cuda:1', becomes the current one. The check allocates nothing on a GPU: under torchrun
+    every process would otherwise open a context on GPU 0, which takes hundreds of MB there.
+    """
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=device)
+        place = torch.device(device)
+        if place.type == 'cuda':
+            if not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f'{torch.cuda.device_count()} CUDA GPUs are visible')
+            if place.index is not None:
+                torch.cuda.set_device(place)
+        else:
+            torch.empty(1, device=place)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"device '{device}' is not available; use --device=cpu, or --device=auto for the best one"
@@ -96,17 +107,19 @@ def pick_dtype(dtype, device, n_embd=0):
     """
     The dtype of matrix multiplications: 'float32', 'bfloat16' or 'float16'.
 
-    'auto': on CUDA bfloat16 where the GPU supports it, otherwise float16; on a CPU bfloat16 where the model is wide
-    enough (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16. Otherwise float32.
+    'auto': on CUDA bfloat16 where the GPU has it (A100 and later), otherwise float16; on a CPU bfloat16 where the model
+    is wide enough (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16. Otherwise
+    float32.
     """
     if dtype == 'auto':
         if device.startswith('cuda'):
-            return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+            with torch.cuda.device(device):  # V100 and T4 only emulate it, which is slower than float32
+                return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
         return 'bfloat16' if device == 'cpu' and n_embd >= 256 and cpu_has_fast_bfloat16() else 'float32'
     if dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}")
     if dtype == 'float16' and not device.startswith('cuda'):
-        raise UserError(f'dtype=float16 needs a CUDA GPU, and the device is {device}; use --dtype=bfloat16 or float32')
+        raise UserError(f'dtype=float16 requires a CUDA GPU, and the device is {device}; use --dtype=bfloat16 or float32')
     return dtype
 
 
@@ -248,9 +261,20 @@ class Processes:
         return int(tensor)
 
     def agreed_dtype(self, dtype):
-        """`dtype`, or 'float32' where only some processes picked bfloat16: the trial behind 'auto' may differ."""
-        all_agree = bool(self.min(int(dtype == 'bfloat16')))
-        return 'float32' if dtype == 'bfloat16' and not all_agree else dtype
+        """`dtype` where all processes picked it, otherwise 'float32': GPUs and CPUs may differ between nodes."""
+        number = list(DTYPES).index(dtype)
+        return dtype if self.min(number) == -self.min(-number) else 'float32'
+
+    def broadcast_model(self, model):
+        """
+        Copy rank 0's parameters to the model of every process, in place.
+
+        A conversion from MHA rounds differently on different GPUs, and `shard` takes each process's own values: call
+        this between the two. (DistributedDataParallel broadcasts by itself.)
+        """
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                torch.distributed.broadcast(parameter.detach(), src=0)
 
     def exit(self, code=0):
         """
@@ -315,28 +339,10 @@ def shard(model, device, compile=False):
     register_fsdp_forward_method(model, 'window_losses')
 
 
-# ---- randomness and signals ------------------------------------------------------------------------------------------
+# ---- randomness ------------------------------------------------------------------------------------------------------
 
 
 def seed_dropout(seed, iteration, micro_step, rank):
     """Seed the dropout masks of one forward pass by these numbers alone, so that a resumed run draws the same masks."""
     digest = hashlib.sha256(f'{seed}:{iteration}:{micro_step}:{rank}'.encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
-
-
-PREEMPTED = 85  # exit code of a run that a signal stopped: it has saved, and can be resumed
-
-
-class StopRequest:
-    """Records SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step. A second SIGINT exits immediately."""
-
-    def __init__(self):
-        self.signal = None
-        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._remember)
-
-    def _remember(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            os._exit(130)
-        self.signal = signal.Signals(number).name

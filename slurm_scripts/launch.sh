@@ -4,7 +4,7 @@
 #
 # 1. SLURM sends SIGUSR1 to the batch shell (--signal=B:USR1@120) some two minutes before the limit.
 # 2. The shell passes it on to the trainers, which finish their step, save, and leave with exit code 85.
-# 3. The shell puts the job back into the queue, and --init_from=auto goes on from the checkpoint.
+# 3. The shell puts the job back into the queue, and --resume=auto goes on from the checkpoint.
 #
 # A job is requeued after that signal alone. A crash, `scancel` and a run into the time limit end it.
 set -euo pipefail
@@ -33,7 +33,7 @@ launch() {
         trap "" USR1
         exec torchrun --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_conf="is_host=$((SLURM_NODEID == 0))" "$@"
     ' task --nnodes="$SLURM_JOB_NUM_NODES" --max-restarts=0 --rdzv_backend=c10d --rdzv_endpoint="$head:$port" \
-        --rdzv_id="$SLURM_JOB_ID" "$1" "$2" --init_from=auto "${@:3}" &
+        --rdzv_id="$SLURM_JOB_ID" "$1" "$2" --resume=auto "${@:3}" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, but not the trainers
         wait "$step" || true

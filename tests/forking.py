@@ -83,6 +83,7 @@ def run_forked(script, arguments, seconds):
                 for thread in threading.enumerate():
                     if thread is not threading.current_thread() and not thread.daemon:
                         thread.join()
+                atexit._run_exitfuncs()  # as Python does when a script ends
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:

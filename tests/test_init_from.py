@@ -62,8 +62,8 @@ def test_mha_becomes_mla_on_the_way(prepared, tmp_path):
     assert again.returncode == 0, again.stderr  # from an MLA checkpoint, whose latent it keeps
     assert checkpoints.load(str(tmp_path / 'more'))['model_args']['n_latent'] == 5
     for script, flags, complaint in (
-        ('train.py', [], 'no way back'),
-        ('train_mla.py', ['--n_latent=6'], 'n_latent=5, not 6'),
+        ('train.py', [], 'cannot be converted back'),
+        ('train_mla.py', ['--n_latent=6'], 'n_latent=6 cannot be applied'),
         ('train_mla.py', ['--init_from=nowhere'], "'nowhere' is no checkpoint"),
     ):
         refused = train(script, folder, f'--init_from={tmp_path}', f'--out_dir={tmp_path / "no"}', *flags)
