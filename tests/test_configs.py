@@ -13,12 +13,12 @@ PAIRS = [file.stem for file in FILES if file.with_name(f'{file.stem}_mla.py').ex
 
 
 def train_keys():
-    """The keys of train.py with their defaults: its assignments above the line that executes the configurator."""
+    """The keys of train.py with their defaults: the values assigned above the line that executes the configurator."""
     keys = {}
     for node in ast.parse((ROOT / 'train.py').read_text(encoding='utf-8')).body:
         if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node) and isinstance(node.value, ast.Call):
             return keys
-        if isinstance(node, ast.Assign):
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
             exec(ast.unparse(node), keys)
             keys.pop('__builtins__')
     raise AssertionError('train.py does not execute the configurator')
