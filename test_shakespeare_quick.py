@@ -78,7 +78,7 @@ for name in models:
             )
 for name, script in models.items():
     arguments = {**setting, **own_arguments[name], 'out_dir': os.path.join(out_dir, name)}
-    arguments.update(overwrite=True) if overwrite else arguments.update(init_from='auto')
+    arguments.update(overwrite=True) if overwrite else arguments.update(resume='auto')
     runtime.notice(f'---- {script}: {name.upper()} ----')
     command = [sys.executable, script, *(f'--{key}={value}' for key, value in arguments.items())]
     done = subprocess.run(command)

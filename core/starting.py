@@ -113,12 +113,20 @@ def progress(saved):
 
 def check_data(saved, data, path):
     """UserError where the data set is not the one that the run in the checkpoint `saved` began with."""
-    then = saved.get('tokenizer') or {}
-    for key in IDENTITY:
-        if key in then and key in data.meta and then[key] != data.meta[key]:
-            raise UserError(f'{data.folder} is not the data set that the run in {path} began with (its {key} differs: '
-                            f'{short(data.meta[key])}, recorded {short(then[key])}); restore it, or start a new run '
-                            'in another --out_dir')  # fmt: skip
+    then, now = (flat(meta) for meta in (saved.get('tokenizer') or {}, data.meta))
+    for name in then.keys() & now.keys():
+        if then[name] != now[name]:
+            raise UserError(f'{data.folder} is not the data set that the run in {path} began with ({name}: '
+                            f'{short(now[name])}, recorded {short(then[name])}); restore it, or start a new run in '
+                            'another --out_dir')  # fmt: skip
+
+
+def flat(meta):
+    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., 'chars': ...}."""
+    entries = {key: meta[key] for key in IDENTITY if key in meta}
+    nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
+    files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
+    return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries
 
 
 def check_tokenizer(meta, data, source):
@@ -138,7 +146,7 @@ def describe(meta):
 def short(value):
     """A value as an error message shows it."""
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + '...'
+    return text if len(text) <= 40 else text[:37] + '...'
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

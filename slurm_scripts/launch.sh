@@ -4,7 +4,7 @@
 #
 # 1. SLURM sends SIGUSR1 to the batch shell (--signal=B:USR1@120) some two minutes before the limit.
 # 2. The shell passes it on to the trainers, which finish their step, save, and leave with exit code 85.
-# 3. The shell puts the job back into the queue, and --resume=auto goes on from the checkpoint.
+# 3. The shell puts the job back into the queue, and --resume=auto resumes from the checkpoint.
 #
 # A job is requeued after that signal alone. A crash, `scancel` and a run into the time limit end it.
 set -euo pipefail
