@@ -1,0 +1,162 @@
+"""
+Breaks the code in one line at a time, and asks whether the tests notice.
+
+$ python tests/mutations.py             # all of MUTATIONS: tests/README.md's table on stdout
+$ python tests/mutations.py 3 17        # those alone
+
+Each mutation is made in a copy of the repository, where only the tests named for it run, until one fails.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# what it breaks, file, line as it is, line as it becomes, test files that should notice
+MUTATIONS = [
+    ('scores scaled by the width, not the head size', 'model.py', 'self.scale = 1 / math.sqrt(self.head_size)',
+     'self.scale = 1 / math.sqrt(self.n_embd)', 'parity'),
+    ('attention reads the stream before its norm', 'model.py', 'x = x + self.attn(self.ln_1(x), rope, cache)',
+     'x = x + self.attn(x, rope, cache)', 'parity'),
+    ('residual projections start as large as others', 'model.py',
+     "return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 0.02", 'return 0.02',
+     'model'),
+    ('masked targets are scored', 'model.py',
+     'return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)',
+     'return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=0))', 'model'),
+    ('RoPE reflects instead of rotating', 'model.py',
+     'return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)',
+     'return torch.stack((even * cos + odd * sin, even * sin - odd * cos), dim=-1).flatten(-2).to(x.dtype)', 'parity'),
+    ('a chunk counts as one token in the cache', 'model.py', 'self.length += T', 'self.length += 1', 'cache'),
+    ('samples of one prompt forget its length', 'model.py', 'copy.length = self.length', 'copy.length = 0', 'decoding'),
+    ('a full cache is refilled with a quarter', 'model.py',
+     'logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 2) : end + 1], cache=cache)',
+     'logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 4) : end + 1], cache=cache)', 'decoding'),
+    ('norm gains decay too', 'model.py', "{'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},",
+     "{'params': [p for p in parameters if p.dim() < 2], 'weight_decay': weight_decay},", 'model'),
+    ('attention counts half its FLOPs', 'model.py',
+     'return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size',
+     'return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * self.config.block_size', 'model'),
+    ('GPT-2 is loaded with the exact GELU', 'core/gpt2.py',
+     "GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}",
+     "GELUS = {'exact': ('gelu_new', 'gelu_pytorch_tanh'), 'tanh': ('gelu',)}", 'parity'),
+    ('MLA scales by its latent', 'model_mla.py',
+     'self.scale = 1 / math.sqrt(self.head_size)  # of the whole query, its position part included',
+     'self.scale = 1 / math.sqrt(self.n_latent)', 'parity'),
+    ('absorbed attention forgets the values\' bias', 'model_mla.py', 'return y if b_v is None else y + b_v[:, None]',
+     'return y', 'cache'),
+    ('the latent is cached without its norm', 'model_mla.py',
+     'return torch.cat((self.kv_norm(c_kv), k_rope), dim=-1)', 'return torch.cat((c_kv, k_rope), dim=-1)', 'parity'),
+    ('the cost rule is turned around', 'model_mla.py', 'return r <= d or T * (r - d) < r * d',
+     'return r <= d or T * (r - d) >= r * d', 'cache'),
+    ('MLA starts with MHA\'s 0.02 everywhere', 'model_mla.py',
+     "if not rank or not name.endswith('.weight'):", 'if True:', 'model'),
+    ('compressed queries skip their norm', 'model_mla.py',
+     "c_q = self.q_norm(self.c_q_down(x)) if hasattr(self, 'c_q_down') else x  # eq. 12",
+     "c_q = self.c_q_down(x) if hasattr(self, 'c_q_down') else x", 'parity'),
+    ('the written-out gradient of queries lacks the scale', 'core/kernels.py',
+     'grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen]).mul_(ctx.scale)',
+     'grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen])', 'kernels'),
+    ('dropout does not scale up what it keeps', 'core/kernels.py',
+     'return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))', 'return x * kept.to(x.dtype)', 'kernels'),
+    ('the fused loss divides by all rows', 'core/kernels.py', 'return total / count', 'return total / x.size(0)',
+     'kernels'),
+    ('the mask of a chunk is aligned top-left', 'core/kernels.py',
+     'return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)',
+     'return torch.ones(T, S, dtype=torch.bool, device=device).tril(0)', 'kernels cache'),
+    ('top_p keeps too little', 'core/decoding.py',
+     'beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the more likely ids alone already reach p',
+     'beyond = ordered.cumsum(dim=-1) >= top_p', 'decoding sample'),
+    ('a fixed step does not see its own token', 'core/decoding.py',
+     'return torch.arange(self.max_tokens, device=self.position.device)[None] <= self.position',
+     'return torch.arange(self.max_tokens, device=self.position.device)[None] < self.position', 'decoding'),
+    ('padded ids are drawn', 'core/decoding.py', 'logits = logits[:, :valid_ids]', 'pass', 'decoding sample'),
+    ('gradients are clipped before they are unscaled', 'train.py',
+     'scaler.unscale_(optimizer)', 'pass', 'train_numerics'),
+    ('every rank drops the same', 'train.py',
+     'runtime.seed_dropout(seed, iter_num, micro_step, processes.rank)',
+     'runtime.seed_dropout(seed, iter_num, micro_step, 0)', 'train_numerics processes'),
+    ('the gradient is not clipped', 'train.py',
+     'grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)',
+     'grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf)', 'train train_numerics'),
+    ('micro-batches add up instead of averaging', 'train.py',
+     'micro_loss = model(x, y, logits=False)[1] / micro_steps', 'micro_loss = model(x, y, logits=False)[1]',
+     'train_numerics processes'),
+    ('the learning rate never changes', 'train.py', "group['lr'] = lr", "group['lr'] = learning_rate", 'train'),
+    ('all ranks read the same rows', 'train.py',
+     'first = (micro_step * processes.world_size + processes.rank) * batch_size',
+     'first = micro_step * processes.world_size * batch_size', 'processes'),
+    ('a loss that is not finite is not noticed', 'train.py',
+     'finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())',
+     'finite = torch.ones_like(loss, dtype=torch.bool)', 'resume train'),
+    ('gradients accumulate over iterations', 'train.py', 'optimizer.zero_grad(set_to_none=True)', 'pass', 'train'),
+    ('all batches are batch 0', 'core/dataset.py', 'key = np.array([seed % 2**64, n % 2**64], dtype=np.uint64)',
+     'key = np.array([seed % 2**64, 0], dtype=np.uint64)', 'dataset train'),
+    ('targets are the inputs', 'core/dataset.py',
+     'x, y = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)',
+     'x, y = window[:, :-1].astype(np.int64), window[:, :-1].astype(np.int64)', 'dataset'),
+    ('evaluation takes the first windows', 'core/dataset.py',
+     'return np.arange(count, dtype=np.int64) * slots // count * step',
+     'return np.arange(count, dtype=np.int64) * step', 'dataset'),
+    ('loading a checkpoint may run code', 'core/checkpoint.py',
+     'checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)',
+     'checkpoint = torch.load(file, map_location=device, weights_only=False, mmap=mapped)', 'checkpoint'),
+    ('a resumed optimizer keeps its old weight decay', 'core/checkpoint.py',
+     'group.update(settings)', 'pass', 'resume'),
+    ('damaged checkpoints are loaded', 'core/checkpoint.py', 'check_sums(file)', 'pass', 'runfolder'),
+    ('files are written in place', 'core/files.py', "temporary = f'{path}.writing'", 'temporary = path',
+     'checkpoint files'),
+    ('a resumed run may read other data', 'core/starting.py', 'check_data(saved, data, path)', 'pass', 'resume'),
+    ('resuming ignores what the run was made with', 'core/starting.py',
+     'keys = {**keys, **{key: then[key] for key in ours - given if same_type(then.get(key), keys[key])}}',
+     'keys = dict(keys)', 'resume'),
+    ('two trainers share a folder', 'core/runfolder.py', 'fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass',
+     'runfolder'),
+    ('a converted bias forgets the mean', 'core/conversion.py', 'shift = w @ mean - up @ (down @ mean)',
+     'shift = torch.zeros(len(w), dtype=w.dtype)', 'conversion'),
+    ('balance works the wrong way', 'core/conversion.py',
+     'ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0',
+     'ratio = (norm(w_k @ half) / norm(w_v @ half)).item() if balance else 1.0', 'conversion'),
+    ('induction is scored at the match itself', 'analysis/induction.py',
+     "'induction': pattern[sequence, :, query, match + 1].mean(1),",
+     "'induction': pattern[sequence, :, query, match].mean(1),", 'induction'),
+    ('chance is off by one', 'analysis/induction.py', 'return (1.0 / (repeats.query.double() + 1)).mean().item()',
+     'return (1.0 / repeats.query.double()).mean().item()', 'induction repeats'),
+    ('the interval covers 90 %', 'analysis/stats.py', 'tail = (1 - level) / 2', 'tail = 1 - level', 'stats'),
+]  # fmt: skip
+
+
+def outcome(file, before, after, tests):
+    """What notices the mutation: 'test_file::test' of the first that fails, or 'nothing'."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, 'repository')
+        tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout
+        for name in tracked.decode().split('\0'):
+            if name and (ROOT / name).exists():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, copy / name)
+        text = (copy / file).read_text()
+        if text.count(before + '\n') != 1:
+            raise SystemExit(f'{file} has the line {before!r} {text.count(before)} times, not once')
+        (copy / file).write_text(text.replace(before + '\n', after + '\n'))
+        command = [sys.executable, '-m', 'pytest', '-q', '-x', *(f'tests/test_{name}.py' for name in tests.split())]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))  # fmt: skip
+        failed = [line.split(' ')[1] for line in done.stdout.splitlines() if line.startswith(('FAILED', 'ERROR'))]
+        return failed[0].removeprefix('tests/') if failed else 'nothing'
+
+
+if __name__ == '__main__':
+    chosen = [int(number) for number in sys.argv[1:]] or range(1, len(MUTATIONS) + 1)
+    print('| | mutation | in | noticed by |\n|---|---|---|---|')
+    caught = 0
+    for number in chosen:
+        what, file, before, after, tests = MUTATIONS[number - 1]
+        found = outcome(file, before, after, tests)
+        caught += found != 'nothing'
+        print(f'| {number} | {what} | `{file}` | {found} |', flush=True)
+    print(f'\n{caught} of {len(chosen)} mutations were noticed.')
