@@ -18,8 +18,6 @@ import shutil
 from dataclasses import fields
 from json import dump
 
-import torch
-
 from core import checkpoint as checkpoints
 from core import gpt2, runtime
 from core.runtime import UserError
