@@ -1,32 +1,15 @@
-"""bench.py in all its modes, on models that take no time: what it measures is there, and makes sense."""
+"""bench.py in all its modes, on tiny models: the rows that it writes, their units, and its error messages."""
 
 import json
+from pathlib import Path
 
 import forking
 import pytest
 
+from model import GPT, GPTConfig
+
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--rounds=2', '--device=cpu', '--threads=1']
-NANOGPT = """
-import torch
-from torch.nn import functional as F
-
-class GPTConfig:
-    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias):
-        self.vocab_size, self.n_embd = vocab_size, n_embd
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        print('number of parameters: 0.01M')
-        self.table = torch.nn.Embedding(config.vocab_size, 8)
-        self.head = torch.nn.Linear(8, config.vocab_size)
-
-    def forward(self, x, y):
-        return None, F.cross_entropy(self.head(self.table(x)).flatten(0, 1), y.flatten())
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
-"""
+TWIN = Path(__file__).with_name('nanogpt_twin.py').read_text(encoding='utf-8')
 
 
 def bench(*arguments):
@@ -36,26 +19,35 @@ def bench(*arguments):
 
 
 def timed(path, key='steps'):
+    """{name: row} of a file written by --json; every row has a time."""
     rows = json.loads(path.read_text())[key]
     assert all(row['ms'] > 0 for row in rows)
     return {row['name']: row for row in rows}
 
 
-def test_training_steps_are_timed_beside_nanogpt_and_without_each_optimisation(tmp_path):
-    (tmp_path / 'model.py').write_text(NANOGPT)
+def test_training_steps_are_timed_with_nanogpt_and_without_each_optimization(tmp_path):
+    (tmp_path / 'model.py').write_text(TWIN)
     sizes = ['--batch_size=4', '--block_size=32', '--vocab_size=50304']
     keys = [*sizes, f'--nanogpt={tmp_path}', '--without=memory,fused,loss']
     done = bench('--mode=train', *keys, f'--json={tmp_path}/a.json', f'--profile={tmp_path}/trace')
-    rows = timed(tmp_path / 'a.json')
+    rows, written = timed(tmp_path / 'a.json'), json.loads((tmp_path / 'a.json').read_text())
     names = ['MHA', 'MLA, r=16', 'nanoGPT', 'MHA without memory', 'MHA without fused', 'MHA without loss']
-    assert list(rows) == names
+    assert list(rows) == names and all(f'| {name} |' in done.stdout for name in names)
+    assert written['machine']['device'] and written['machine']['dtype'] == 'float32'
     assert rows['nanoGPT']['speed_of_nanogpt'] == 1
-    peak = json.loads((tmp_path / 'a.json').read_text())['peak_flops']
-    assert all(row['mfu'] == pytest.approx(row['flops_per_s'] / peak) and row['mfu'] < 1 for row in rows.values())
-    assert all(row['tokens_per_s'] == pytest.approx(1000 * 4 * 32 / row['ms']) for row in rows.values())
-    assert all(row['peak_bytes'] > 4 * 32 * 32 * 4 for name, row in rows.items() if name != 'nanoGPT')
-    assert all(f'| {name} |' in done.stdout for name in names)
-    assert 'number of parameters' not in done.stdout
+    assert rows['MHA']['speed_of_nanogpt'] == pytest.approx(rows['nanoGPT']['ms'] / rows['MHA']['ms'])
+    model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=1, n_head=2, n_embd=32, bias=False))
+    for row in rows.values():
+        assert 0 < row['mfu'] < 1
+        assert row['tokens_per_s'] * row['ms'] / 1000 == pytest.approx(4 * 32), 'a step trains one batch'
+        if row['name'] != 'MLA, r=16':
+            per_token = row['mfu'] * written['peak_flops'] / row['tokens_per_s']
+            assert per_token == pytest.approx(model.flops_per_token())
+    logits = 4 * 32 * 50304 * 4  # bytes of all logits
+    assert 4 * 32 * 32 * 4 < rows['MHA']['peak_bytes'] < rows['MHA without loss']['peak_bytes'] - logits / 2
+    assert rows['nanoGPT']['peak_bytes'] > logits
+    assert 'number of parameters' not in done.stdout + done.stderr, 'only bench.py prints'
+    assert done.stderr.count('command line sets') == 1
     for name in ('MHA', 'MLA-r16'):
         assert json.loads((tmp_path / f'trace-{name}.json').read_text())['traceEvents']
 
@@ -68,6 +60,16 @@ def test_decoding_is_timed(tmp_path):
     assert per_token == {'MHA': 256, 'MLA, r=16': 64, 'MLA, r=8': 32, 'MLA, r=4': 16, 'MHA, no cache': 0}
     assert list(timed(tmp_path / 'a.json', 'texts')) == ['MHA', 'MLA, r=16', 'MLA, r=8', 'MLA, r=4']
     assert (tmp_path / 'a.png').stat().st_size > 10000
+
+
+def test_texts_are_timed_with_nanogpt_and_hugging_face(tmp_path):
+    (tmp_path / 'model.py').write_text(TWIN)
+    keys = ['--contexts=8', '--batch_sizes=1', '--uncached_tokens=1', '--n_latents=8', '--new_tokens=4']
+    done = bench('--mode=sample', *keys, f'--nanogpt={tmp_path}', '--huggingface=True', f'--json={tmp_path}/a.json')
+    rows = timed(tmp_path / 'a.json', 'texts')
+    assert list(rows) == ['MHA', 'MLA, r=8', 'nanoGPT', 'Hugging Face, cached']
+    assert all(row['tokens_per_s'] * row['ms'] / 1000 == pytest.approx(4) for row in rows.values())
+    assert 'number of parameters' not in done.stdout + done.stderr
 
 
 def test_tokenizing_and_batches_are_timed(tmp_path):
@@ -99,14 +101,18 @@ def test_two_measurements_are_compared_as_ratios(tmp_path):
     'arguments, expected',
     [
         (['--mode=speed'], "mode is 'speed'"),
-        (['--mode=train', '--without=magic'], 'it knows memory, fused, loss'),
-        (['--mode=train', '--nanogpt=nowhere'], 'nanoGPT could not be measured'),
-        (['--mode=data', '--text=nowhere.txt'], 'there is no file nowhere.txt'),
+        (['--rounds=0'], 'rounds is 0'),
+        (['--vocab_size=70000'], 'at most 65,536'),
+        (['--n_head=5'], 'n_embd=32'),
+        (['--mode=train', '--without=magic'], "without is 'magic'; it must be a list of memory, fused, loss"),
+        (['--mode=train', '--nanogpt=nowhere'], "nanoGPT can't be measured"),
+        (['--mode=data', '--text=nowhere.txt'], 'nowhere.txt is missing'),
         (['--mode=compare', '--files=one.json'], 'two files'),
         (['--mode=compare', '--files=one.json,two.json'], "one.json can't be read"),
     ],
 )
-def test_what_it_cannot_do_it_says_in_one_line(arguments, expected):
+def test_bad_input_gets_one_line(arguments, expected):
     done = forking.run('bench.py', [*TINY, *arguments])
     assert done.returncode == 2
-    assert expected in done.stderr and 'Traceback' not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('command line sets')]
+    assert len(errors) == 1 and errors[0].startswith('error: ') and expected in errors[0]

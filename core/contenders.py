@@ -1,0 +1,188 @@
+"""
+Training steps to be timed: ours, ours without one optimisation, and nanoGPT's, on random tokens.
+
+Contenders that change the allocator or a library's state run in a separate process, which is this file as a program:
+
+    python -m core.contenders '{"setting": {...}, ...}'
+
+It reads 'step' or 'peak' per line of stdin and writes one JSON value per line to stdout: a number, or a str that says
+what is wrong. SeparateTraining starts it and is the only one that talks to it.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core import runtime, timing
+from core.dataset import TokenData
+from core.peers import nanogpt_batch, nanogpt_model
+from core.runtime import UserError
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT = {
+    'memory': 'freed memory returns to the system',
+    'fused': 'AdamW loops over tensors',
+    'loss': 'all logits are computed at once',
+}
+
+
+@dataclass
+class Setting:
+    """How every contender takes its steps."""
+
+    data: str  # absolute path of the data set's folder
+    batch_size: int
+    block_size: int
+    seed: int
+    device: str
+    dtype: str
+    compile: bool
+
+
+class Training:
+    """Training steps of a model, as train.py takes them: batch, forward, backward, clipping, AdamW."""
+
+    def __init__(self, model, setting, leave_out=''):
+        """setting: a Setting. leave_out: a name in WITHOUT."""
+        self.model, self.setting, self.iteration = model.train(), setting, 0
+        self.optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setting.device.split(':')[0])
+        if leave_out == 'fused':
+            groups = [{k: group[k] for k in ('params', 'weight_decay')} for group in self.optimizer.param_groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+        self.call = torch.compile(model) if setting.compile else model
+        self.arguments = {'logits': leave_out == 'loss'}
+        self.dtype = setting.dtype
+        self.data = self.open_data()
+
+    def open_data(self):
+        """What `batch` reads from."""
+        return TokenData(self.setting.data, self.setting.block_size)
+
+    def batch(self):
+        """The next batch (x, y) on the CPU."""
+        size = self.setting.batch_size
+        return self.data.batch(self.setting.seed, self.iteration, size, slice(0, size))
+
+    def run(self):
+        """One step."""
+        x, y = runtime.to_device(*self.batch(), self.setting.device)
+        with runtime.autocast(self.setting.device, self.dtype):
+            loss = self.call(x, y, **self.arguments)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+
+    def peak_bytes(self):
+        """Peak memory of one step, in bytes."""
+        return timing.peak_bytes(self.run, self.setting.device)
+
+
+class NanoGPTTraining(Training):
+    """Training steps of nanoGPT's model, with its optimizer and its batches, as its train.py takes them."""
+
+    def __init__(self, model, setting):
+        super().__init__(model, setting)
+        self.arguments = {}
+        self.dtype = setting.dtype if setting.device.startswith('cuda') else 'float32'  # it has no autocast on a CPU
+
+    def open_data(self):
+        return np.memmap(os.path.join(self.setting.data, 'train.bin'), dtype=np.uint16, mode='r')
+
+    def batch(self):
+        return nanogpt_batch(self.data, self.setting.batch_size, self.setting.block_size)
+
+
+class SeparateTraining:
+    """
+    Training steps in a separate process: their effect on allocator and libraries doesn't reach the other contenders.
+
+    A context manager: leaving it ends the process. Every method raises UserError where the process fails.
+    """
+
+    def __init__(self, name, setting, gpt_args, leave_out='', nanogpt=''):
+        """gpt_args: keyword arguments of GPTConfig. nanogpt: the folder of a nanoGPT checkout; '': our model."""
+        task = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
+        task['nanogpt'] = nanogpt and os.path.abspath(nanogpt)
+        task.update(threads=torch.get_num_threads(), precision=torch.get_float32_matmul_precision())
+        command = [sys.executable, '-m', 'core.contenders', json.dumps(task)]
+        self.name = name
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        self.run()  # returns when the process is ready
+        return self
+
+    def __exit__(self, *exception):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def ask(self, question):
+        """The number that the process answers to 'step' (0, after one step) or 'peak' (bytes)."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(question + '\n')
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else 'its process ended, with the error above'
+        if isinstance(answer, str):
+            raise UserError(f"{self.name} can't be measured: {answer}")
+        return answer
+
+    def run(self):
+        """One step."""
+        self.ask('step')
+
+    def peak_bytes(self):
+        """Peak memory of one step, in bytes."""
+        return self.ask('peak')
+
+
+def training_of(task):
+    """The Training that a SeparateTraining's task, a dict, describes."""
+    setting = Setting(**task['setting'])
+    torch.set_num_threads(task['threads'])
+    torch.set_float32_matmul_precision(task['precision'])
+    model = GPT(GPTConfig(**task['gpt_args']), seed=setting.seed).to(setting.device)
+    if task['nanogpt']:
+        prompt = torch.arange(min(16, setting.block_size), device=setting.device)[None] % model.config.vocab_size
+        return NanoGPTTraining(nanogpt_model(task['nanogpt'], model.eval(), prompt), setting)
+    if setting.device == 'cpu' and task['leave_out'] != 'memory':
+        runtime.keep_freed_memory()
+    return Training(model, setting, task['leave_out'])
+
+
+def main(argument):
+    """Answer the questions on stdin until it is closed. argument: the task as JSON."""
+
+    def answer(value):
+        print(json.dumps(value), file=stdout, flush=True)
+
+    stdout, sys.stdout = sys.stdout, open(os.devnull, 'w')  # what nanoGPT prints is no answer
+    sys.excepthook = runtime.report_user_errors
+    try:
+        training = training_of(json.loads(argument))
+    except UserError as error:
+        answer(str(error))
+        return
+    for line in sys.stdin:
+        if line.strip() == 'peak':
+            answer(training.peak_bytes())
+        else:
+            training.run()
+            timing.synchronize(training.setting.device)
+            answer(0)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

@@ -1,0 +1,176 @@
+"""
+Measure time and memory: alternating rounds, medians and quartiles, peak memory, profiles, the machine's peak rate.
+
+`device` is 'cpu' or a CUDA device. Nothing here knows a model.
+"""
+
+import contextlib
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+
+import torch
+
+from core import runtime
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    """Wait until all kernels that were launched on `device` have finished."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+
+
+def timed(function, times=1, device='cpu'):
+    """Seconds per call, over `times` calls. A function that returns a number counts as that many calls."""
+    synchronize(device)
+    began = time.perf_counter()
+    calls = sum(function() or 1 for _ in range(times))
+    synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+def alternate(contenders, rounds, device='cpu', turn=0.0):
+    """
+    Time functions {name: function} in alternating rounds, so that a disturbance of the machine affects all of them.
+
+    turn: seconds for which each function is called per round; 0: one call. Where a turn has several calls, one more
+    precedes them untimed: it finds the caches full of the previous function's data and that one's threads still
+    spinning. Every second round runs in reverse order, because each run inherits the previous run's cache state.
+
+    Returns {name: [seconds per call in each round]}. One round of warm-up comes first and is not part of it.
+    """
+    seconds, times = {name: [] for name in contenders}, {}
+    for n in range(rounds + 1):
+        for name in list(contenders)[:: 1 if n % 2 else -1]:
+            function = contenders[name]
+            if n == 0:  # warm-up
+                function()
+                times[name] = math.ceil(turn / timed(function, device=device)) if turn else 1
+            else:
+                if times[name] > 1:
+                    function()
+                seconds[name].append(timed(function, times[name], device))
+    return seconds
+
+
+def spread(values):
+    """Median and quartiles of a list of seconds, in milliseconds: {'ms': float, 'ms_quartiles': [low, high]}."""
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
+    return {'ms': 1e3 * middle, 'ms_quartiles': [1e3 * low, 1e3 * high]}
+
+
+def profile(function, path, device='cpu'):
+    """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its share)], longest first."""
+    quiet_profiler()
+    with torch.profiler.profile() as trace:  # of the CPU and the GPU
+        function()
+        synchronize(device)
+    trace.export_chrome_trace(path)
+    by = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
+    events = sorted(trace.key_averages(), key=lambda event: -getattr(event, by))
+    total = sum(getattr(event, by) for event in events)
+    return [(event.key.removeprefix('aten::'), getattr(event, by) / total) for event in events]
+
+
+def quiet_profiler():
+    """Turn off the log messages of PyTorch's profiler."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function, device='cpu'):
+    """Peak memory of one call, in bytes, above what is allocated before it (weights, for instance)."""
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    quiet_profiler()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    allocated = peak = 0
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak
+
+
+def most_memory(process):
+    """
+    Wait for a subprocess.Popen. Returns the peak memory of it and its children together, in bytes, read every 50 ms.
+
+    Shared pages count once (PSS). Returns None where the system has no /proc/PID/smaps_rollup: anywhere but on Linux.
+    """
+    most = None
+    while process.poll() is None:
+        total, waiting = 0, [process.pid]
+        while waiting:
+            pid = waiting.pop()
+            with contextlib.suppress(OSError, ValueError):
+                with open(f'/proc/{pid}/smaps_rollup', encoding='ascii') as file:
+                    total += next(int(line.split()[1]) << 10 for line in file if line.startswith('Pss:'))
+                with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as file:
+                    waiting += file.read().split()
+        most = max(most or 0, total) or None
+        time.sleep(0.05)
+    return most
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def machine(device, dtype):
+    """The hardware and software that the numbers belong to: a dict."""
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu_name()
+    return {'device': name, 'threads': torch.get_num_threads(), 'dtype': dtype, 'torch': torch.__version__}
+
+
+def cpu_name():
+    """The CPU's model name, or its architecture where the system doesn't give a name."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_flops(device, dtype):
+    """
+    Peak FLOP/s of matrix multiplications in `dtype`.
+
+    On a CPU the fastest of eight, 2048 x 2048; on a GPU its data sheet's, or None where core/runtime.py has no entry.
+    """
+    if device != 'cpu':
+        return runtime.peak_flops(device, dtype)
+    a, b = (torch.ones(2048, 2048, dtype=runtime.DTYPES[dtype]) for _ in range(2))
+
+    def multiply():
+        torch.mm(a, b)
+
+    return 2 * 2048**3 / min(timed(multiply) for _ in range(8))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_table(rows, columns):
+    """Print dicts as a Markdown table on stdout. columns: {heading: function of a row that returns a str}."""
+    print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
+    for row in rows:
+        print('| ' + ' | '.join(column(row) for column in columns.values()) + ' |', flush=True)
+    print()
+
+
+def ms_text(row):
+    """A row's median and quartiles (see `spread`) as text: '12.3 (12.1 to 12.9)'."""
+    low, high = row['ms_quartiles']
+    return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'
