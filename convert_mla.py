@@ -125,8 +125,8 @@ os.makedirs(out_dir, exist_ok=True)
 
 # ---- one size: a checkpoint ------------------------------------------------------------------------------------------
 if not sweep:
-    tokenizer = saved.get('tokenizer') or (data.meta if data else {'tokenizer': 'gpt2'})
-    corpus = saved.get('corpus') or f'{source}, as published'
+    tokenizer = saved.get('tokenizer') or (data.meta if data else {})
+    corpus = saved.get('corpus') or source
     contents = checkpoints.contents(converted, {**saved.get('config', {}), **config, 'dataset': dataset},
                                     val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)  # fmt: skip
     checkpoints.save(target, contents)

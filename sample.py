@@ -21,8 +21,7 @@ from core import checkpoint as checkpoints
 from core import runtime
 from core.dataset import read_meta, read_meta_pickle
 from core.runtime import UserError
-from core.tokenizer import load_tokenizer
-from model import GPT
+from core.tokenizer import GPT2Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder
@@ -63,14 +62,11 @@ if init_from == 'resume':
         elif (folder / 'meta.pkl').exists():
             meta = read_meta_pickle(folder)
         else:
-            meta = {'tokenizer': 'gpt2'}
+            meta = GPT2Tokenizer().meta()
             runtime.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
-    try:
-        model = GPT.from_pretrained(init_from)
-    except ValueError as error:
-        raise UserError(f'{error}; --init_from=resume reads a checkpoint from out_dir') from error
-    meta = {'tokenizer': 'gpt2'}
+    model, saved = checkpoints.pretrained(init_from)
+    meta = saved['tokenizer']
 model.eval().to(device)
 dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
 tokenizer = load_tokenizer(meta)

@@ -19,6 +19,7 @@ import torch
 from core import files
 from core.gpt2 import GPT2_SIZES
 from core.runtime import UserError
+from core.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -307,7 +308,8 @@ def pretrained(source, dropout=0.0, **overrides):
     The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
 
     source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for the
-    last two the dict is empty). overrides: as for `build_model`. UserError where nothing can be loaded.
+    last two the dict holds only `tokenizer` and `corpus`). overrides: as for `build_model`. UserError where nothing can
+    be loaded.
     """
     if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
         checkpoint = load(source)
@@ -315,6 +317,7 @@ def pretrained(source, dropout=0.0, **overrides):
     if source not in GPT2_SIZES and not os.path.isdir(source):
         raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
     try:
-        return GPT.from_pretrained(source, dict(dropout=dropout, **overrides)), {}
+        model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
     except ValueError as error:
         raise UserError(str(error)) from error
+    return model, {'tokenizer': GPT2Tokenizer().meta(), 'corpus': f'{source}, as published'}

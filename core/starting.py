@@ -15,13 +15,14 @@ from core import runtime
 from core.conversion import collect_statistics, to_mla, training_text
 from core.dataset import TokenData
 from core.runtime import UserError
+from core.tokenizer import tokenizer_of
 
 # what to do in this call, and where: never taken from a checkpoint
 OF_THIS_CALL = ('out_dir', 'init_from', 'resume', 'overwrite', 'eval_only')
 # describe the machine: not taken from nanoGPT's checkpoints, whose defaults ask for a GPU and for wandb
 OF_THE_MACHINE = ('device', 'dtype', 'compile', 'backend', 'threads', 'fsdp', 'wandb_log')
-# what makes two data sets the same: their files, or in checkpoints of version 0.1.0 what was recorded of them
-IDENTITY = ('sha256', 'tokens', 'vocab_size', 'tokenizer', 'chars', 'pieces')
+# what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
+IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
 def shape_keys(config_class, keys):
@@ -122,7 +123,7 @@ def check_data(saved, data, path):
 
 
 def flat(meta):
-    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., 'chars': ...}."""
+    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
     entries = {key: meta[key] for key in IDENTITY if key in meta}
     nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
     files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
@@ -130,17 +131,16 @@ def flat(meta):
 
 
 def check_tokenizer(meta, data, source):
-    """UserError where a model that speaks the tokens of `meta` would read a data set in other tokens."""
-    for key in ('tokenizer', 'chars', 'pieces'):
-        if meta and meta.get(key) != data.meta.get(key):
-            raise UserError(f'{source} was trained on tokens of {describe(meta)}, and {data.folder} has tokens of '
-                            f'{describe(data.meta)}; use a data set with the same tokenizer')  # fmt: skip
+    """UserError where the model of `source`, whose tokenizer `meta` describes, would read other tokens."""
+    then, now = tokenizer_of(meta), tokenizer_of(data.meta)
+    if (then and then.meta()) != (now and now.meta()):
+        raise UserError(f'{source} was trained on {describe(then)}, and {data.folder} has {describe(now)}; use a data '
+                        'set with the same tokenizer')  # fmt: skip
 
 
-def describe(meta):
-    """A tokenizer and its vocabulary in a few words."""
-    vocabulary = meta.get('chars') or meta.get('pieces')
-    return str(meta.get('tokenizer')) + (f' ({len(vocabulary)} of its own)' if vocabulary else '')
+def describe(tokenizer):
+    """A tokenizer and the size of its vocabulary, in a few words."""
+    return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
 
 
 def short(value):
@@ -165,6 +165,8 @@ def model_and_data(keys, given, device, saved=None, path=''):
         if saved:
             data = open_data(keys)
             check_data(saved, data, path)
+            if saved.get('tokenizer'):
+                check_tokenizer(saved['tokenizer'], data, path)
             model = checkpoints.build_model(saved, **how(keys))
         elif keys['init_from'] == 'scratch':
             data = open_data(keys)
@@ -213,7 +215,8 @@ def pretrained_model(keys, given, device):
         raise UserError(f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in '
                         f'{source}; lower it')  # fmt: skip
     data = open_data(keys)
-    check_tokenizer(saved.get('tokenizer') or ({} if saved else {'tokenizer': 'gpt2'}), data, source)
+    if saved.get('tokenizer'):  # nanoGPT's checkpoints don't say
+        check_tokenizer(saved['tokenizer'], data, source)
     if checkpoints.attention_of(model) == 'mla' and keys['attention'] == 'mha':
         raise UserError(f'{source} holds a model with MLA, which cannot be converted back to MHA; use train_mla.py')
     if checkpoints.attention_of(model) == 'mha' and keys['attention'] == 'mla':

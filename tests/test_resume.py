@@ -256,7 +256,7 @@ def test_resume_and_init_from_are_two_questions(trained, data_dir, tmp_path):
 def test_a_model_with_another_tokenizer_is_refused_even_where_ids_fit(trained, data_dir, tmp_path):
     write_dataset(tmp_path / 'greek', CharTokenizer('αβγδεζηθικλμ'), halves(), source='x')
     flags = dict(init_from=trained, dataset='greek', max_iters=2)
-    refused(run('train.py', tmp_path, tmp_path / 'no', **flags), 'tokens of char', 'same tokenizer', 'greek')
+    refused(run('train.py', tmp_path, tmp_path / 'no', **flags), 'char tokens (12 ids)', 'same tokenizer', 'greek')
 
 
 # ---- signals and a full disk -----------------------------------------------------------------------------------------
