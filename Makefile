@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
-	$(BIN)/python study_induction.py $(ARGS)
+	$(BIN)/python studies/induction.py $(ARGS)
 
 lint: $(VENV)/.installed-test ## check style and format
 	$(BIN)/python -m ruff check .

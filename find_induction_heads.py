@@ -346,7 +346,7 @@ if sweep:
     runs = [formation(folder.strip()) for folder in sweep.split(',') if folder.strip()]
     os.makedirs(out_dir, exist_ok=True)
     print('\n'.join(report.formation_table(run) for run in runs))
-    report.save_json(os.path.join(out_dir, 'formation.json'), dict(about, runs=runs))
+    report.save_json(os.path.join(out_dir, 'formation.json'), report.plain(dict(about, runs=runs)))
     report.save_figure(os.path.join(out_dir, 'formation.png'), report.formation_curves(runs))
 
 results, entries = [], []
@@ -361,7 +361,7 @@ for spec in [spec.strip() for spec in models.split(',') if spec.strip()]:
     del loaded  # before the next model is loaded
 if results:
     os.makedirs(out_dir, exist_ok=True)
-    report.save_json(os.path.join(out_dir, 'induction.json'), dict(about, models=results))
+    report.save_json(os.path.join(out_dir, 'induction.json'), report.plain(dict(about, models=results)))
     report.save_figure(os.path.join(out_dir, 'induction_heads.png'), report.heat_maps(results))
     if html:
         report.save_text(os.path.join(out_dir, 'patterns.html'), report.page(entries))

@@ -45,8 +45,8 @@ def save_text(path, text):
 
 
 def save_json(path, value):
-    """Write `plain(value)` as JSON and say so on stderr. Raises OSError."""
-    write_json(path, plain(value))
+    """Write a value as JSON and say so on stderr; `plain` makes JSON of arrays. Raises OSError."""
+    write_json(path, value)
     runtime.notice(f'wrote {path}')
 
 

@@ -1,63 +1,58 @@
 """
-The study behind RESULTS.md: does MLA form induction heads, when, how strong, where, and out of what?
+The study behind RESULTS.md: does MLA form induction heads? When, how strong, in which layers, and how with a latent?
 
-$ python study_induction.py                    # short form: minutes on two cores
-$ python study_induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
-$ python study_induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
-$ python study_induction.py --text_models=out-imdb,out-imdb-mla    # with models of real text, trained before
+$ python studies/induction.py                    # short form: minutes on two cores
+$ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
+$ python studies/induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
+$ python studies/induction.py --text_models=out-imdb,out-imdb-mla    # include trained models of real text
 
-Trains every model through train.py on data/repeats, measures it at several iterations through
-find_induction_heads.py, and writes tables.md, study.json and formation.png into out_dir. What is finished is kept: run
-the same command again after an interruption. --results=RESULTS.md puts the tables between that file's <!-- study -->
-marks.
+Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
+writes tables.md, study.json and formation.png into out_dir. Finished runs are kept: repeat the command to continue
+after an interruption. --results=RESULTS.md replaces the tables between that file's <!-- study --> marks. Run it from
+the repository root.
 """
 
-import csv
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from statistics import mean, median, stdev
+from pathlib import Path
+from statistics import median
 
-import matplotlib
 import numpy as np
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from analysis import report, stats
 from core import checkpoint as checkpoints
-from core import runtime
+from core import runlog, scripts
 from core.runtime import UserError
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
 # ----------------------------------------------------------------------------------------------------------------------
-full = False  # every latent size, five seeds, 2000 iterations; else the short form
+full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
 out_dir = 'out-study'  # runs and tables
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 text_models = ''  # folders of models trained on real text, separated by commas
-reuse = ''  # the study.json of an earlier study, to make its tables and pictures again; nothing is trained
+reuse = ''  # the study.json of an earlier study: its tables and pictures are made again, nothing is trained
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
 data_dir = 'data'
-jobs = 0  # trainings at a time, each with one thread; 0: the cores that this process may use
-exec(open('configurator.py', encoding='utf-8').read())
+jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
+exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-FORMED = 0.5  # a head is said to have formed when the best induction score passes this
-T_QUANTILE = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, n values
+FORMED = 0.5  # an induction head has formed when the best induction score exceeds this
 STYLES = [dict(linestyle=line, marker=mark) for line, mark in (('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D'))]
 STYLES.append(dict(linestyle=(0, (5, 1, 1, 1, 1, 1)), marker='v'))
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
 
 
-# ---- the runs --------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def planned():
-    """Every run of this form of the study: dicts of name, attention, n_latent (0 for MHA), pos, n_layer, seed."""
+    """All runs of this form of the study: dicts of name, folder, attention, n_latent (0: MHA), pos, n_layer, seed."""
     count = seeds or (5 if full else 2)
-    latents = (0, 32, 16, 8, 4) if full else (0, 16)  # 0 stands for MHA; the others are C/2 to C/16
+    latents = (0, 32, 16, 8, 4) if full else (0, 16)  # 0: MHA; the others are C/2 to C/16
     runs = [
         dict(n_latent=r, pos=pos, n_layer=LAYERS, seed=1337 + number)
         for pos in ('learned', 'rope')
@@ -73,83 +68,59 @@ def planned():
 
 
 def label(run):
+    """A run's attention and latent size."""
     return f'MLA r={run["n_latent"]}' if run['n_latent'] else 'MHA'
 
 
 def shown(run):
-    """What tables and pictures call a run's attention."""
+    """A run's attention in tables and figures."""
     return f'{label(run)} (C/{WIDTH // run["n_latent"]})' if run['n_latent'] else 'MHA'
 
 
 def snapshots():
-    """The iterations at which each run is measured: close together where heads form."""
+    """The iterations at which each run is measured: closer together where heads form."""
     end = max_iters or (2000 if full else 1200)
     wanted = (200, 300, 400, 500, 600, 800, 1000, 1200, 1500) if full else (300, 600, 900)
     return [iteration for iteration in wanted if iteration < end] + [end]
 
 
-def call(arguments, folder):
-    """Run one of the project's scripts; its output goes to a log in `folder`. UserError where it fails."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, 'log.txt')
-    with open(path, 'a', encoding='utf-8') as file:
-        environment = dict(os.environ, OMP_NUM_THREADS='1')
-        code = subprocess.run(
-            [sys.executable, *arguments], stdout=file, stderr=file, env=environment, check=False
-        ).returncode
-    if code:
-        raise UserError(f'{arguments[0]} failed with exit code {code}; the reason is at the end of {path}')
-
-
 def train(run):
-    """Train one run as far as it is not trained yet, and keep a checkpoint of each of snapshots()."""
+    """Train one run to its end, resuming it if it was interrupted, and keep a checkpoint at each of snapshots()."""
     steps = snapshots()
     if os.path.exists(os.path.join(run['folder'], f'ckpt_{steps[-1]:06}.pt')):
         return
-    arguments = ['train.py', 'config/train_repeats.py', f'--out_dir={run["folder"]}', f'--data_dir={data_dir}',
-                 '--init_from=auto', f'--max_iters={steps[-1]}', f'--keep_checkpoints={",".join(map(str, steps))}',
-                 f'--attention={run["attention"]}', f'--n_latent={run["n_latent"]}', f'--pos={run["pos"]}',
-                 f'--n_layer={run["n_layer"]}', f'--seed={run["seed"]}', '--threads=1']  # fmt: skip
-    call(arguments, run['folder'])
+    keys = dict(out_dir=run['folder'], data_dir=data_dir, init_from='auto', max_iters=steps[-1], threads=1,
+                keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
+    keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
+    scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
 
 
 def measure(folder, sweep):
-    """Measure a trained model, unless that is done: into `folder`/induction."""
+    """Measure the model in `folder` into `folder`/induction, unless that is done. sweep: all of its checkpoints."""
     to = os.path.join(folder, 'induction')
-    done = os.path.join(to, 'induction.json')
-    if os.path.exists(done) and os.path.getmtime(done) >= os.path.getmtime(os.path.join(folder, 'ckpt.pt')):
+    if scripts.is_current(os.path.join(to, 'induction.json'), os.path.join(folder, 'ckpt.pt')):
         return
-    arguments = ['find_induction_heads.py', f'--models={folder}', f'--out_dir={to}', f'--data_dir={data_dir}']
-    more = [f'--sweep={folder}', '--html=False', '--threads=1'] if sweep else ['--text_windows=1024']
-    call(arguments + more, folder)
+    keys = dict(models=folder, out_dir=to, data_dir=data_dir)
+    keys |= dict(sweep=folder, html=False, threads=1) if sweep else dict(text_windows=1024)
+    scripts.run_script('find_induction_heads.py', [keys], folder)
 
 
 def train_and_measure(run):
+    """Train and measure one run, as far as that isn't done yet; returns its outcome."""
     train(run)
     measure(run['folder'], sweep=True)
+    return outcome(run)
 
 
-def train_and_measure_all(runs):
-    """The outcomes of all runs, several at a time; what is finished is not repeated."""
-    if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
-        call(['data/repeats/prepare.py', f'--folder={os.path.join(data_dir, "repeats")}'], out_dir)
-    with (
-        ThreadPoolExecutor(jobs or runtime.available_cores()) as pool,
-        tqdm(total=len(runs), unit='run', disable=None) as bar,
-    ):
-        waiting = [pool.submit(train_and_measure, run) for run in runs]
-        try:
-            for run, future in zip(runs, waiting, strict=True):
-                future.result()
-                bar.update()
-                runtime.notice(f'{run["name"]} is trained and measured')
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return [outcome(run) for run in runs]
+def prepare_data():
+    """Make data_dir/repeats if it is missing."""
+    folder = os.path.join(data_dir, 'repeats')
+    if not os.path.exists(os.path.join(folder, 'train.bin')):
+        scripts.run_script('data/repeats/prepare.py', [dict(folder=folder)], out_dir)
 
 
 def earlier_study(path):
-    """The settings and outcomes that an earlier study wrote into its study.json. UserError where it holds none."""
+    """Settings and outcomes from the study.json of an earlier study. UserError if it isn't one."""
     try:
         found = read_json(path)
         return {key: found['config'][key] for key in ('full', 'max_iters')}, [dict(run) for run in found['runs']]
@@ -158,19 +129,23 @@ def earlier_study(path):
 
 
 def read_json(*path):
+    """The content of a JSON file."""
     with open(os.path.join(*path), encoding='utf-8') as file:
         return json.load(file)
 
 
+# ---- outcomes --------------------------------------------------------------------------------------------------------
+
+
 def outcome(run):
-    """What the tables need of one run: a dict of numbers."""
+    """A run and the numbers that the tables show of it: a dict."""
     found = read_json(run['folder'], 'induction', 'induction.json')['models'][0]
     steps = read_json(run['folder'], 'induction', 'formation.json')['runs'][0]['checkpoints']
     layer, head = best = tuple(found['ranking'][0])
     previous = np.array(found['previous_token']['mean'])
     formed = [step['iteration'] for step in steps if step['induction']['mean'] > FORMED]
     together = {step['heads']: step for step in found['ablation']['together']}
-    lift = np.array(found['composition_lift']['k'], dtype=float)[:, :, layer, head]  # null, so nan, where none can be
+    lift = np.array(found['composition_lift']['k'], dtype=float)[:, :, layer, head]  # nan for heads that aren't earlier
     out = dict(
         run,
         best=best,
@@ -198,7 +173,7 @@ def outcome(run):
 
 
 def latent_of_layer(latent, layer, head):
-    """What the latent of the best head's layer is made of."""
+    """The measurements of the latent in the layer of the best head: a dict of numbers."""
     other = ~np.eye(len(latent['key_overlap'][layer]), dtype=bool)
     keys, values = (np.maximum(latent[f'{path}_ablation'][layer], 0) for path in ('keys', 'values'))
     shares = [part / max(part.sum(), 1e-9) for part in (keys, values)]
@@ -215,7 +190,7 @@ def latent_of_layer(latent, layer, head):
 
 
 def carry(rises):
-    """How many of the bands it takes to make up nine tenths of what ablating each alone costs."""
+    """The smallest number of bands whose loss increases (n,) add up to 90 % of the total."""
     total = np.cumsum(np.sort(rises)[::-1])
     return int(np.searchsorted(total, 0.9 * total[-1])) + 1
 
@@ -224,18 +199,19 @@ def carry(rises):
 
 
 def interval(values):
-    """'mean ± half width' of the 95 % t interval over seeds; the range instead where there are fewer than four."""
+    """'mean ± half width' of the 95 % t interval; 'mean [low, high]', the range, for fewer than four values."""
     values = [value for value in values if value is not None]
     if not values:
         return 'n/a'
-    if len(values) not in T_QUANTILE:
-        low, high = min(values), max(values)
-        return f'{mean(values):.3f}' + (f' [{low:.3f}, {high:.3f}]' if high > low else '')
-    return f'{mean(values):.3f} ± {T_QUANTILE[len(values)] * stdev(values) / len(values) ** 0.5:.3f}'
+    center, half = stats.t_interval(values)
+    if half is not None:
+        return f'{center:.3f} ± {half:.3f}'
+    low, high = min(values), max(values)
+    return f'{center:.3f}' + (f' [{low:.3f}, {high:.3f}]' if high > low else '')
 
 
 def when(outcomes):
-    """Median iteration of forming and its range, with those that never did."""
+    """Median and range of the iterations at which heads formed, and how many runs formed them."""
     formed = sorted(o['formed'] for o in outcomes if o['formed'])
     if not formed:
         return f'never (0 of {len(outcomes)})'
@@ -244,13 +220,8 @@ def when(outcomes):
     return f'{median(formed):.0f}{spread}{missing}'
 
 
-def table(heading, rows):
-    lines = ['| ' + ' | '.join(heading) + ' |', '|' + '---|' * len(heading)]
-    return '\n'.join(lines + ['| ' + ' | '.join(str(cell) for cell in row) + ' |' for row in rows]) + '\n'
-
-
 def groups(outcomes, n_layer):
-    """Outcomes by (pos, attention and latent), in the order they were planned."""
+    """Outcomes with n_layer layers by (pos, attention and latent), in the order of `planned`."""
     found = {}
     for o in outcomes:
         if o['n_layer'] == n_layer:
@@ -258,24 +229,25 @@ def groups(outcomes, n_layer):
     return found
 
 
-def column(rows, key, sign=''):
-    """A cell of a table: the interval of `key` over rows, dicts."""
+def cell(rows, key, sign=''):
+    """A table cell: the interval of `key` over rows, dicts."""
     return sign + interval([row[key] for row in rows])
 
 
 def formation_table(outcomes):
+    """Formation and final scores of the runs with two layers."""
     heading = ('positions', 'attention', f'best head passes {FORMED} at', 'best induction score', 'by seed',
                'best previous-token score', 'induction heads of 8', 'loss on repeats', 'val loss')  # fmt: skip
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
         by_seed = ', '.join(f'{o["score"]:.2f}' for o in group)
-        values = [column(group, key) for key in ('previous', 'called', 'repeat_loss', 'val_loss')]
-        rows.append((pos, name, when(group), column(group, 'score'), by_seed, *values))
-    return table(heading, rows)
+        values = [cell(group, key) for key in ('previous', 'called', 'repeat_loss', 'val_loss')]
+        rows.append((pos, name, when(group), cell(group, 'score'), by_seed, *values))
+    return report.markdown_table(heading, rows)
 
 
 def head_table(outcomes):
-    """What the best head does, of the runs in which one formed: an average with the others would describe neither."""
+    """The best head of the runs in which one formed; an average with the other runs would describe neither."""
     cells = {
         'same head, shuffled copy': 'shuffled',
         'its copying': 'copying',
@@ -289,35 +261,38 @@ def head_table(outcomes):
     for (pos, name), group in groups(outcomes, LAYERS).items():
         formed = [o for o in group if o['score'] > FORMED]
         if formed:
-            values = [column(formed, key, '+' if key.startswith('ablate') else '') for key in cells.values()]
+            values = [cell(formed, key, '+' if key.startswith('ablate') else '') for key in cells.values()]
             rows.append((pos, name, f'{len(formed)} of {len(group)}', *values))
-    return table(('positions', 'attention', 'runs', *cells), rows)
+    return report.markdown_table(('positions', 'attention', 'runs', *cells), rows)
 
 
 def paired_table(outcomes):
-    """MLA minus MHA on the same seed, hence the same batches and the same shared initial values."""
+    """MLA minus MHA for the same seed, and hence the same batches and the same initial values of shared tensors."""
     mha = {(o['pos'], o['seed']): o for o in outcomes if o['n_layer'] == LAYERS and not o['n_latent']}
     keys, rows = ('score', 'repeat_loss', 'val_loss'), []
     for (pos, name), group in groups(outcomes, LAYERS).items():
         if group[0]['n_latent']:
             minus = [{key: o[key] - mha[pos, o['seed']][key] for key in keys} for o in group]
-            rows.append((pos, name, *(column(minus, key) for key in keys)))
-    return table(('positions', 'attention', 'best induction score', 'loss on repeats', 'val loss'), rows)
+            rows.append((pos, name, *(cell(minus, key) for key in keys)))
+    heading = ('positions', 'attention', 'best induction score', 'loss on repeats', 'val loss')
+    return report.markdown_table(heading, rows)
 
 
 def depth_table(outcomes):
+    """The layers of the best heads in the runs with four layers."""
     heading = ('attention', f'best head passes {FORMED} at', 'best induction score by seed', 'where (layer.head)',
                'best previous-token score', 'where', 'loss on repeats', 'val loss')  # fmt: skip
     rows = []
     for (_, name), group in groups(outcomes, DEEP).items():
         best, previous = (', '.join(f'{o[key][0]}.{o[key][1]}' for o in group) for key in ('best', 'best_previous'))
-        losses = (column(group, 'repeat_loss'), column(group, 'val_loss'))
+        losses = (cell(group, 'repeat_loss'), cell(group, 'val_loss'))
         by_seed = ', '.join(f'{o["score"]:.2f}' for o in group)
-        rows.append((name, when(group), by_seed, best, column(group, 'previous'), previous, *losses))
-    return table(heading, rows)
+        rows.append((name, when(group), by_seed, best, cell(group, 'previous'), previous, *losses))
+    return report.markdown_table(heading, rows)
 
 
 def latent_table(outcomes):
+    """The latent in the layer of the best head, in the runs in which one formed."""
     heading = ('positions', 'attention', 'effective rank', 'overlap of keys (chance)', 'of values',
                'of keys with values', 'bands for 90 % of the cost: keys', 'values', 'cost in common', 'content logit',
                'position logit', 'runs')  # fmt: skip
@@ -325,16 +300,17 @@ def latent_table(outcomes):
     for (pos, name), group in groups(outcomes, LAYERS).items():
         found = [o['latent'] for o in group if 'latent' in o and o['score'] > FORMED]
         if found:
-            overlaps = [f'{column(found, f"{kind}_overlap")} ({found[0][f"{kind}_overlap_chance"]:.2f})'
+            overlaps = [f'{cell(found, f"{kind}_overlap")} ({found[0][f"{kind}_overlap_chance"]:.2f})'
                         for kind in ('key', 'value', 'key_value')]  # fmt: skip
-            parts = [column(found, part) if part in found[0] else '' for part in ('content', 'position')]
-            shares = [column(found, key) for key in ('keys_carry', 'values_carry', 'shared')]
-            rows.append((pos, name, column(found, 'effective_rank'), *overlaps, *shares, *parts,
+            parts = [cell(found, part) if part in found[0] else '' for part in ('content', 'position')]
+            shares = [cell(found, key) for key in ('keys_carry', 'values_carry', 'shared')]
+            rows.append((pos, name, cell(found, 'effective_rank'), *overlaps, *shares, *parts,
                          f'{len(found)} of {len(group)}'))  # fmt: skip
-    return table(heading, rows)
+    return report.markdown_table(heading, rows)
 
 
 def text_table(folders):
+    """The models trained on real text, one row each."""
     heading = ('model', 'attention', 'iteration', 'val loss', 'best head', 'induction score [95 %]', 'random init',
                'shuffled copy', 'induction heads', 'copying', 'loss on repeats', 'in-context score')  # fmt: skip
     rows = []
@@ -357,12 +333,26 @@ def text_table(folders):
             f'{found["repeat_loss"]["mean"]:.3f}',
             f'{context["mean"]:+.3f}' if context else 'n/a',
         ))  # fmt: skip
-    return table(heading, rows)
+    return report.markdown_table(heading, rows)
 
 
-def draw_formation(outcomes):
-    """Best induction score over iterations: a thin line per seed, a panel per kind of positions."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout='constrained')
+def around_marks(path):
+    """The text before <!-- study --> and after <!-- /study --> in a file. UserError if it doesn't have these marks."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            before, rest = file.read().split('<!-- study -->')
+        return before, rest.split('<!-- /study -->')[1]
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part for the tables; add them') from error
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def formation_figure(outcomes):
+    """Best induction score over iterations: one line per seed, one panel per kind of positions."""
+    figure = Figure(figsize=(11, 5.2), layout='constrained')
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, pos in zip(axes, ('learned', 'rope'), strict=True):
         chosen = [(name, group) for (of, name), group in groups(outcomes, LAYERS).items() if of == pos]
         for number, (name, group) in enumerate(chosen):
@@ -379,65 +369,40 @@ def draw_formation(outcomes):
         axis.set(xlabel='iteration', title=f'{positions}, {LAYERS} layers, C = {WIDTH}', ylim=(0, 1))
         axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
     axes[0].set_ylabel('best induction score (a line per seed)')
-    save_figure(figure, 'formation.png')
+    return figure
 
 
-def draw_losses(folders):
-    """Train and val loss of the text models over their runs, from their log.csv, with the val loss's standard error."""
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    seen = []
+def loss_figure(folders):
+    """Train and val loss of the text models over iterations, the val loss with its standard error; from log.csv."""
+    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    axis, seen = figure.subplots(), []
     for number, folder in enumerate(folders):
-        with open(os.path.join(folder, 'log.csv'), encoding='utf-8', newline='') as file:
-            rows = [row for row in csv.DictReader(file) if row['val_loss']]
-        iterations = [int(row['iter']) for row in rows]
-        train, val, error = ([float(row[key]) for row in rows] for key in ('train_loss', 'val_loss', 'val_stderr'))
+        rows = runlog.read(os.path.join(folder, 'log.csv'))
+        iterations, val = runlog.column(rows, 'val_loss')
+        train, error = (runlog.column(rows, name)[1] for name in ('train_loss', 'val_stderr'))
         attention = checkpoints.load(folder, mapped=True).get('attention', 'mha').upper()
         name = f'{attention} ({os.path.basename(os.path.normpath(folder))})'
         color, mark = f'C{number}', 'os^D'[number % 4]
         axis.errorbar(iterations, val, error, color=color, marker=mark, markersize=4, label=f'{name}, val loss')
         axis.plot(iterations, train, '--', color=color, marker=mark, markersize=4, markerfacecolor='white',
                   label=f'{name}, train loss')  # fmt: skip
-        seen += train[1:] + val[1:]  # the untrained model's would leave the rest no room
+        seen += train[1:] + val[1:]  # the loss at iteration 0 would compress the rest
     if seen:
         room = 0.05 * (max(seen) - min(seen))
         axis.set_ylim(min(seen) - room, max(seen) + room)
     axis.set(xlabel='iteration', ylabel='loss (nats per token)')
     axis.legend(fontsize=8)
-    save_figure(figure, 'full_run.png')
+    return figure
 
 
-def save_figure(figure, name):
-    path = os.path.join(out_dir, name)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    runtime.notice(f'wrote {path}')
-
-
-def write(path, text):
-    with open(path + '.writing', 'w', encoding='utf-8') as file:
-        file.write(text)
-    os.replace(path + '.writing', path)
-    runtime.notice(f'wrote {path}')
-
-
-def around_marks(path):
-    """What stands before <!-- study --> and after <!-- /study --> in a file. UserError where it has no such marks."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            before, rest = file.read().split('<!-- study -->')
-        return before, rest.split('<!-- /study -->')[1]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part to put the tables in') from error
-
-
-# ---- from top to bottom ----------------------------------------------------------------------------------------------
+# ---- train, measure, report ------------------------------------------------------------------------------------------
 
 if seeds == 1 or seeds < 0 or max_iters < 0 or jobs < 0:
     raise UserError(
         'seeds must be at least 2 (one gives no interval), or 0 for the default; max_iters and jobs not negative'
     )
 if results:
-    around_marks(results)  # before hours of training, not after
+    around_marks(results)  # fail before the training, not after it
 folders = [folder.strip() for folder in text_models.split(',') if folder.strip()]
 for folder in folders:
     checkpoints.find(folder)
@@ -445,15 +410,16 @@ if reuse:
     earlier, outcomes = earlier_study(reuse)
     full, max_iters = earlier['full'], earlier['max_iters']
 else:
-    outcomes = train_and_measure_all(planned())
+    prepare_data()
+    outcomes = scripts.run_all(train_and_measure, planned(), jobs)
 for folder in folders:
     measure(folder, sweep=False)
 
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
-command = 'python study_induction.py' + (' --full=True' if full else '')
+command = 'python studies/induction.py' + (' --full=True' if full else '')
 intro = (f'Made by `{command}`: {len(outcomes)} runs of {steps[-1]} iterations, {count} training seeds each, measured '
          f'at iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
-         + ('± the half width of their 95 % t interval' if count in T_QUANTILE else 'the range in brackets')
+         + ('± the half width of their 95 % t interval' if count in stats.T_QUANTILE else 'the range in brackets')
          + '; where some runs form heads and others do not, such an interval says little: see the column by seed. '
          'Iterations of forming are medians [range] over the runs that formed. Losses are in nats.\n')  # fmt: skip
 parts = [
@@ -467,13 +433,13 @@ if folders:
     parts.append(('Models trained on real text', text_table(folders)))
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts)])
 os.makedirs(out_dir, exist_ok=True)
-write(os.path.join(out_dir, 'tables.md'), text)
+report.save_text(os.path.join(out_dir, 'tables.md'), text)
 settings = dict(config, full=full, max_iters=max_iters)
-write(os.path.join(out_dir, 'study.json'), json.dumps(dict(config=settings, runs=outcomes), indent=1))
-draw_formation(outcomes)
+report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes))
+report.save_figure(os.path.join(out_dir, 'formation.png'), formation_figure(outcomes))
 if folders:
-    draw_losses(folders)
+    report.save_figure(os.path.join(out_dir, 'full_run.png'), loss_figure(folders))
 if results:
     before, after = around_marks(results)
-    write(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
+    report.save_text(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
 print(text)

@@ -23,7 +23,7 @@ NAMES = [
 
 def study(out_dir, data_dir, *more):
     keys = (f'--out_dir={out_dir}', f'--data_dir={data_dir}', f'--max_iters={STEP}', '--jobs=1', *more)
-    return forking.run('study_induction.py', keys, seconds=200)
+    return forking.run('studies/induction.py', keys, seconds=200)
 
 
 def trained_like(kind):
@@ -107,13 +107,13 @@ def test_the_tables_say_what_the_runs_files_say(finished):
 def test_tables_come_again_from_what_a_study_wrote(finished, tmp_path):
     done = study(finished / 'out', finished / 'data')
     assert done.returncode == 0, done.stderr
-    keys = ('study_induction.py', (f'--reuse={finished}/out/study.json', f'--out_dir={tmp_path}/again'))
+    keys = ('studies/induction.py', (f'--reuse={finished}/out/study.json', f'--out_dir={tmp_path}/again'))
     again = forking.run(*keys, seconds=200)
     assert again.returncode == 0 and again.stdout == done.stdout
     assert (tmp_path / 'again' / 'formation.png').stat().st_size > 10000
     (tmp_path / 'broken.json').write_text('{"runs": []}')
     broken = forking.run(
-        'study_induction.py', (f'--reuse={tmp_path}/broken.json', f'--out_dir={tmp_path}/no'), seconds=99
+        'studies/induction.py', (f'--reuse={tmp_path}/broken.json', f'--out_dir={tmp_path}/no'), seconds=99
     )
     assert broken.returncode == 2 and "can't be read as a study" in broken.stderr and not (tmp_path / 'no').exists()
 

@@ -1,0 +1,70 @@
+"""
+Run the project's scripts as subprocesses, several at a time. For studies, which are many runs of the same scripts.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from core import runtime
+from core.runtime import UserError
+
+
+def run_script(script, arguments, folder):
+    """
+    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`.
+
+    arguments: a list of str (config files) and dicts of keys. folder: created if it is missing. UserError if the script
+    fails.
+    """
+    os.makedirs(folder, exist_ok=True)
+    command = [sys.executable, script]
+    for argument in arguments:
+        if isinstance(argument, dict):
+            command += [f'--{key}={value}' for key, value in argument.items()]
+        else:
+            command.append(argument)
+    path = os.path.join(folder, 'log.txt')
+    with open(path, 'a', encoding='utf-8') as log:
+        environment = dict(os.environ, OMP_NUM_THREADS='1')
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    if code:
+        raise UserError(f'{script} failed with exit code {code} in {folder}; see the end of {path} for the reason')
+
+
+def run_all(work, runs, jobs=0):
+    """
+    [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).
+
+    runs: dicts with a unique 'name'. A run with 'after', an earlier one of them, starts when that one is finished.
+    Shows progress on stderr. If a call raises, no more are started and the exception is raised.
+    """
+    futures = {}
+
+    def work_in_order(run):
+        if run.get('after'):
+            futures[run['after']['name']].result()
+        result = work(run)
+        runtime.notice(f'{run["name"]} is done')
+        bar.update()
+        return result
+
+    # a run is submitted after the one it waits for, so waiting never blocks the last free thread
+    with (
+        ThreadPoolExecutor(jobs or runtime.available_cores()) as pool,
+        tqdm(total=len(runs), unit='run', disable=None) as bar,
+    ):
+        try:
+            for run in runs:
+                futures[run['name']] = pool.submit(work_in_order, run)
+            return [futures[run['name']].result() for run in runs]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def is_current(path, source):
+    """True if the file `path` exists and is at least as new as `source`, which it was made from."""
+    return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(source)
