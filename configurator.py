@@ -27,9 +27,9 @@ class _Configurator:
         """Override the keys in the namespace `script` from sys.argv: ({key: value}, {given keys}), or UserError."""
         import sys
 
-        from core import runtime
+        from core import messages
 
-        sys.excepthook = runtime.report_user_errors
+        messages.install()
         keys = [k for k, v in script.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
         self = cls()
         self.script_file = script.get('__file__')
@@ -67,7 +67,7 @@ class _Configurator:
 
     def read(self, arguments):
         """Apply the command line, a list of str, from left to right."""
-        from core import runtime
+        from core import messages
 
         flags = []
         while arguments:
@@ -80,23 +80,23 @@ class _Configurator:
             else:
                 flags = self.say_flags(flags)
                 changed = self.read_file(argument)
-                runtime.notice(f'{argument} sets {", ".join(changed)}' if changed else f'{argument} changes nothing')
+                messages.notice(f'{argument} sets {", ".join(changed)}' if changed else f'{argument} changes nothing')
         self.say_flags(flags)
 
     def say_flags(self, flags):
         """Print a group of flags, a list of keys, with their values; returns an empty group."""
-        from core import runtime
+        from core import messages
 
         if flags:
             settings = (f'{key}={self.values[key]!r}' for key in dict.fromkeys(flags))
-            runtime.notice(f'command line sets {", ".join(settings)}')
+            messages.notice(f'command line sets {", ".join(settings)}')
         return []
 
     def error(self, text):
         """The exception to raise for a user's mistake."""
-        from core import runtime
+        from core import messages
 
-        return runtime.UserError(text)
+        return messages.UserError(text)
 
     # ---- flags
 

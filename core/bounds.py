@@ -90,6 +90,7 @@ CHOICES = {
     'method': ('data', 'weights'),
     'documents': ('file', 'line'),
 }
+TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 
 
 def problem(key, value):
@@ -98,6 +99,8 @@ def problem(key, value):
         return f"is '{value}'; it must be {listed([str(choice) for choice in CHOICES[key]])}"
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool) and not inside(key, value):
         return f'is {value}; it must be {in_words(BOUNDS[key])}'
+    if isinstance(value, str) and '\0' in value and key not in TEXTS:
+        return f'is {value!r}; a name or path cannot contain the character \\0'
     return None
 
 

@@ -22,8 +22,8 @@ import torch
 
 from core import runtime, timing
 from core.dataset import TokenData
+from core.messages import UserError, report_user_errors
 from core.peers import nanogpt_batch, nanogpt_model
-from core.runtime import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,7 @@ def main(argument):
         print(json.dumps(value), file=stdout, flush=True)
 
     stdout, sys.stdout = sys.stdout, open(os.devnull, 'w')  # what nanoGPT prints is no answer
-    sys.excepthook = runtime.report_user_errors
+    sys.excepthook = report_user_errors
     try:
         training = training_of(json.loads(argument))
     except UserError as error:

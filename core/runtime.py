@@ -1,10 +1,9 @@
 """
-The machine and the user: device, dtype, threads, process group, peak FLOP/s, messages and signals.
+The machine: device, dtype, threads, process group, peak FLOP/s.
 
 Notable features:
 - every 'auto' is resolved here
-- one process and torchrun take the same path; only rank 0 prints
-- a user's mistake ends in one line on stderr and exit code 2, never in a traceback
+- one process and torchrun take the same path
 """
 
 import contextlib
@@ -19,57 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core import bounds
-
-
-class UserError(Exception):
-    """A mistake that the user can correct. The text is one line: what is wrong, and what to do about it."""
-
-
-def report_user_errors(kind, error, traceback):
-    """An excepthook that prints a UserError, or lack of memory, as one line on stderr and exits with code 2."""
-    if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        first = (str(error) or kind.__name__).splitlines()[0]
-        error = f'out of memory ({first}); reduce the batch size, the sequence length or the model'
-    elif not issubclass(kind, UserError):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def is_rank_zero():
-    """True in a single process, and in rank 0 under torchrun."""
-    return os.environ.get('RANK', '0') == '0'
-
-
-def notice(text):
-    """Print `text` on stderr, on rank 0 only. Results go to stdout; this is for everything else."""
-    if is_rank_zero():
-        print(text, file=sys.stderr, flush=True)
-
-
-def whole_numbers(text, key):
-    """The value of a key such as '1,8' as a list of whole numbers; UserError where one is out of the key's bounds."""
-    try:
-        values = [int(part) for part in text.split(',')] if text else []
-    except ValueError:
-        raise UserError(f"{key} is '{text}'; it must be whole numbers separated by commas, such as 1,8") from None
-    for value in values:
-        if found := bounds.problem(key, value):
-            raise UserError(f"in {key}='{text}' a number {found}")
-    return values
-
-
-def check_folder(path):
-    """UserError unless the folder `path`, the value of out_dir, is writable or can be created. Creates nothing."""
-    above = os.path.abspath(path)
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not path or not os.path.isdir(above) or not os.access(above, os.W_OK):
-        reason = f'{above} is not a writable folder' if path else 'it is empty'
-        raise UserError(f"out_dir='{path}' can't be used: {reason}; choose another --out_dir")
-
+from core.messages import UserError, check_folder, is_rank_zero, notice, whole_numbers  # noqa: F401  (for scripts)
 
 # ---- device, dtype, threads ------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,17 @@ from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def restored_hooks():
+    """A script that a test runs in this process leaves no signal handler and no excepthook."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.excepthook
+    yield
+    sys.excepthook = hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from core import runtime
 from core.runtime import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +138,14 @@ def test_without_arguments_nothing_changes(configure, capsys):
 def test_it_leaves_the_keys_and_config_and_nothing_else(configure):
     write('x.py', 'import os\nbatch_size = 3\n_half = 2\ndef double(x): return 2 * x\n')
     names = configure('x.py', '--dropout=0.1', '--len=1')
-    assert set(names) == NAMES | set(names['config']) | {'config', 'given', '__file__', '__name__', '__builtins__', '__doc__'}
+    assert set(names) == NAMES | set(names['config']) | {
+        'config',
+        'given',
+        '__file__',
+        '__name__',
+        '__builtins__',
+        '__doc__',
+    }
     assert names['__doc__'].strip().startswith('Does nothing')
     assert names['limits'] == (1, 2) and names['math'].__name__ == 'math' and callable(names['time'])
     assert 'limits' not in names['config'] and '_private' not in names['config']
@@ -365,8 +371,3 @@ def test_as_a_script_and_through_runpy(place):
     done = run('script.py', '--batchsize=1')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'error: unknown key --batchsize: did you mean --batch_size?\n'
-
-
-def test_it_installs_the_excepthook(configure):
-    configure()
-    assert sys.excepthook is runtime.report_user_errors
