@@ -77,9 +77,8 @@ def load(spec):
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     published = spec in GPT2_SIZES or os.path.isfile(os.path.join(spec, 'config.json'))
     if published and not os.path.isfile(os.path.join(spec, 'ckpt.pt')):
-        model = checkpoints.pretrained(spec)[0]
+        model, saved = checkpoints.pretrained(spec)
         facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=sha256_of_tensors(model), corpus='')
-        meta, dataset = {'tokenizer': 'gpt2'}, ''
     else:
         file = checkpoints.find(spec)
         saved = checkpoints.load(file, mapped=True)
@@ -90,7 +89,7 @@ def load(spec):
         loss = saved.get('best_val_loss') if loss is None else loss
         facts = dict(name=name, file=file, iteration=saved['iter_num'], val_loss=None if loss is None else float(loss),
                      sha256=files.sha256(file), corpus=saved.get('corpus', ''))  # fmt: skip
-        meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
+    meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
     facts.update(parameters=model.get_num_params(), attention=checkpoints.attention_of(model),

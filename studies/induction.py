@@ -236,7 +236,7 @@ def cell(rows, key, sign=''):
 
 def formation_table(outcomes):
     """Formation and final scores of the runs with two layers."""
-    heading = ('positions', 'attention', f'best head passes {FORMED} at', 'best induction score', 'by seed',
+    heading = ('positions', 'attention', f'iteration of best score > {FORMED}', 'best induction score', 'by seed',
                'best previous-token score', 'induction heads of 8', 'loss on repeats', 'val loss')  # fmt: skip
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
@@ -249,13 +249,13 @@ def formation_table(outcomes):
 def head_table(outcomes):
     """The best head of the runs in which one formed; an average with the other runs would describe neither."""
     cells = {
-        'same head, shuffled copy': 'shuffled',
-        'its copying': 'copying',
+        'score on shuffled copy': 'shuffled',
+        'copying score': 'copying',
         'K-composition lift': 'lift',
-        'without best head': 'ablate_best',
-        'without best 2': 'ablate_two',
-        'without 2 others of their layers': 'ablate_random',
-        'without best 4': 'ablate_four',
+        'top 1 ablated': 'ablate_best',
+        'top 2 ablated': 'ablate_two',
+        '2 random others ablated': 'ablate_random',
+        'top 4 ablated': 'ablate_four',
     }
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
@@ -280,8 +280,8 @@ def paired_table(outcomes):
 
 def depth_table(outcomes):
     """The layers of the best heads in the runs with four layers."""
-    heading = ('attention', f'best head passes {FORMED} at', 'best induction score by seed', 'where (layer.head)',
-               'best previous-token score', 'where', 'loss on repeats', 'val loss')  # fmt: skip
+    heading = ('attention', f'iteration of best score > {FORMED}', 'best induction score by seed', 'layer.head',
+               'best previous-token score', 'layer.head', 'loss on repeats', 'val loss')  # fmt: skip
     rows = []
     for (_, name), group in groups(outcomes, DEEP).items():
         best, previous = (', '.join(f'{o[key][0]}.{o[key][1]}' for o in group) for key in ('best', 'best_previous'))
@@ -293,9 +293,10 @@ def depth_table(outcomes):
 
 def latent_table(outcomes):
     """The latent in the layer of the best head, in the runs in which one formed."""
-    heading = ('positions', 'attention', 'effective rank', 'overlap of keys (chance)', 'of values',
-               'of keys with values', 'bands for 90 % of the cost: keys', 'values', 'cost in common', 'content logit',
-               'position logit', 'runs')  # fmt: skip
+    heading = ('positions', 'attention', 'effective rank', 'overlap: keys (chance)', 'overlap: values (chance)',
+               'overlap: keys and values (chance)', 'bands with 90 % of the cost: keys',
+               'bands with 90 % of the cost: values', 'shared cost', 'content logit', 'position logit',
+               'runs')  # fmt: skip
     rows = []
     for (pos, name), group in groups(outcomes, LAYERS).items():
         found = [o['latent'] for o in group if 'latent' in o and o['score'] > FORMED]
@@ -418,16 +419,16 @@ for folder in folders:
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python studies/induction.py' + (' --full=True' if full else '')
 intro = (f'Made by `{command}`: {len(outcomes)} runs of {steps[-1]} iterations, {count} training seeds each, measured '
-         f'at iterations {", ".join(map(str, steps))}. Values are means over seeds, with '
-         + ('± the half width of their 95 % t interval' if count in stats.T_QUANTILE else 'the range in brackets')
-         + '; where some runs form heads and others do not, such an interval says little: see the column by seed. '
-         'Iterations of forming are medians [range] over the runs that formed. Losses are in nats.\n')  # fmt: skip
+         f'at iterations {", ".join(map(str, steps))}. Values are means over seeds '
+         + ('± the half width of the 95 % t interval' if count in stats.T_QUANTILE else 'with their range in brackets')
+         + '. If only some runs form heads, the mean and its interval describe neither kind: see the column by seed. '
+         'Iterations are medians [range] over the runs that formed heads. Losses are in nats.\n')  # fmt: skip
 parts = [
-    ('When heads form, and how strong they end (2 layers, 4 heads, C = 64)', formation_table(outcomes)),
-    (f'What the best head is, where it passed {FORMED}: losses without it', head_table(outcomes)),
+    (f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})', formation_table(outcomes)),
+    (f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats', head_table(outcomes)),
     ('MLA minus MHA, paired by seed', paired_table(outcomes)),
-    ('Where in depth (4 layers, learned positions)', depth_table(outcomes)),
-    (f'How the latent divides, in the layer of the best head, where it passed {FORMED}', latent_table(outcomes)),
+    (f'Depth ({DEEP} layers, learned positions)', depth_table(outcomes)),
+    (f'The latent in the layer of the best head, of runs with a score > {FORMED}', latent_table(outcomes)),
 ]
 if folders:
     parts.append(('Models trained on real text', text_table(folders)))

@@ -91,7 +91,7 @@ def test_the_tables_say_what_the_runs_files_say(finished):
     assert row[3] == str(STEP) and row[4] == '0.800 [0.750, 0.850]' and row[5] == '0.75, 0.85'
     row = row_of(text, 'rope', 'MLA r=16 (C/4)')
     assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 does not pass 0.5
-    heads = text[text.index('What the best head is') :]
+    heads = text[text.index('The best head of runs') :]
     assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16 (C/4)')[3] == '1 of 2'
     paired = text[text.index('paired') :]
     assert row_of(paired, 'learned', 'MLA r=16 (C/4)')[3] == '-0.250'
