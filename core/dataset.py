@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.runtime import UserError
+from core import files
+from core.messages import UserError, printable
 from core.tokenizer import NO_TEXT, TOKENIZERS, CharTokenizer, GPT2Tokenizer, tokenizer_of
 
 FORMAT = 1
 SPLITS = ('train', 'val')
-CHECKED_WHOLE = 1 << 25  # tokens; opening a file up to this size checks every id, of a larger file a sample
+CHECKED_WHOLE = 1 << 26  # bytes; opening a file up to this size checks its SHA-256 and every id, otherwise a sample
 
 
 def token_dtype(vocab_size):
@@ -39,7 +40,8 @@ class TokenData:
 
     Attributes: `meta` (see data/README.md), `tokens` {'train': n, 'val': n}, `n_vocab` (number of ids),
     `padded_vocab_size` (the vocabulary size of a new model), `corpus` (one line: which text this is). UserError if the
-    folder is missing, empty, truncated, of another dtype, shorter than a window, or has ids beyond the vocabulary.
+    folder is missing, empty, truncated, of another dtype, shorter than a window, if an id is beyond the vocabulary, or
+    if a file's SHA-256 isn't that in meta.json.
     """
 
     def __init__(self, folder, block_size):
@@ -49,7 +51,7 @@ class TokenData:
         self.n_vocab = self.meta['vocab_size']
         tokenizer = tokenizer_of(self.meta)
         self.padded_vocab_size = tokenizer.padded_vocab_size if tokenizer else self.n_vocab
-        self.corpus = self.meta['source']
+        self.corpus = printable(self.meta['source'])
         self.dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.row_tokens = self.meta.get('row_tokens')
         self.tokens = {split: self._length(f'{split}.bin', split, self.dtype) for split in SPLITS}
@@ -61,6 +63,8 @@ class TokenData:
         self._views = {}
         for split in SPLITS:
             self._check_ids(split)
+            self._check_sum(f'{split}.bin')
+            self._check_sum(f'{split}.mask.bin')
 
     def batch(self, seed, n, size, rows=slice(None)):
         """
@@ -146,14 +150,24 @@ class TokenData:
     def _check_ids(self, split):
         """UserError if an id exceeds the vocabulary: every id of a short file, an even sample of a long one."""
         length, path = self.tokens[split], self.folder / f'{split}.bin'
-        piece = 1 << 22 if length <= CHECKED_WHOLE else 1 << 12
-        step = piece if length <= CHECKED_WHOLE else max(piece, length // 1024)
+        whole = length * self.dtype.itemsize <= CHECKED_WHOLE
+        piece = 1 << 22 if whole else 1 << 12
+        step = piece if whole else max(piece, length // 1024)
         for start in range(0, length, step):
             # not through the memory map, whose read-ahead would read much more around each piece
             ids = np.fromfile(path, dtype=self.dtype, count=piece, offset=start * self.dtype.itemsize)
             highest = int(ids.max())
             if highest >= self.n_vocab:
                 raise self._bad_ids(split, highest)
+
+    def _check_sum(self, name):
+        """UserError if a file of at most CHECKED_WHOLE bytes isn't the one whose SHA-256 meta.json recorded, if any."""
+        path, recorded = self.folder / name, self.meta.get('sha256', {}).get(name)
+        if recorded and path.stat().st_size <= CHECKED_WHOLE and (found := files.sha256(path)) != recorded:
+            raise UserError(
+                f'{path} was changed or is damaged: its SHA-256 is {found[:16]}..., and meta.json recorded '
+                f'{recorded[:16]}...; {prepare_hint(self.folder)}'
+            )
 
     def _bad_ids(self, split, highest):
         return UserError(
@@ -225,6 +239,9 @@ def meta_problem(meta):
         return f'has "tokens" {counts!r}, which must be the counts of train and val'
     if not isinstance(meta.get('source'), str):
         return 'has no "source"'
+    sums = meta.get('sha256', {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        return f'has "sha256" {sums!r}, which must be an object of strings'
     if not is_count(meta.get('row_tokens', 2), 2):
         return f'has row_tokens {meta["row_tokens"]!r}, which must be an integer of at least 2'
     return None

@@ -1,5 +1,6 @@
 """core/dataset.py: which windows make a batch, broken data sets, and nanoGPT's folders."""
 
+import hashlib
 import json
 import pickle
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from core.dataset import TokenData
-from core.runtime import UserError
+from core.messages import UserError
 from core.tokenizer import BPETokenizer, load_tokenizer
 from core.write_dataset import write_dataset
 
@@ -148,6 +149,7 @@ BROKEN = {
     'vocab_size': (break_meta(vocab_size=True), 'vocab_size True'),
     'tokens': (break_meta(tokens={'train': 3600}), '"tokens"'),
     'no source': (break_meta(source=None), 'no "source"'),
+    'sums': (break_meta(sha256=['a']), '"sha256"'),
     'rows': (break_meta(row_tokens=1), 'row_tokens 1'),
     'ids': (break_meta(vocab_size=5, chars='abcde'), 'has the id 1., beyond the vocabulary of 5'),
 }
@@ -161,6 +163,27 @@ def test_a_broken_data_set_is_explained(case, char_data):
     with pytest.raises(UserError, match=message) as error:
         TokenData(char_data, 16)
     assert 'data/text/prepare.py --input=FILE --name=tiny' in one_line(error)
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.mask.bin'])
+def test_one_flipped_bit_is_found(name, tmp_path):
+    """The ids are still valid: only the checksum in meta.json can tell."""
+    splits = {'train': np.arange(1000), 'val': np.arange(200)}
+    masks = {split: np.arange(len(ids)) % 10 < 4 for split, ids in splits.items()}
+    write_dataset(tmp_path, None, splits, source='numbers', vocab_size=2000, row_tokens=10, masks=masks)
+    TokenData(tmp_path, 9)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[100] ^= 1
+    (tmp_path / name).write_bytes(content)
+    recorded = json.loads((tmp_path / 'meta.json').read_text())['sha256'][name]
+    found = hashlib.sha256(content).hexdigest()
+    with pytest.raises(UserError, match=f'{name} was changed.* is {found[:16]}.* recorded {recorded[:16]}'):
+        TokenData(tmp_path, 9)
+
+
+def test_a_source_that_a_terminal_would_execute(char_data):
+    break_meta(source='a \x1b]0;title\x07 text')(char_data)
+    assert TokenData(char_data, 8).corpus == 'a \\x1b]0;title\\x07 text'
 
 
 def test_the_message_names_the_prepare_script_of_the_folder(char_data):
