@@ -1,18 +1,19 @@
-"""The study says what its runs' files say, keeps what is finished and does what is missing."""
+"""studies/induction.py: the tables show the runs' numbers, finished runs are kept, missing ones are run."""
 
 import json
 import shutil
+from pathlib import Path
 
 import forking
 import pytest
-import torch
+from planted import randomized, save
 
-from core import checkpoint
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 STEP, SEEDS = 10, (1337, 1338)
-SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up, to be found in the tables
+SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up
 NAMES = [
     f'{kind}-{name}-s{seed}'
     for kind in ('2l-learned', '2l-rope', '4l-learned')
@@ -27,21 +28,15 @@ def study(out_dir, data_dir, *more):
 
 
 def trained_like(kind):
-    """A small model with the study's shape and a random parameter everywhere."""
+    """A small model of the study's shape with all parameters random."""
     sizes = dict(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64)
     model = GPT(GPTConfig(**sizes)) if kind == 'MHA' else MLAGPT(MLAConfig(**sizes, n_latent=16))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    return randomized(model, 0.1)
 
 
 def measured(folder, kind):
-    """What find_induction_heads.py writes about one model and its only checkpoint: two dicts."""
-    folder.mkdir()
-    state = checkpoint.contents(trained_like(kind), {'dataset': 'none'}, val_loss=1.0, best_val_loss=1.0, iter_num=STEP)
-    checkpoint.save(str(folder / 'ckpt.pt'), state)
+    """The induction.json and formation.json of a model with a single checkpoint: two dicts."""
+    save(folder, trained_like(kind), val_loss=1.0, best_val_loss=1.0, iter_num=STEP)
     keys = (f'--models={folder}', f'--sweep={folder}', f'--out_dir={folder}', '--html=False', '--sequences=8')
     done = forking.run('find_induction_heads.py', (*keys, '--resamples=100', '--controls=1', '--device=cpu'))
     assert done.returncode == 0, done.stderr
@@ -50,7 +45,7 @@ def measured(folder, kind):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """The folder of a study whose every run is finished, with scores that are known."""
+    """The folder of a study whose runs are all finished, with known scores."""
     folder = tmp_path_factory.mktemp('study')
     templates = {kind: measured(folder / f'template-{kind}', kind) for kind in SCORES}
     for name in NAMES:
@@ -68,17 +63,17 @@ def finished(tmp_path_factory):
         for part, value in (('induction', found), ('formation', steps)):
             (run / 'induction' / f'{part}.json').write_text(json.dumps(value))
     (folder / 'data' / 'repeats').mkdir(parents=True)
-    (folder / 'data' / 'repeats' / 'train.bin').touch()  # nothing is trained, so nothing reads it
+    (folder / 'data' / 'repeats' / 'train.bin').touch()  # never read, because nothing is trained
     return folder
 
 
 def row_of(text, *cells):
-    """The cells of the table row that begins with `cells`."""
+    """The cells of the first table row that begins with `cells`."""
     wanted = '| ' + ' | '.join(cells) + ' |'
     return [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith(wanted)).split('|')]
 
 
-def test_the_tables_say_what_the_runs_files_say(finished):
+def test_the_tables_show_the_runs_numbers(finished):
     results = finished / 'RESULTS.md'
     results.write_text('above\n<!-- study -->\nold\n<!-- /study -->\nbelow\n')
     novel = finished / 'out-novel'
@@ -90,7 +85,7 @@ def test_the_tables_say_what_the_runs_files_say(finished):
     row = row_of(text, 'learned', 'MHA')
     assert row[3] == str(STEP) and row[4] == '0.800 [0.750, 0.850]' and row[5] == '0.75, 0.85'
     row = row_of(text, 'rope', 'MLA r=16 (C/4)')
-    assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 does not pass 0.5
+    assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 is not above 0.5
     heads = text[text.index('The best head of runs') :]
     assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16 (C/4)')[3] == '1 of 2'
     paired = text[text.index('paired') :]
@@ -104,7 +99,15 @@ def test_the_tables_say_what_the_runs_files_say(finished):
         assert (finished / 'out' / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_tables_come_again_from_what_a_study_wrote(finished, tmp_path):
+def test_results_md_has_the_tables_of_the_published_numbers(tmp_path):
+    done = forking.run('studies/induction.py', ('--reuse=assets/induction_study.json', f'--out_dir={tmp_path}'))
+    assert done.returncode == 0, done.stderr
+    tables = (tmp_path / 'tables.md').read_text()
+    # after them comes the table of the text models, which are not kept
+    assert f'<!-- study -->\n{tables}' in (ROOT / 'RESULTS.md').read_text()
+
+
+def test_the_tables_can_be_made_again_from_the_study_json(finished, tmp_path):
     done = study(finished / 'out', finished / 'data')
     assert done.returncode == 0, done.stderr
     keys = ('studies/induction.py', (f'--reuse={finished}/out/study.json', f'--out_dir={tmp_path}/again'))
@@ -118,12 +121,12 @@ def test_tables_come_again_from_what_a_study_wrote(finished, tmp_path):
     assert broken.returncode == 2 and "can't be read as a study" in broken.stderr and not (tmp_path / 'no').exists()
 
 
-def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp_path):
+def test_missing_runs_are_trained_and_measured_and_the_others_kept(finished, tmp_path):
     out, data = tmp_path / 'out', tmp_path / 'data'
     shutil.copytree(finished / 'out', out)
     shutil.rmtree(out / '2l-rope-MLA-r16-s1338')
     before = {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in NAMES if 'MHA' in name}
-    done = study(out, data)  # which makes the data set first
+    done = study(out, data)  # which prepares the data set first
     assert done.returncode == 0, done.stderr + ''.join(path.read_text()[-500:] for path in out.glob('*/log.txt'))
     new = json.loads((out / '2l-rope-MLA-r16-s1338' / 'induction' / 'induction.json').read_text())['models'][0]
     assert new['iteration'] == STEP and new['model_args']['pos'] == 'rope' and new['model_args']['n_latent'] == 16
@@ -135,7 +138,7 @@ def test_what_is_missing_is_trained_and_measured_and_the_rest_kept(finished, tmp
     assert run['best'] == best and run['score'] == new['induction']['mean'][best[0]][best[1]] and run['formed'] is None
 
 
-def test_bad_keys_are_said_before_anything_is_trained(tmp_path):
+def test_bad_keys_are_errors_before_anything_is_trained(tmp_path):
     plain = tmp_path / 'plain.md'
     plain.write_text('no marks')
     cases = (('--seeds=1', 'seeds'), (f'--results={plain}', '<!-- study -->'), ('--text_models=nowhere', 'nowhere'))
