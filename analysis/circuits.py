@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from analysis.forward import device_of, rope_of
+from core.runtime import to_float64
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def copying_eigenvalues(model, ids, effective=True):
     scores = []
     for block in model.transformer.h:
         _, _, w_v, w_o = stream_weights(block)
-        values = torch.linalg.eigvals((w_v @ middle @ w_o).double())
+        values = torch.linalg.eigvals(to_float64(w_v @ middle @ w_o))
         scores.append(values.real.sum(-1) / values.abs().sum(-1).clamp_min(1e-30))
     return torch.stack(scores).cpu().numpy()
 

@@ -10,6 +10,7 @@ import torch
 
 from analysis.forward import device_of, embed, rope_of, run
 from analysis.induction import joined, repeat_losses, score_layers
+from core.runtime import to_float64
 
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
 
@@ -28,7 +29,7 @@ def latent_moments(model, repeats, batch_size=16):
     rope = rope_of(model, repeats.tokens.size(1))
 
     def add(layer, attention):
-        latent = content_latent(model.transformer.h[layer].attn, attention.normed, rope).flatten(0, 1).double()
+        latent = to_float64(content_latent(model.transformer.h[layer].attn, attention.normed, rope).flatten(0, 1))
         total[layer] += latent.sum(0).cpu()
         squares[layer] += (latent.T @ latent).cpu()
 
@@ -50,7 +51,7 @@ def effective_rank(covariance):
 
 def row_space(weights):
     """Orthonormal bases (H, min(a, r), r) of the row spaces of weights (H, a, r), float64."""
-    return torch.linalg.qr(weights.double().mT)[0].mT
+    return torch.linalg.qr(to_float64(weights).mT)[0].mT
 
 
 def overlap(first, second):

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from core.runtime import to_float64
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
 
@@ -46,12 +47,12 @@ class Statistics:
 
     @classmethod
     def empty(cls, size, device='cpu'):
-        zeros = torch.zeros(size + 1, size, dtype=torch.float64, device=device)
+        zeros = to_float64(torch.zeros(size + 1, size, device=device))
         return cls(0, zeros[0], zeros[1:])
 
     def add(self, x):
         """Add x (..., C)."""
-        x = x.detach().flatten(0, -2).to(self.total.device, torch.float64)
+        x = to_float64(x.detach().flatten(0, -2)).to(self.total.device)
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products.addmm_(x.t(), x)
@@ -78,10 +79,8 @@ def collect_statistics(model, batches):
 
     One batch at a time is in memory.
     """
-    device = next(model.parameters()).device
-    where = 'cpu' if device.type == 'mps' else device  # Apple's GPUs have no float64
-    blocks = model.transformer.h
-    statistics = [Statistics.empty(model.config.n_embd, where) for _ in blocks]
+    device, blocks = model.lm_head.weight.device, model.transformer.h
+    statistics = [Statistics.empty(model.config.n_embd, device) for _ in blocks]
     hooks = [
         block.ln_1.register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
         for block, own in zip(blocks, statistics, strict=True)
@@ -100,8 +99,8 @@ def collect_statistics(model, batches):
 
 def norm_moments(ln, centred=True):
     """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
-    gain = ln.weight.detach().to('cpu', torch.float64)
-    mean = torch.zeros_like(gain) if ln.bias is None else ln.bias.detach().to('cpu', torch.float64)
+    gain = to_float64(ln.weight.detach()).cpu()
+    mean = torch.zeros_like(gain) if ln.bias is None else to_float64(ln.bias.detach()).cpu()
     covariance = torch.diag(gain**2) - torch.outer(gain, gain) / len(gain)
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
@@ -119,7 +118,7 @@ def reachable_root(ln, covariance):
     Its columns span exactly the subspace that LayerNorm `ln` can reach. Otherwise rounding in `covariance` would act as
     a direction of its own, and displace one that matters.
     """
-    gain = ln.weight.detach().to('cpu', torch.float64)
+    gain = to_float64(ln.weight.detach()).cpu()
     basis, sizes, _ = torch.linalg.svd(torch.diag(gain) - gain[:, None] / len(gain))
     kept = sizes > 1e-12 * sizes[0]
     basis, sizes = basis[:, kept], sizes[kept]
@@ -177,7 +176,7 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
 def convert_layer(old, attention, statistics, balance):
     """Set the query, down- and up-projections of `attention` from the MHA block `old` (see `to_mla`)."""
     weight, bias = old.attn.c_attn.weight, old.attn.c_attn.bias
-    w_q, w_k, w_v = weight.to('cpu', torch.float64).chunk(3)
+    w_q, w_k, w_v = to_float64(weight).cpu().chunk(3)
     centred = bias is not None
     mean, covariance = statistics.moments(centred) if statistics else norm_moments(old.ln_1, centred)
     half = reachable_root(old.ln_1, covariance)
@@ -186,7 +185,7 @@ def convert_layer(old, attention, statistics, balance):
     attention.c_kv_down.weight.copy_(down)
     attention.c_kv_up.weight.copy_(up)
     if centred:
-        b_q, b_kv = bias.to('cpu', torch.float64).split((len(w_q), len(w_k) + len(w_v)))
+        b_q, b_kv = to_float64(bias).cpu().split((len(w_q), len(w_k) + len(w_v)))
         attention.c_q.bias.copy_(b_q)
         attention.c_kv_down.bias.zero_()
         attention.c_kv_up.bias.copy_(b_kv + shift)

@@ -68,7 +68,7 @@ def pick_dtype(dtype, device, n_embd=0):
     if dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}")
     if dtype == 'float16' and not device.startswith('cuda'):
-        raise UserError(f'dtype=float16 requires a CUDA GPU, and the device is {device}; use --dtype=bfloat16 or float32')
+        raise UserError(f'dtype=float16 needs a CUDA GPU, and the device is {device}; use --dtype=bfloat16 or float32')
     return dtype
 
 
@@ -100,6 +100,11 @@ def to_device(x, y, device):
     if device.type == 'cuda':
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+def to_float64(tensor):
+    """`tensor` in float64, on its device, or on the CPU where that has no float64 (Apple's GPUs)."""
+    return (tensor.cpu() if tensor.device.type == 'mps' else tensor).double()
 
 
 def autocast(device, dtype):

@@ -140,7 +140,7 @@ def test_statistics_do_not_depend_on_the_batches():
     mean, covariance = whole.moments()
     assert torch.allclose(mean, x.mean(dim=0)) and torch.allclose(covariance, x.t().cov(correction=0))
     assert torch.allclose(whole.moments(centred=False)[1], x.t() @ x / 50)
-    with pytest.raises(ValueError, match='no statistics'):
+    with pytest.raises(ValueError, match='the statistics are empty'):
         Statistics.empty(C).moments()
 
 
