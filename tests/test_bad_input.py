@@ -183,8 +183,8 @@ ARGUMENTS = {
     'find_induction_heads.py': {'models': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
     'test_shakespeare_quick.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny',
                                   'max_iters': 1, **CPU},
-    'study_induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
-    'study_mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
+    'studies/induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
+    'studies/mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
     'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
@@ -195,7 +195,7 @@ ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']
 ARGUMENTS['sample_mla.py'] = {**ARGUMENTS['sample.py'], 'out_dir': '{place}/mla'}
 
 T, TM, S, C, E, F = 'train.py', 'train_mla.py', 'sample.py', 'convert_mla.py', 'export_hf.py', 'find_induction_heads.py'
-Q, STUDY, STUDY_MLA = 'test_shakespeare_quick.py', 'study_induction.py', 'study_mla.py'
+Q, STUDY, STUDY_MLA = 'test_shakespeare_quick.py', 'studies/induction.py', 'studies/mla.py'
 TEXT, CHAR, GPT2, WEB, REPEATS = (
     f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'openwebtext', 'repeats')
 )
