@@ -289,7 +289,7 @@ FLAGS = [
     Case(E, '--out_dir={place}/mla', 'is not empty', '--overwrite=True'),
     Case(E, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
     Case(F, '--models=', 'models', '--models'),
-    Case(F, '--models={place}/nowhere', 'nowhere', 'train one first|--models'),
+    Case(F, '--models={place}/nowhere', 'nowhere', 'train a model first|--models'),
     Case(F, '--models={place}/mha', 'initial values|untrained|iteration', 'train it first',
          ckpt(lambda c: c.update(iter_num=0))),
     Case(F, '--sequences=0', 'sequences', 'at least'),
