@@ -278,10 +278,9 @@ def measure_texts(models):
 
 def draw_plot(rows, file):
     """Draw decoding time over context length, one panel per batch size, and cache size. Readable in grey."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from analysis import report
 
     names = [name for name in dict.fromkeys(row['name'] for row in rows) if name != 'MHA, no cache']
     sizes = sorted({row['batch_size'] for row in rows})
@@ -290,7 +289,8 @@ def draw_plot(rows, file):
         name: dict(color=str(0.6 * i / len(names)), marker=marker, linestyle=line)
         for i, (name, marker, line) in enumerate(lines)
     }
-    figure, axes = plt.subplots(1, len(sizes) + 1, figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
+    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
+    axes = figure.subplots(1, len(sizes) + 1)
     for name in names:
         for axis, size in zip(axes, sizes, strict=False):
             own = [row for row in rows if row['name'] == name and row['batch_size'] == size]
@@ -309,7 +309,7 @@ def draw_plot(rows, file):
     setting = f'{machine["device"]}, {machine["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
     figure.suptitle(setting, fontsize='medium')
     os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
-    figure.savefig(file, dpi=120)
+    report.save_figure(file, figure, dpi=120)
 
 
 def bench_sample():

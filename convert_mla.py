@@ -14,13 +14,17 @@ $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-m
 The algebra is in core/conversion.py. Fine-tuning recovers most of the loss: train_mla.py --init_from=out-converted.
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import os
 
 from core import checkpoint as checkpoints
-from core import evaluation, files, runtime
+from core import evaluation, files, messages, runtime
 from core.conversion import collect_statistics, to_mla, training_text
 from core.dataset import TokenData
-from core.runtime import UserError
+from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
@@ -42,11 +46,11 @@ threads = 0
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-sizes = runtime.whole_numbers(sweep, 'sweep') or [n_latent]
+sizes = messages.whole_numbers(sweep, 'sweep') or [n_latent]
 target = os.path.join(out_dir, 'ckpt.pt')
-runtime.check_folder(out_dir)
-if json and not os.path.isdir(os.path.dirname(os.path.abspath(json))):
-    raise UserError(f'the folder of {json} does not exist; create it, or choose another --json')
+messages.check_folder(out_dir)
+if json:
+    messages.check_file(json, 'json')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 
@@ -57,7 +61,7 @@ dtype = runtime.pick_dtype(dtype, device)
 autocast = runtime.autocast(device, dtype)
 model, saved = checkpoints.pretrained(source)
 model = model.to(device).eval()
-dataset = dataset or saved.get('config', {}).get('dataset', '')
+dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
 if not dataset and (sweep or method == 'data'):
     raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
 data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
@@ -69,6 +73,11 @@ if data and data.n_vocab > model.config.vocab_size:
 def windows(tokens):
     """The number of windows that hold `tokens` tokens; at least one."""
     return max(1, tokens // model.config.block_size)
+
+
+if data and len(data.eval_windows('val', windows(eval_tokens))) < 2:
+    raise UserError(f'a standard error requires at least two windows of {model.config.block_size} tokens; raise '
+                    f'--eval_tokens={eval_tokens}, or use a data set with a longer val.bin')  # fmt: skip
 
 
 # ---- convert and measure ---------------------------------------------------------------------------------------------
@@ -105,7 +114,8 @@ statistics = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
 
-print(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters' + (f'; losses on {data.corpus}' if data else ''))
+about = f'; losses on {data.corpus}' if data else ''
+messages.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
 heading = f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}'
 print(heading + (f'{"val loss":>22}{"rise":>23}' if data else ''))
 rows = [measured('MHA', model)]
@@ -130,21 +140,21 @@ if not sweep:
     contents = checkpoints.contents(converted, {**saved.get('config', {}), **config, 'dataset': dataset},
                                     val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)  # fmt: skip
     checkpoints.save(target, contents)
-    print(f'checkpoint: {target}')
+    messages.output(f'checkpoint: {target}')
     raise SystemExit
 
 # ---- several: a picture ----------------------------------------------------------------------------------------------
-import matplotlib  # noqa: E402  (slow to import)
+from matplotlib.figure import Figure  # noqa: E402  (slow to import)
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from analysis import report  # noqa: E402
 
 LOOK = {
     'weights': dict(color='#8a8a8a', marker='^', linestyle=':'),
     'data, not balanced': dict(color='#e07b39', marker='s', linestyle='--'),
     'data': dict(color='#1f3b73', marker='o', linestyle='-'),
 }
-figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+figure = Figure(figsize=(7, 4.5), layout='constrained')
+axes = figure.subplots()
 for name in methods:
     points = [row for row in rows if row['method'] == name]
     axes.errorbar([p['cache_bytes_per_token'] for p in points], [p['rise'] for p in points],
@@ -158,5 +168,4 @@ axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation l
          title=f'{source}, converted without fine-tuning\n{data.corpus}')  # fmt: skip
 axes.grid(alpha=0.3)
 axes.legend()
-figure.savefig(os.path.join(out_dir, 'conversion.png'), dpi=130)
-print(f'picture: {os.path.join(out_dir, "conversion.png")}')
+report.save_figure(os.path.join(out_dir, 'conversion.png'), figure, dpi=130)

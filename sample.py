@@ -9,6 +9,10 @@ From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Huggi
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import codecs
 import os
 import sys
@@ -20,7 +24,7 @@ import torch
 from core import checkpoint as checkpoints
 from core import runtime
 from core.dataset import read_meta, read_meta_pickle
-from core.runtime import UserError
+from core.messages import UserError, printable
 from core.tokenizer import GPT2Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ if tokenizer.n_vocab > model.config.vocab_size:
 if start.startswith('FILE:'):
     try:
         start = Path(start[5:]).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
 prompt = tokenizer.encode(start, special=True)
 if not prompt:
@@ -93,13 +97,15 @@ if len(stop_ids) > 1:
 stop_token = stop_ids[0] if stop_ids else None
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-sys.stdout.reconfigure(encoding='utf-8')
+sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
 decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+in_terminal = sys.stdout.isatty()  # which would execute control characters; a file gets what the model wrote
 
 
 def show(ids, final=False):
     """Print token ids at once; a character whose bytes span several tokens appears with the last of them."""
-    sys.stdout.write(decoder.decode(tokenizer.decode_bytes(ids), final))
+    text = decoder.decode(tokenizer.decode_bytes(ids), final)
+    sys.stdout.write(printable(text) if in_terminal else text)
     sys.stdout.flush()
 
 
@@ -113,33 +119,27 @@ cache_bytes = model.init_cache(1, 1, dtype=runtime.DTYPES[dtype]).bytes_per_toke
 kind, size = checkpoints.attention_of(model).upper(), model.get_num_params() / 1e6
 runtime.notice(f'{kind}, {size:.2f}M parameters, {device}, {dtype}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()
-try:
-    show(prompt)
-    with runtime.autocast(device, dtype):
-        samples = model.generate(
-            torch.tensor([prompt], device=device),
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k or None,
-            top_p=top_p,
-            use_cache=use_cache,
-            num_samples=num_samples,
-            stop_token=stop_token,
-            on_token=show_first,
-            valid_ids=tokenizer.n_vocab,
-            generator=torch.Generator(device).manual_seed(seed),
-            fixed=captured,
-        )
-    seconds = time.perf_counter() - began
-    show([], final=True)
-    print('\n---------------')
-    for sample in samples[1:].tolist():
-        show(prompt + [token for token in sample[len(prompt) :] if token != stop_token], final=True)
-        print('\n---------------', flush=True)
-except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
-except KeyboardInterrupt:
-    sys.exit(130)
+show(prompt)
+with runtime.autocast(device, dtype):
+    samples = model.generate(
+        torch.tensor([prompt], device=device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        use_cache=use_cache,
+        num_samples=num_samples,
+        stop_token=stop_token,
+        on_token=show_first,
+        valid_ids=tokenizer.n_vocab,
+        generator=torch.Generator(device).manual_seed(seed),
+        fixed=captured,
+    )
+seconds = time.perf_counter() - began
+show([], final=True)
+print('\n---------------')
+for sample in samples[1:].tolist():
+    show(prompt + [token for token in sample[len(prompt) :] if token != stop_token], final=True)
+    print('\n---------------', flush=True)
 drawn = samples[:, len(prompt) :].numel()
 runtime.notice(f'{drawn} tokens in {seconds:.1f} s, {drawn / seconds:.1f} tokens/s')

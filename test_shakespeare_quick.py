@@ -10,17 +10,20 @@ command is run again. The keys below apply to both models:
 $ python test_shakespeare_quick.py --max_iters=500 --out_dir=out-quick-500
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import os
 import statistics
-import subprocess
 import sys
 
 import torch
 
 from core import checkpoint as checkpoints
-from core import evaluation, files, runlog, runtime
+from core import evaluation, messages, runlog, runtime, scripts
 from core.dataset import TokenData
-from core.runtime import UserError
+from core.messages import UserError
 from core.tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +54,7 @@ device = runtime.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
     raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
-runtime.check_folder(out_dir)
+messages.check_folder(out_dir)
 setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
                log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip
 setting['max_iters'] = max_iters or setting['max_iters']
@@ -69,7 +72,7 @@ for name in models:
     folder = os.path.join(out_dir, name)
     ckpt = os.path.join(folder, 'ckpt.pt')
     if os.path.exists(ckpt) and not overwrite:
-        earlier = checkpoints.load(ckpt)['config']
+        earlier = checkpoints.load(ckpt).get('config', {})
         changed = [key for key, value in {**setting, **own_arguments[name]}.items() if earlier.get(key) != value]
         if changed:
             raise UserError(
@@ -79,11 +82,10 @@ for name in models:
 for name, script in models.items():
     arguments = {**setting, **own_arguments[name], 'out_dir': os.path.join(out_dir, name)}
     arguments.update(overwrite=True) if overwrite else arguments.update(resume='auto')
-    runtime.notice(f'---- {script}: {name.upper()} ----')
+    messages.notice(f'---- {script}: {name.upper()} ----')
     command = [sys.executable, script, *(f'--{key}={value}' for key, value in arguments.items())]
-    done = subprocess.run(command)
-    if done.returncode:
-        sys.exit(done.returncode)
+    if code := scripts.call(command):
+        sys.exit(code)
 
 
 # ---- read back what was saved ----------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ ROWS = (
     ('ms per iteration (median)', 'ms_per_iter', '{:,.1f}'),
     ('training tokens/s', 'tokens_per_s', '{:,.0f}'),
 )
-print(f'\nMHA against MLA after {mha["iterations"]} iterations on {data.corpus}\n')
+messages.output(f'\nMHA against MLA after {mha["iterations"]} iterations on {data.corpus}\n')
 print(f'{"":36}{"MHA":>18}{"MLA":>18}{"MLA / MHA":>12}')
 for label, key, form in ROWS:
     print(f'{label:36}{form.format(mha[key]):>18}{form.format(mla[key]):>18}{mla[key] / mha[key]:>12.2f}')
@@ -143,16 +145,16 @@ for split in ('train', 'val'):
     ratio = mla[f'{split}_loss'] / mha[f'{split}_loss']
     print(f'{split + " loss, nats per token":36}{cells[0]:>18}{cells[1]:>18}{ratio:>12.3f}')
 for name in models:
-    print(f'\n---- a sample of {name.upper()} ----\n{results[name]["sample"].strip()}')
+    messages.output(f'\n---- a sample of {name.upper()} ----\n{results[name]["sample"].strip()}')
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
-import matplotlib  # noqa: E402  (slow to import, and of no use before)
+from matplotlib.figure import Figure  # noqa: E402  (slow to import, and of no use before)
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from analysis import report  # noqa: E402
 
 LOOK = {'mha': dict(color='#1f3b73', marker='o'), 'mla': dict(color='#e07b39', marker='s')}  # differ in grey as well
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 1), layout='constrained')
+figure = Figure(figsize=(11, 4.5), layout='constrained')
+left, right = figure.subplots(1, 2, width_ratios=(3, 1))
 for name, rows in logs.items():
     for split, line in (('train', '--'), ('val', '-')):
         iterations, losses = runlog.column(rows, f'{split}_loss')
@@ -165,7 +167,6 @@ bars = right.bar(
 )
 right.bar_label(bars, fmt='{:,.0f}')
 right.set(ylabel='bytes', title=f'Cache per token ({dtype})')
-figure.savefig(os.path.join(out_dir, 'comparison.png'), dpi=130)
+report.save_figure(os.path.join(out_dir, 'comparison.png'), figure, dpi=130)
 numbers = dict(corpus=data.corpus, setting=setting, device=device, dtype=dtype, torch=torch.__version__)
-files.write_json(os.path.join(out_dir, 'comparison.json'), dict(numbers, results=results))
-print(f'\npicture: {os.path.join(out_dir, "comparison.png")}   numbers: {os.path.join(out_dir, "comparison.json")}')
+report.save_json(os.path.join(out_dir, 'comparison.json'), dict(numbers, results=results))

@@ -10,11 +10,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axis import Axis, Tick
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from analysis.latent import READINGS
 from core import runtime
 from core.files import replacing, write_json
+from core.messages import printable
 
 CUSTOMARY = 0.4  # the induction score above which a head is often called an induction head; shown for reference only
 
@@ -51,7 +54,17 @@ def save_json(path, value):
 
 
 def save_figure(path, figure, dpi=150):
-    """Write a Figure as PNG and say so on stderr. Raises OSError."""
+    """
+    Write a Figure as PNG and say so on stderr. Raises OSError.
+
+    Titles and labels are shown as they are: '$' in the name of a model or data set doesn't begin a formula. Only
+    matplotlib's own texts, the numbers at the ticks, are parsed.
+    """
+    ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
+    own = {axis.get_offset_text() for axis in figure.findobj(Axis)} | ticks
+    for text in figure.findobj(Text):
+        if text not in own:
+            text.set(text=printable(text.get_text()), parse_math=False)
     with replacing(path, 'wb') as file:
         figure.savefig(file, format='png', dpi=dpi)
     runtime.notice(f'wrote {path}')

@@ -195,7 +195,8 @@ def check_sums(file):
 
 def load(path, device='cpu', mapped=False):
     """
-    The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`.
+    The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`. 'config' and 'tokenizer'
+    are {} where it has none; other keys may be missing or None.
 
     mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used.
 
@@ -222,6 +223,8 @@ def load(path, device='cpu', mapped=False):
             raise UserError(f"{file} is damaged: its '{name}' is a {type(value).__name__}; {OTHER_COPY}")
     if min(checkpoint.get('iter_num') or 0, checkpoint.get('tokens') or 0) < 0:
         raise UserError(f'{file} is damaged: its iter_num or tokens is negative; {OTHER_COPY}')
+    for name in ('config', 'tokenizer'):
+        checkpoint[name] = checkpoint.get(name) or {}
     tensors = checkpoint['model'].items()
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
         raise UserError(f"{file} is damaged: its 'model' holds more than named tensors; {OTHER_COPY}")

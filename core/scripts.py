@@ -9,8 +9,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from core import runtime
-from core.runtime import UserError
+from core import messages, runtime
+from core.messages import UserError
+
+running = set()  # the subprocesses that `call` waits for
+
+
+def call(command, **how):
+    """
+    The exit code of a command, a list of str, run as a subprocess; how: further arguments of subprocess.Popen.
+
+    A signal that ends this script ends the subprocess too: it gets SIGTERM, and is waited for, since a training saves.
+    """
+    process = subprocess.Popen(command, **how)
+    running.add(process)
+    try:
+        return process.wait()
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        running.discard(process)
 
 
 def run_script(script, arguments, folder):
@@ -30,7 +50,7 @@ def run_script(script, arguments, folder):
     path = os.path.join(folder, 'log.txt')
     with open(path, 'a', encoding='utf-8') as log:
         environment = dict(os.environ, OMP_NUM_THREADS='1')
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        code = call(command, stdout=log, stderr=log, env=environment)
     if code:
         raise UserError(f'{script} failed with exit code {code} in {folder}; see the end of {path} for the reason')
 
@@ -40,7 +60,8 @@ def run_all(work, runs, jobs=0):
     [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).
 
     runs: dicts with a unique 'name'. A run with 'after', an earlier one of them, starts when that one is finished.
-    Shows progress on stderr. If a call raises, no more are started and the exception is raised.
+    Shows progress on stderr. If a call raises, no more are started and the exception is raised. A signal stops the
+    subprocesses that are running.
     """
     futures = {}
 
@@ -48,7 +69,7 @@ def run_all(work, runs, jobs=0):
         if run.get('after'):
             futures[run['after']['name']].result()
         result = work(run)
-        runtime.notice(f'{run["name"]} is done')
+        messages.notice(f'{run["name"]} is done')
         bar.update()
         return result
 
@@ -61,6 +82,10 @@ def run_all(work, runs, jobs=0):
             for run in runs:
                 futures[run['name']] = pool.submit(work_in_order, run)
             return [futures[run['name']].result() for run in runs]
+        except SystemExit:  # from the handler of the signal; the threads are not interrupted
+            for process in list(running):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from analysis import report
 
@@ -50,7 +51,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, name):
     path = tmp_path / name
     path.write_text('old')
 
-    class Broken:
+    class Broken(Figure):
         """Neither text nor JSON nor a figure that can be drawn."""
 
         def savefig(self, file, **how):
@@ -61,3 +62,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, name):
     with pytest.raises((RuntimeError, TypeError)):
         write(path, Broken())
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('name', ['$', 'out-$x$', r'out-$\frac$', r'a\$b$c$', 'a\x1b[31m', 'caf\udce9', '{_^'])
+def test_names_are_drawn_as_they_are(tmp_path, name):
+    """A title that begins a formula without ending it would stop a study after hours, when its picture is drawn."""
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 100], [1e-9, 2e-9], label=name)
+    axes.set(title=f'losses on {name}', xlabel=name, xscale='log')
+    axes.annotate(name, (1, 1e-9))
+    axes.legend(title=name)
+    figure.suptitle(name)
+    report.save_figure(tmp_path / 'figure.png', figure)
+    assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
+    assert not axes.title.get_parse_math() and not axes.get_legend().get_texts()[0].get_parse_math()
+    assert all(label.get_parse_math() for label in axes.get_xticklabels())  # 10^2

@@ -1,11 +1,15 @@
 """Runs of scripts: in order, several at a time, a failure is one line and starts nothing more."""
 
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from core import scripts
-from core.runtime import UserError
+from core.messages import UserError
 
 
 def test_output_and_failure_of_a_script_are_in_its_log(tmp_path):
@@ -50,3 +54,45 @@ def test_a_failure_stops_what_has_not_started():
     with pytest.raises(UserError, match='run 1 failed'):
         scripts.run_all(work, runs, jobs=1)
     assert '2' not in started
+
+
+CHILD = """
+import signal, sys, time
+def save(*_):
+    print('saved', flush=True)
+    sys.exit(85)
+signal.signal(signal.SIGTERM, save)
+print('running', flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from core import messages, scripts
+messages.install()
+if sys.argv[1] == 'one':
+    scripts.call([sys.executable, 'child.py'])
+else:
+    runs = [dict(name=f'run{n}') for n in range(3)]
+    scripts.run_all(lambda run: scripts.run_script('child.py', [], run['name']), runs, jobs=2)
+"""
+
+
+@pytest.mark.parametrize('how', ['one', 'several'])
+def test_a_signal_stops_the_subprocesses_in_order(how, tmp_path):
+    """A training that a study has started saves, and the study waits for that; nothing keeps running."""
+    (tmp_path / 'child.py').write_text(CHILD)
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(root)!r}){PARENT}', how],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    logs = [tmp_path / f'run{n}' / 'log.txt' for n in range(2)]
+    if how == 'one':
+        assert process.stdout.readline() == 'running\n'
+    else:
+        while not all(log.exists() and log.read_text() == 'running\n' for log in logs):
+            assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and 'Traceback' not in err
+    assert out == ('saved\n' if how == 'one' else '')
+    assert how == 'one' or [log.read_text() for log in logs] == ['running\nsaved\n'] * 2
+    assert not (tmp_path / 'run2').exists()
