@@ -22,6 +22,10 @@ $ python bench.py --mode=compare --files=before.json,after.json
 Weights are random: times don't depend on them. Other programs on the machine disturb the times: check the quartiles.
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import functools
 import itertools
 import os
@@ -37,12 +41,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core import peers, runtime, timing
+from core import messages, peers, runtime, timing
 from core.contenders import WITHOUT, SeparateTraining, Setting, Training
 from core.dataset import TokenData, read_meta
 from core.decoding import FixedStep
 from core.files import write_json
-from core.runtime import UserError, whole_numbers
+from core.messages import UserError, whole_numbers
 from core.timing import ms_text, print_table, spread
 from core.tokenizer import TOKENIZERS, GPT2Tokenizer
 from model import GPT, GPTConfig
@@ -91,6 +95,9 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 if vocab_size > 2**16:
     raise UserError(f'vocab_size is {vocab_size}; it must be at most {2**16:,}: tokens are read as uint16')
+for key in ('json', 'plot'):
+    if config[key]:
+        messages.check_file(config[key], key)
 device = runtime.pick_device(device)
 dtype = runtime.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
@@ -308,7 +315,6 @@ def draw_plot(rows, file):
     axes[0].legend(frameon=False)
     setting = f'{machine["device"]}, {machine["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
     figure.suptitle(setting, fontsize='medium')
-    os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
     report.save_figure(file, figure, dpi=120)
 
 
@@ -448,7 +454,7 @@ def rows_of(path):
 
 def compare():
     """Print the ratios of two measurements' times, and exit: with 1 if one exceeds `tolerance`, else with 0."""
-    paths = files.split(',')
+    paths = messages.names(files, 'files')
     if len(paths) != 2:
         raise UserError(f"files is '{files}'; it must be two files written by --json: --files=before.json,after.json")
     before, after = (rows_of(path) for path in paths)

@@ -16,6 +16,10 @@ Prints a table and writes into out_dir: induction.json (all numbers), induction_
 and writes formation.json and formation.png.
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import glob
 import hashlib
 import os
@@ -29,10 +33,10 @@ from tqdm import tqdm
 
 from analysis import circuits, forward, induction, latent, report, stats
 from core import checkpoint as checkpoints
-from core import files, runtime
+from core import files, messages, runtime
 from core.dataset import TokenData
 from core.gpt2 import GPT2_SIZES
-from core.runtime import UserError
+from core.messages import UserError
 from core.tokenizer import Tokenizer, tokenizer_of
 from model import GPT
 
@@ -53,7 +57,7 @@ show = 10  # heads in the table
 data_dir = 'data'  # folder of the checkpoints' data sets, for the in-context score
 device = 'auto'
 threads = 0  # CPU threads; 0: the cores that this process may use
-exec(open('configurator.py', encoding='utf-8').read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py'), encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +139,7 @@ def validation_text(dataset, config, count):
         data = TokenData(folder, config.block_size)
         tokens, targets = data.windows('val', data.eval_windows('val', count))
     except UserError as error:
-        runtime.notice(f'not using the validation data: {error}')
+        messages.notice(f'not using the validation data: {error}')
         return None
     return None if int(tokens.max()) >= config.vocab_size else (tokens, targets)
 
@@ -332,29 +336,28 @@ def formation(folder):
 
 if not models and not sweep:
     raise UserError('nothing to measure: name trained models with --models=out,out-mla, or one run with --sweep=FOLDER')
-if sequences < 8 or length < 4 or controls < 1 or resamples < 100:
-    raise UserError('sequences must be at least 8, length at least 4, controls at least 1 and resamples at least 100')
-runtime.check_folder(out_dir)
+specs, folders = messages.names(models, 'models'), messages.names(sweep, 'sweep')
+messages.check_folder(out_dir)
 induction.self_test()
-runtime.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
+messages.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
 device = runtime.pick_device(device)
 threads = runtime.set_threads(threads)
 about = dict(command=sys.argv, config=config, torch=torch.__version__)
 
-if sweep:
-    runs = [formation(folder.strip()) for folder in sweep.split(',') if folder.strip()]
+if folders:
+    runs = [formation(folder) for folder in folders]
     os.makedirs(out_dir, exist_ok=True)
-    print('\n'.join(report.formation_table(run) for run in runs))
+    messages.output('\n'.join(report.formation_table(run) for run in runs))
     report.save_json(os.path.join(out_dir, 'formation.json'), report.plain(dict(about, runs=runs)))
     report.save_figure(os.path.join(out_dir, 'formation.png'), report.formation_curves(runs))
 
 results, entries = [], []
-for spec in [spec.strip() for spec in models.split(',') if spec.strip()]:
+for spec in specs:
     started, loaded = time.perf_counter(), load(spec)
-    print(report.describe(loaded.facts), flush=True)
+    messages.output(report.describe(loaded.facts))
     result = dict(loaded.facts, **measure(loaded))
     results.append(dict(result, seconds=time.perf_counter() - started))
-    print(report.head_table(result, show) + '\n', flush=True)
+    messages.output(report.head_table(result, show) + '\n')
     if html:
         entries.append(page_entry(loaded, result))
     del loaded  # before the next model is loaded

@@ -12,20 +12,25 @@ after an interruption. --results=RESULTS.md replaces the tables between that fil
 the repository root.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import json
+import os
 from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis import report, stats
 from core import checkpoint as checkpoints
-from core import runlog, scripts
-from core.runtime import UserError
+from core import messages, runlog, scripts
+from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
@@ -398,13 +403,12 @@ def loss_figure(folders):
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-if seeds == 1 or seeds < 0 or max_iters < 0 or jobs < 0:
-    raise UserError(
-        'seeds must be at least 2 (one gives no interval), or 0 for the default; max_iters and jobs not negative'
-    )
+if seeds == 1:
+    raise UserError('seeds is 1; it must be at least 2, as one gives no interval, or 0 for the default')
+messages.check_folder(out_dir)
 if results:
     around_marks(results)  # fail before the training, not after it
-folders = [folder.strip() for folder in text_models.split(',') if folder.strip()]
+folders = messages.names(text_models, 'text_models')
 for folder in folders:
     checkpoints.find(folder)
 if reuse:
@@ -443,4 +447,4 @@ if folders:
 if results:
     before, after = around_marks(results)
     report.save_text(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
-print(text)
+messages.output(text)

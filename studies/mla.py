@@ -15,21 +15,26 @@ after an interruption. Writes tables.md into out_dir, the picture to `figure` an
 Run it from the repository root.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import json
+import os
 
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis import report
 from core import checkpoint as checkpoints
-from core import files, scripts
+from core import files, messages, scripts
 from core.dataset import TokenData
 from core.evaluation import mean_and_stderr, window_losses
-from core.runtime import UserError
+from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-study-mla'  # the runs
@@ -218,6 +223,8 @@ def draw_conversion(axes):
 
 if min(seeds, max_iters, tuning_iters) < 1:
     raise UserError('seeds, max_iters and tuning_iters must be at least 1')
+messages.check_folder(out_dir)
+messages.check_file(figure, 'figure')
 data = TokenData(os.path.join(data_dir, DATASET), BLOCK)
 torch.set_num_threads(1)
 plans = [planned(1337 + number) for number in range(seeds)]
@@ -235,7 +242,7 @@ intro = (
 mha, tuned = cell(losses('mha-learned')), cell(losses('mha-tuned'))
 between = f'MHA reaches {mha}, and {tuned} after {tuning_iters} more iterations.\n'
 tables = '\n'.join((intro, comparison_table(), between, conversion_table()))
-print(tables, end='')
+messages.output(tables.rstrip('\n'))
 report.save_text(os.path.join(out_dir, 'tables.md'), tables)
 numbers = dict(corpus=data.corpus, seeds=seeds, max_iters=max_iters, tuning_iters=tuning_iters, results=results)
 report.save_json(os.path.splitext(figure)[0] + '.json', numbers)
