@@ -81,6 +81,7 @@ def test_evaluation_windows_are_even_and_never_overlap(tmp_path):
         assert len(starts) == min(count, 100) and starts[0] == 0
         gaps = np.diff(starts)
         assert (gaps >= 10).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 10)
+        assert count == 1 or 1001 - starts[-1] <= gaps.max() + 11, 'the last part of the split is read too'
         x, y = data.windows('val', starts)
         assert x[:, 0].tolist() == starts.tolist() and torch.equal(y, x + 1)
     assert data.windows('val', starts[:0])[0].shape == (0, 10)
