@@ -3,14 +3,25 @@ Write a checkpoint as a folder that the `transformers` library loads.
 
 $ python export_hf.py --source=out-shakespeare-cpu --out_dir=hf-shakespeare
 
-A model with multi-head attention becomes a GPT-2 like any other. One with multi-head latent attention takes its code
-along, one file, which transformers runs when told that it may:
+A model with multi-head attention becomes an ordinary GPT-2. A model with multi-head latent attention comes with its
+code in one file, core/hf_modeling_mla.py, which transformers runs only with trust_remote_code:
 
     AutoModelForCausalLM.from_pretrained('hf-shakespeare')
     AutoModelForCausalLM.from_pretrained('hf-shakespeare-mla', trust_remote_code=True)
 
-The tokenizer goes with the model, so that AutoTokenizer, generation and evaluation harnesses find it. Characters and
-bytes have no token for the start of a text; EleutherAI's lm_eval wants one named: --model_args ...,prefix_token_id=0.
+The tokenizer requires no code. AutoTokenizer reads the model's config first, though, and on a terminal it asks whether
+to run an MLA model's code. AutoTokenizer.from_pretrained(folder, trust_remote_code=False) neither asks nor runs it.
+
+Pipelines, trainers and EleutherAI's lm_eval require an end-of-text and a padding token, whose ids must be the model's:
+
+    gpt2, bpe  <|endoftext|> is both, and the start of a text. Generation stops at it.
+    byte       byte 0, which occurs in no text
+    char       the character that text can best do without, since all ids are taken: a control character, else a symbol,
+               else a punctuation mark, ... ('$' in Shakespeare). It stands for unknown characters too.
+
+For bytes and characters, no document ended with that token in training. So generate() doesn't stop at it, and they have
+no token for the start of a text: --model_args ...,prefix_token_id=ID gives lm_eval a better one, such as a newline's.
+decode(..., skip_special_tokens=True) omits the token; no logits and no other ids are changed.
 """
 
 import os
@@ -21,12 +32,12 @@ from json import dump
 from core import checkpoint as checkpoints
 from core import gpt2, runtime
 from core.runtime import UserError
-from core.tokenizer import END_OF_TEXT, tokenizer_of
+from core.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint, or a folder with one
 out_dir = 'hf-model'  # the folder to write
-overwrite = False  # write into a folder that holds something
+overwrite = False  # write into a folder that is not empty
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -52,7 +63,7 @@ def gpt2_config():
 
 
 def mla_config():
-    """The config of the classes in MODEL_CODE, where auto_map sends the auto classes."""
+    """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     names = [field.name for field in fields(model.config) if field.name not in checkpoints.NOT_THE_MODEL]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
@@ -67,7 +78,7 @@ try:
     from safetensors.torch import save_file
     from transformers import PreTrainedTokenizerFast
 except ImportError as error:
-    raise UserError(f'exporting needs {error.name}: pip install {error.name}') from error
+    raise UserError(f'exporting requires {error.name}: pip install {error.name}') from error
 tokenizer = tokenizer_of(meta, model.config.vocab_size)
 # without a meta the tokenizer is inferred from the vocabulary size, for end_of_text only
 fast_tokenizer = tokenizer.load().fast_tokenizer() if tokenizer and meta else None
@@ -76,7 +87,7 @@ tensors = model.state_dict() if is_mla else gpt2.to_gpt2(model.state_dict())
 tensors = {name: value.contiguous() for name, value in tensors.items() if name != 'lm_head.weight'}  # tied to wte
 dtype = str(model.lm_head.weight.dtype).removeprefix('torch.')
 end_of_text = tokenizer.end_of_text if tokenizer else None
-special = {'bos_token_id': end_of_text, 'eos_token_id': end_of_text}
+special = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), end_of_text)
 write_json('config.json', {**(mla_config() if is_mla else gpt2_config()), **special, 'dtype': dtype, 'use_cache': True,
                            'tie_word_embeddings': True})  # fmt: skip
 write_json('generation_config.json', special)
@@ -87,13 +98,14 @@ if is_mla:
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 if fast_tokenizer is not None:
-    names = {} if end_of_text is None else dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), END_OF_TEXT)
+    roles = ('eos_token', 'pad_token', 'unk_token', *(('bos_token',) if end_of_text is not None else ()))
     PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer,
         model_max_length=model.config.block_size,
+        padding_side='left',  # of prompts, as generation requires
         clean_up_tokenization_spaces=False,
         model_input_names=['input_ids', 'attention_mask'],
-        **names,
+        **dict.fromkeys(roles, tokenizer.special_token),
     ).save_pretrained(out_dir)
 else:
     runtime.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')

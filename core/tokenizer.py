@@ -10,6 +10,7 @@ Notable features:
 
 import functools
 import threading
+import unicodedata
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Tokenizer:
     name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
     n_vocab = None  # number of ids; set per instance if it depends on the text
     end_of_text = None  # id of the token that ends a document, or None
+    special_token = END_OF_TEXT  # text of the token that stands for padding and unknown text in `fast_tokenizer`
     byte_pair = False  # splits text into words, so text must be cut between words; documents end with end_of_text
     reads_bytes = False  # encodes bytes that are not UTF-8
     learned_from = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
@@ -87,7 +89,11 @@ class Tokenizer:
         raise NotImplementedError
 
     def fast_tokenizer(self):
-        """The same tokenizer as a `tokenizers.Tokenizer`, the class that Hugging Face's transformers builds on."""
+        """
+        The same tokenizer as a `tokenizers.Tokenizer`, the class that Hugging Face's transformers builds on.
+
+        Text is encoded to the same ids, except that special_token is recognized in it. It has an id of the vocabulary.
+        """
         raise NotImplementedError
 
 
@@ -101,6 +107,12 @@ class CharTokenizer(Tokenizer):
         self.n_vocab = len(chars)
         self.ids = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.ids[[ord(char) for char in chars]] = range(len(chars))
+
+    @property
+    def special_token(self):
+        """The character that text can best do without: control characters, then symbols, then punctuation."""
+        classes = 'CSPNLMZ'  # of Unicode; the last of a class in the order of code points is the least common
+        return max(self.chars, key=lambda c: (not c.isspace(), -classes.index(unicodedata.category(c)[0]), ord(c)))
 
     @classmethod
     def learn(cls, material, vocab_size=0):
@@ -140,16 +152,18 @@ class CharTokenizer(Tokenizer):
     def fast_tokenizer(self):
         import tokenizers
 
-        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({char: i for i, char in enumerate(self.chars)}))
+        ids = {char: i for i, char in enumerate(self.chars)}
+        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=self.special_token))
         fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
         fast.decoder = tokenizers.decoders.Fuse()
+        fast.add_special_tokens([tokenizers.AddedToken(self.special_token, normalized=False)])
         return fast
 
 
 class ByteTokenizer(Tokenizer):
     """One id per byte of the UTF-8 text: 256 ids, enough for any text."""
 
-    name, n_vocab, reads_bytes = 'byte', 256, True
+    name, n_vocab, reads_bytes, special_token = 'byte', 256, True, '\0'
 
     def encode_array(self, text):
         """The ids of a str or of bytes as a uint8 array."""
@@ -161,7 +175,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self):
-        return byte_level_bpe({bytes([byte]): byte for byte in range(256)}, split_words=False)
+        return byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -189,12 +203,8 @@ class BytePairTokenizer(Tokenizer):
         return self.encoding.decode_bytes(checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self):
-        from tokenizers import AddedToken
-
         ranks = {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
-        fast = byte_level_bpe(ranks, split_words=True)
-        fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
-        return fast
+        return byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
 
 
 class BPETokenizer(BytePairTokenizer):
@@ -358,17 +368,22 @@ def byte_letters():
     return [*dict(sorted({**letters, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}.items())).values()]
 
 
-def byte_level_bpe(ranks, split_words):
-    """A `tokenizers.Tokenizer` of the byte-pair encoding with these ranks, a dict {token as bytes: id}."""
+def byte_level_bpe(ranks, special_token, special_id, split_words):
+    """
+    A `tokenizers.Tokenizer` of the byte-pair encoding with these ranks, a dict {token as bytes: id}.
+
+    special_token: a str that is recognized in text and encoded as special_id.
+    """
     import tokenizers
 
     letters = byte_letters()
     spelled = {token: ''.join(letters[byte] for byte in token) for token in ranks}
-    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | {special_token: special_id}
     merges = [(spelled[a], spelled[b]) for a, b in merges_of(ranks)]
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
     fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens([tokenizers.AddedToken(special_token, normalized=False)])
     return fast
 
 

@@ -1,12 +1,21 @@
-"""Exported folders, loaded by transformers: the same logits, the same tokens, the latent cache."""
+"""Exported folders, loaded by transformers and lm_eval: the same logits, the same tokens, the latent cache."""
 
+import builtins
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    dynamic_module_utils,
+    pipeline,
+)
 
 from core import checkpoint as checkpoints
 from core.runtime import UserError
@@ -138,15 +147,49 @@ def same_tokens(folder, meta, texts):
     return theirs
 
 
+def check_special_token(folder, text, roles=('eos', 'pad', 'unk')):
+    """One token of the model's vocabulary plays all roles, and only it is omitted from text."""
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), json.loads((Path(folder) / 'config.json').read_text())
+    assert tokenizer.all_special_tokens == [text]
+    for role in ('bos', 'eos', 'pad', 'unk'):
+        assert getattr(tokenizer, f'{role}_token') == (text if role in roles else None)
+    special_id = tokenizer.eos_token_id
+    assert special_id < config['vocab_size'] and len(tokenizer) <= config['vocab_size']
+    ids = [i for i in range(len(tokenizer)) if i != special_id]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+    batch = tokenizer(['ab cd', 'a'], padding=True)
+    assert batch['attention_mask'][0].count(0) == 0 and batch['attention_mask'][1][-2:] == [0, 1]
+    assert batch['input_ids'][1][:-1] == [special_id] * (len(batch['input_ids'][0]) - 1)
+    return tokenizer
+
+
 def test_character_and_byte_tokenizers(monkeypatch, tmp_path):
     model = random_model('mha', vocab_size=256)
-    tokenizer = same_tokens(export(monkeypatch, tmp_path, model), CHARS, ['abc\n\n  dead. \u00e9', ' a', '\n'])
+    folder = export(monkeypatch, tmp_path, model)
+    tokenizer = same_tokens(folder, CHARS, ['abc\n\n  dead. \u00e9', ' a', '\n'])
     assert tokenizer.model_max_length == 24
-    with pytest.raises(Exception, match='UNK|unk'):
-        tokenizer('X')
+    assert tokenizer('aXb\u4e2d')['input_ids'] == [2, 9, 3, 9]  # unknown characters
+    check_special_token(folder, '.')
     byte = {'tokenizer': 'byte'}
     folder = export(monkeypatch, tmp_path, model, byte, '--overwrite=True')
-    same_tokens(folder, byte, ["It's  10 o'clock\n\t\u00e9\u4e2d\U0001f600", ''.join(map(chr, range(256)))])
+    texts = ["It's  10 o'clock\n\t\u00e9\u4e2d\U0001f600", ''.join(map(chr, range(1000)))]
+    same_tokens(folder, byte, texts)
+    check_special_token(folder, '\0')
+
+
+@pytest.mark.parametrize(
+    ('chars', 'special'),
+    [
+        ("\n !$&',-.3:;?ABCxyz", '$'),
+        ('\n abc\x1a$', '\x1a'),
+        ('\n abc.!', '.'),
+        (' abz', 'z'),
+    ],
+)
+def test_special_token_of_characters_is_one_that_text_can_do_without(chars, special):
+    tokenizer = load_tokenizer({'tokenizer': 'char', 'chars': chars})
+    assert tokenizer.special_token == special
+    assert tokenizer.fast_tokenizer().encode(chars[::-1]).ids == tokenizer.encode(chars[::-1])
 
 
 def test_gpt2_tokenizer(monkeypatch, tmp_path, shared_data):
@@ -158,6 +201,7 @@ def test_gpt2_tokenizer(monkeypatch, tmp_path, shared_data):
     tokenizer = same_tokens(folder, meta, [text, "  don't\n\n 1234 \u00e9\u4e2d\U0001f600 \t x", ''])
     assert tokenizer('<|endoftext|>')['input_ids'] == [50256] == [tokenizer.eos_token_id]
     assert len(tokenizer) == 50257
+    check_special_token(folder, '<|endoftext|>', roles=('bos', 'eos', 'pad', 'unk'))
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 50256
 
 
@@ -169,6 +213,146 @@ def test_learned_byte_pair_tokenizer(monkeypatch, tmp_path):
     tokenizer = same_tokens(folder, {'tokenizer': 'bpe', 'pieces': pieces}, [text, "don't\n\n 1 \u00e9\u4e2d\t x", ''])
     assert tokenizer('<|endoftext|>')['input_ids'] == [len(pieces)] == [tokenizer.eos_token_id]
     assert len(tokenizer) == len(pieces) + 1
+    check_special_token(folder, '<|endoftext|>', roles=('bos', 'eos', 'pad', 'unk'))
+
+
+def test_the_tokenizer_of_an_mla_model_loads_without_its_code(monkeypatch, tmp_path):
+    folder = export(monkeypatch, tmp_path, random_model('mla'))
+    questions = []
+
+    def no_terminal(question):
+        questions.append(question)
+        raise EOFError
+
+    monkeypatch.setattr(builtins, 'input', no_terminal)
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=False)('ab')['input_ids'] == [2, 3]
+    assert not questions
+    assert AutoTokenizer.from_pretrained(folder)('ab')['input_ids'] == [2, 3]  # asks, and does without an answer
+
+
+# ---- evaluation harnesses and pipelines ------------------------------------------------------------------------------
+PIECES = learn_bpe(['low lower lowest, newer newest; the lowest newest of them. '] * 20, 290)
+EXPORTS = {
+    'char mha': ('mha', CHARS),
+    'char mla': ('mla', CHARS),
+    'byte mla': ('mla', {'tokenizer': 'byte'}),
+    'bpe mla': ('mla', {'tokenizer': 'bpe', 'pieces': PIECES}),
+}
+CONTEXTS = ['abc\nde', 'a', 'gfed cba.', '\n\nb a']
+exports = pytest.mark.parametrize('name', EXPORTS)
+
+
+def exported(monkeypatch, tmp_path, name):
+    """The training model, its tokenizer, and the folder."""
+    attention, meta = EXPORTS[name]
+    tokenizer = load_tokenizer(meta)
+    ours = random_model(attention, vocab_size=tokenizer.n_vocab, **(BOTH if attention == 'mla' else {}))
+    return ours, tokenizer, export(monkeypatch, tmp_path, ours, meta)
+
+
+def expected_text(ours, tokenizer, context, until, new=12):
+    """The training model's greedy continuation up to the first of the strings `until`."""
+    ids = torch.tensor([tokenizer.encode(context, special=True)])
+    text = tokenizer.decode(ours.generate(ids, new, temperature=0)[0, ids.size(1) :])
+    return min((text.split(stop)[0] for stop in until), key=len)
+
+
+def stops(ours, tokenizer):
+    """A string that occurs in the first continuation, one that doesn't, and the special token."""
+    return [expected_text(ours, tokenizer, CONTEXTS[0], ['no such text'])[5:7], '#', tokenizer.special_token]
+
+
+def expected_log_likelihood(ours, tokenizer, context, continuation):
+    """The sum of the log-probabilities of the continuation's tokens. context: ids."""
+    ids = torch.tensor([[*context, *tokenizer.encode(continuation)]])
+    log_probs = ours(ids, ids)[0][0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return log_probs[len(context) - 1 :].sum().item()
+
+
+class Stop(StoppingCriteria):
+    """As lm_eval's MultiTokenEOSCriteria: true once every row contains the stop sequence."""
+
+    def __init__(self, sequence, tokenizer, start):
+        self.sequence, self.tokenizer, self.start = sequence, tokenizer, start
+        self.lookback = len(tokenizer.encode(sequence, add_special_tokens=False)) + 2
+        self.done = None  # of each row
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.lookback :])
+        found = [self.sequence in text for text in texts]
+        self.done = [a or b for a, b in zip(self.done or found, found, strict=True)]
+        return all(self.done)
+
+
+@exports
+@torch.no_grad()
+def test_a_harness_generates_and_scores_as_lm_eval_does(monkeypatch, tmp_path, name):
+    """What lm_eval's HFLM asks of tokenizer and model, without lm_eval."""
+    ours, our_tokenizer, folder = exported(monkeypatch, tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    until = stops(ours, our_tokenizer)
+    assert tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False) == until[-1]
+    for contexts in (CONTEXTS, *([context] for context in CONTEXTS)):
+        batch = tokenizer(contexts, padding='longest', return_tensors='pt')
+        width = batch['input_ids'].size(1)
+        criteria = StoppingCriteriaList([Stop(sequence, tokenizer, width) for sequence in until])
+        out = model.generate(**batch, max_length=width + 12, do_sample=False, use_cache=True,
+                             stopping_criteria=criteria, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for context, ids in zip(contexts, out[:, width:].tolist(), strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            whole = tokenizer.decode(ids)
+            assert text == whole.replace(until[-1], '')
+            generated = min((whole.split(stop)[0] for stop in until), key=len)
+            assert generated == expected_text(ours, our_tokenizer, context, until)
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    texts = ['abcd', 'a\n', 'dead beef']
+    rows = [torch.tensor([prefix, *tokenizer.encode(text)]) for text in texts]
+    right_padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # and no mask, as in lm_eval
+    log_probs = model(right_padded).logits.log_softmax(-1)
+    for row, ids, text in zip(log_probs, rows, texts, strict=True):
+        score = row[: len(ids) - 1].gather(1, ids[1:, None]).sum().item()
+        assert score == pytest.approx(expected_log_likelihood(ours, our_tokenizer, [prefix], text), abs=1e-4)
+
+
+@exports
+@torch.no_grad()
+def test_a_pipeline_keeps_the_lines(monkeypatch, tmp_path, name):
+    ours, our_tokenizer, folder = exported(monkeypatch, tmp_path, name)
+    generator = pipeline('text-generation', folder, trust_remote_code=True)
+    out = generator(CONTEXTS, max_new_tokens=12, do_sample=False, batch_size=4, return_full_text=False)
+    for context, (result,) in zip(CONTEXTS, out, strict=True):
+        text = expected_text(ours, our_tokenizer, context, ['no such text'])
+        if our_tokenizer.end_of_text is not None:
+            text = text.split(our_tokenizer.special_token)[0]
+        assert result['generated_text'] == text.replace(our_tokenizer.special_token, '')
+
+
+@exports
+@torch.no_grad()
+def test_lm_eval(monkeypatch, tmp_path, name):
+    """loglikelihood, loglikelihood_rolling and generate_until of EleutherAI's harness, where it is installed."""
+    huggingface = pytest.importorskip('lm_eval.models.huggingface', exc_type=ImportError)
+    from lm_eval.api.instance import Instance
+
+    ours, tokenizer, folder = exported(monkeypatch, tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    until = stops(ours, tokenizer)
+    prefix = theirs.eos_token_id
+    for batch_size in (1, 4):
+        harness = huggingface.HFLM(model, tokenizer=theirs, batch_size=batch_size, max_length=24)
+
+        def ask(kind, arguments, harness=harness):
+            return getattr(harness, kind)([Instance(kind, {}, args, i) for i, args in enumerate(arguments)])
+
+        asked = [(context, {'until': until[:2], 'max_gen_toks': 12, 'do_sample': False}) for context in CONTEXTS]
+        assert ask('generate_until', asked) == [expected_text(ours, tokenizer, text, until) for text in CONTEXTS]
+        for (score, _), context in zip(ask('loglikelihood', [(c, 'dead') for c in CONTEXTS]), CONTEXTS, strict=True):
+            ids = tokenizer.encode(context)
+            assert score == pytest.approx(expected_log_likelihood(ours, tokenizer, ids, 'dead'), abs=1e-4)
+        for score, text in zip(ask('loglikelihood_rolling', [(c,) for c in CONTEXTS]), CONTEXTS, strict=True):
+            assert score == pytest.approx(expected_log_likelihood(ours, tokenizer, [prefix], text), abs=1e-4)
 
 
 def test_tokens_that_are_no_text_have_no_tokenizer(monkeypatch, tmp_path, capsys):
