@@ -134,6 +134,8 @@ def test_what_is_loaded_can_be_trained_and_saved_again(monkeypatch, tmp_path):
     theirs.save_pretrained(tmp_path / 'again')
     again = AutoModelForCausalLM.from_pretrained(tmp_path / 'again', trust_remote_code=True)
     assert torch.equal(again.eval()(idx).logits, theirs.eval()(idx).logits)
+    half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert half(idx).logits.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="25 tokens don't fit"):
         theirs(torch.zeros(1, 25, dtype=torch.long))
 

@@ -118,6 +118,20 @@ def test_half_precision_has_softmax_and_loss_in_float32(name, dtype):
     assert largest_difference(step.logits, reference.logits[:, -1:]) < bound
 
 
+@variants
+@torch.no_grad()
+def test_autocast_computes_in_bfloat16_with_the_loss_in_float32(name):
+    _, theirs = model_pair(name, torch.float32)
+    reference = theirs(IDX, labels=IDX)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = theirs(IDX, labels=IDX)
+        step = theirs(IDX[:, -1:], past_key_values=theirs(IDX[:, :-1]).past_key_values)
+    assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+    bound = 40 * torch.finfo(torch.bfloat16).eps * reference.logits.std()
+    assert largest_difference(out.logits, reference.logits) < bound
+    assert largest_difference(step.logits, reference.logits[:, -1:]) < bound
+
+
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +236,19 @@ def test_sampled_sequences_of_one_padded_batch(name):
     for row, (ids, logits) in enumerate(zip(out.sequences, torch.stack(out.logits, dim=1), strict=True)):
         alone = ids[None, STARTS[row // 2] :]
         assert largest_difference(logits, ours(alone, alone)[0][0, -9:-1]) < 1e-6
+
+
+@variants
+@torch.no_grad()
+def test_a_returned_cache_is_continued(name):
+    _, theirs = model_pair(name)
+    first = theirs.generate(PROMPTS, attention_mask=LEFT_PADDED, max_new_tokens=4, return_dict_in_generate=True)
+    longer = torch.cat((first.sequences, IDX[:, :2]), dim=1)
+    mask = F.pad(LEFT_PADDED, (0, 6), value=1)
+    whole = theirs.generate(longer, attention_mask=mask, max_new_tokens=4)
+    options = dict(attention_mask=mask, max_new_tokens=4)
+    assert torch.equal(whole, theirs.generate(longer, past_key_values=first.past_key_values, **options))
+    assert torch.equal(whole, theirs.generate(longer, prefill_chunk_size=4, **options))
 
 
 @variants
