@@ -38,7 +38,7 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """Scripts run in the repository's root; transformers' copies of model code end with the test."""
+    """Scripts run in the repository's root; transformers' copies of the model code go to a temporary folder."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
@@ -103,7 +103,7 @@ def test_mla_with_its_own_code(monkeypatch, tmp_path, changes):
             cache = out.past_key_values
             assert (out.logits - expected[:, start:end]).abs().max() < 1e-5
     kept = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert kept * 4 == 3 * 24 * ours.init_cache(1).bytes_per_token  # the latent and nothing else
+    assert kept * 4 == 3 * 24 * ours.init_cache(1).bytes_per_token  # latents and position keys only
 
 
 @pytest.mark.parametrize('changes', [dict(n_latent=6), BOTH], ids=['learned', 'rope'])
@@ -121,11 +121,11 @@ def test_prompts_of_different_length_in_one_batch(monkeypatch, tmp_path, changes
     alone = ours(idx[1:, 4:], idx[1:, 4:])[0]
     assert (theirs(idx, attention_mask=mask).logits[1:, 4:] - alone).abs().max() < 1e-5
     right = torch.ones_like(idx)
-    right[0, 6:] = 0  # padded behind, as evaluation harnesses do to score
+    right[0, 6:] = 0  # right-padded, as evaluation harnesses do for scoring
     assert (theirs(idx, attention_mask=right).logits[0, :6] - ours(idx, idx)[0][0, :6]).abs().max() < 1e-5
 
 
-def test_what_is_loaded_can_be_trained_and_saved_again(monkeypatch, tmp_path):
+def test_a_loaded_model_can_be_trained_and_saved_again(monkeypatch, tmp_path):
     folder = export(monkeypatch, tmp_path, random_model('mla', **BOTH))
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).train()
     idx = torch.arange(11)[None]
@@ -357,13 +357,13 @@ def test_lm_eval(monkeypatch, tmp_path, name):
             assert score == pytest.approx(expected_log_likelihood(ours, tokenizer, [prefix], text), abs=1e-4)
 
 
-def test_tokens_that_are_no_text_have_no_tokenizer(monkeypatch, tmp_path, capsys):
+def test_ids_that_stand_for_no_text_have_no_tokenizer(monkeypatch, tmp_path, capsys):
     folder = export(monkeypatch, tmp_path, random_model('mha'), {'tokenizer': 'none', 'vocab_size': 11})
     assert not list(Path(folder).glob('*tokenizer*'))
     assert 'no tokenizer' in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported_says_so(monkeypatch, tmp_path):
+def test_models_that_cannot_be_exported_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="RoPE, which GPT-2 can't express"):
         export(monkeypatch, tmp_path, random_model('mha', pos='rope'))
     assert not (tmp_path / 'exported').exists()
