@@ -170,6 +170,7 @@ class Cache:
         self.layers = layers  # per layer a tuple of tensors (B, ..., max_tokens, size)
         self.max_tokens = max_tokens
         self.length = 0
+        self.copies = {}  # of weights, in the dtype in which a step multiplies them: see kernels.cast_once
 
     @property
     def batch_size(self):
@@ -210,7 +211,7 @@ class Cache:
         """A cache in which each sequence stands `times` times, for several samples of one prompt."""
         layers = [tuple(tensor.repeat_interleave(times, dim=0) for tensor in layer) for layer in self.layers]
         copy = Cache(layers, self.max_tokens)
-        copy.length = self.length
+        copy.length, copy.copies = self.length, self.copies
         return copy
 
 

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from core.kernels import Dropout, Linear, attend, per_head
+from core.kernels import Dropout, Linear, RMSNorm, attend, cast_once, per_head
 from model import GPT, GPTConfig, apply_rope
 
 
@@ -90,12 +90,12 @@ class MultiHeadLatentAttention(nn.Module):
         C, bias = config.n_embd, config.bias
         if config.n_latent_q:
             self.c_q_down = Linear(C, config.n_latent_q, bias=bias)
-            self.q_norm = nn.RMSNorm(config.n_latent_q, eps=1e-6) if config.latent_norm else nn.Identity()
+            self.q_norm = RMSNorm(config.n_latent_q, eps=1e-6) if config.latent_norm else nn.Identity()
             self.c_q = Linear(config.n_latent_q, C, bias=bias)
         else:
             self.c_q = Linear(C, C, bias=bias)
         self.c_kv_down = Linear(C, config.n_latent + config.n_rope, bias=bias)
-        self.kv_norm = nn.RMSNorm(config.n_latent, eps=1e-6) if config.latent_norm else nn.Identity()
+        self.kv_norm = RMSNorm(config.n_latent, eps=1e-6) if config.latent_norm else nn.Identity()
         self.c_kv_up = Linear(config.n_latent, self.n_head * (self.n_nope + self.head_size), bias=bias)
         self.c_proj = Linear(C, C, bias=bias)
         self.resid_dropout = Dropout(config.dropout)
@@ -140,11 +140,11 @@ class MultiHeadLatentAttention(nn.Module):
         """Queries, keys and values, each (B, H, T, d), from the layer's normed input x (B, T, C)."""
         return self.queries(x, rope), *self.decompress(self.latent(x, rope))
 
-    def up_weights(self):
+    def up_weights(self, weight=None):
         """The up-projections per head: W_K (H, d - R, r), W_V (H, d, r), and W_V's bias (H, d) or None."""
-        keys = self.n_head * self.n_nope
-        w_k = self.c_kv_up.weight[:keys].unflatten(0, (self.n_head, self.n_nope))
-        w_v = self.c_kv_up.weight[keys:].unflatten(0, (self.n_head, self.head_size))
+        weight, keys = self.c_kv_up.weight if weight is None else weight, self.n_head * self.n_nope
+        w_k = weight[:keys].unflatten(0, (self.n_head, self.n_nope))
+        w_v = weight[keys:].unflatten(0, (self.n_head, self.head_size))
         if self.c_kv_up.bias is None:
             return w_k, w_v, None
         return w_k, w_v, self.c_kv_up.bias[keys:].unflatten(0, (self.n_head, self.head_size))
@@ -173,13 +173,13 @@ class MultiHeadLatentAttention(nn.Module):
         r, d = self.n_latent, self.head_size
         return r <= d or T * (r - d) < r * d
 
-    def absorbed(self, q, latent, visible=None):
+    def absorbed(self, q, latent, visible=None, copies=None):
         """
         Attention in latent space: q (B, H, T, d) over latents (B, S, r + R) -> (B, H, T, d). No keys, no values.
 
-        visible: for T = 1, a bool mask (1, S) of the latents that are filled; None where all are.
+        visible: for T = 1, a bool mask (1, S) of the latents that are filled; None where all are. copies: the cache's.
         """
-        w_k, w_v, b_v = self.up_weights()
+        w_k, w_v, b_v = self.up_weights(None if copies is None else cast_once(self.c_kv_up.weight, q.dtype, copies))
         q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
         q = per_head(q_nope, w_k)  # W_K^T q, (B, H, T, r)
         if self.n_rope:
@@ -201,7 +201,7 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             (latent,), visible = cache.append(self.layer, latent), cache.visible()
         if cache is not None and not self.training and self.absorbing_pays(q.size(2)):
-            y = self.absorbed(q, latent, visible)
+            y = self.absorbed(q, latent, visible, cache.copies)
         else:
             k, v = self.decompress(latent)
             p_drop = self.dropout if self.training else 0.0

@@ -41,7 +41,7 @@ class FixedCache:
     """
 
     def __init__(self, cache):
-        self.layers, self.max_tokens = cache.layers, cache.max_tokens
+        self.layers, self.max_tokens, self.copies = cache.layers, cache.max_tokens, cache.copies
         self.position = torch.full((1,), cache.length, device=cache.layers[0][0].device)
 
     def positions(self, T):
@@ -70,25 +70,37 @@ class FixedStep:
     """
 
     def __init__(self, model, cache):
-        """cache: a Cache with room for at least one token."""
+        """cache: a Cache with room for at least one token. Under autocast, call the step in the same context."""
         self.model, self.cache, self.fixed, self.graph = model, cache, FixedCache(cache), None
-        device = self.fixed.position.device
-        self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
-        if device.type == 'cuda':
+        self.device = self.fixed.position.device
+        self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.device)
+        if self.device.type == 'cuda':
             self.capture()
 
     def capture(self):
-        """Record the step as a CUDA graph. What the warm-up writes to the cache, the first step overwrites."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries initialize on first use, which can't be captured
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self.run()
+        """
+        Record the step as a CUDA graph. What the warm-up writes to the cache, the first step overwrites.
+
+        A graph holds the kernels of one stream, and a stream belongs to one GPU: both must be those of the cache,
+        whichever GPU is current. The kernels of another GPU would run at once and leave the graph empty.
+        """
+        with torch.cuda.device(self.device):
+            stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries initialize on first use, which can't be captured
+                    self.run()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # without a stream PyTorch takes one that it keeps from the first capture, of that capture's GPU
+            with torch.cuda.graph(graph, stream=stream):
+                self.logits = self.run()
         self.graph = graph
+
+    def replay(self):
+        """Launch the captured step on its GPU's current stream."""
+        with torch.cuda.device(self.device):
+            self.graph.replay()
 
     def run(self):
         """The logits (B, 1, V) for `token` at the current position."""
@@ -101,6 +113,6 @@ class FixedStep:
         if self.graph is None:
             self.logits = self.run()
         else:
-            self.graph.replay()
+            self.replay()
         self.cache.advance(1)
         return self.logits

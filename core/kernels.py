@@ -8,6 +8,8 @@ model.py and model_mla.py call these by name and never say how they are computed
     attend                causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
     attention_pattern     the softmax alone, as the formula says it
     per_head              one matrix per head times that head's rows
+    cast_once             a parameter in another dtype, copied once per cache and not once per step
+    RMSNorm               nn.RMSNorm; under autocast it returns the dtype of its input on every device
     linear_cross_entropy  output head and loss in one, without the (N, V) logits
 
 tests/test_kernels.py compares each with its plain form, gradients included.
@@ -70,6 +72,29 @@ def per_head(x, weight):
     along_rows = weight.mT.is_contiguous() and not cpu_is_intel()
     y = torch.bmm(weight.mT, x.mT).mT if along_rows else torch.bmm(x, weight)
     return y.reshape(H, B, T, -1).transpose(0, 1)
+
+
+def cast_once(parameter, dtype, copies):
+    """
+    `parameter` in `dtype`, without gradients. The dict `copies` keeps the copy for the next call.
+
+    Autocast keeps copies of whole parameters, but copies a slice of one again in every step. A copy is replaced if the
+    parameter has changed: an optimizer step and load_state_dict raise its version. Returns `parameter` itself where
+    that has `dtype`, and where gradients are enabled.
+    """
+    if parameter.dtype == dtype or torch.is_grad_enabled():
+        return parameter
+    state = (dtype, parameter.data_ptr(), None if parameter.is_inference() else parameter._version)
+    if parameter not in copies or copies[parameter][0] != state:
+        copies[parameter] = state, parameter.detach().to(dtype)
+    return copies[parameter][1]
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, computed in the weight's dtype and returned in that of x; on CUDA autocast would return float32."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

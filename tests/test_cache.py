@@ -243,3 +243,52 @@ def test_kernels_allocate_nothing_that_grows(variant):
     model = make(variant, torch.float32, block_size=4096)
     short, long = allocator_bytes(model, 1000), allocator_bytes(model, 4000)
     assert 0 < short and long == short
+
+
+# ---- weights under autocast ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_step_under_autocast_casts_no_weight():
+    """After the first step all that a step allocates is smaller than the smallest of the weight matrices."""
+    model = make('mla', torch.float32, n_embd=256, n_latent=128)
+    smallest = min(p.numel() for name, p in model.named_parameters() if name.endswith('attn.c_kv_down.weight'))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cache = filled(model, 10)
+        model(tokens(1, 1), cache=cache)
+        with Allocations(model) as seen:
+            model(tokens(1, 1), cache=cache)
+    assert sum(seen.sizes) < smallest * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize('change', ['in place', 'load_state_dict', 'data'])
+@torch.no_grad()
+def test_a_cache_that_is_used_again_sees_changed_weights(change):
+    model, idx = make('mla', torch.float32), tokens(2, 12)
+
+    def decoded(cache):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            cache = cache or model.init_cache(2)
+            cache.length = 0
+            return cache, torch.cat([model(part, cache=cache)[0] for part in idx.split(1, dim=1)], dim=1)
+
+    cache, before = decoded(None)
+    weight = model.transformer.h[0].attn.c_kv_up.weight
+    if change == 'in place':
+        weight.mul_(2)
+    elif change == 'load_state_dict':
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    else:
+        weight.data = 2 * weight.data
+    after = decoded(cache)[1]
+    assert torch.equal(after, decoded(None)[1]) and not torch.equal(after, before)
+
+
+@torch.inference_mode()
+def test_steps_of_a_model_made_in_inference_mode():
+    model, idx = make('mla', torch.float32), tokens(2, 12)
+    expected = model(idx, idx)[0]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cache = model.init_cache(2)
+        logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(1, dim=1)], dim=1)
+    assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from test_cache import BLOCK, VARIANTS, assert_close, make, tokens
 
 from core.decoding import FixedStep, draw
@@ -71,16 +72,47 @@ def test_fixed_step(variant):
     assert torch.equal(generated(model, idx, 70, fixed=True, **settings), generated(model, idx, 70, **settings))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_captured_step(variant):
-    """The CUDA graph: the same text as the ordinary step's."""
-    model, idx = make(variant).cuda(), tokens(3, 9).cuda()
-    texts = [
-        model.generate(idx, 70, generator=torch.Generator('cuda').manual_seed(3), fixed=fixed)
-        for fixed in (True, False)
-    ]
-    assert torch.equal(*texts)
+@pytest.mark.parametrize('as_on_cuda', [False, True])
+@torch.no_grad()
+def test_steps_under_autocast(variant, as_on_cuda, monkeypatch):
+    """The cache is in bfloat16, and both kinds of step give float32's logits to bfloat16's rounding."""
+    if as_on_cuda:  # there autocast computes norms in float32, and returns them so
+        for name in ('rms_norm', 'layer_norm'):
+            own = getattr(torch.nn.functional, name)
+            monkeypatch.setattr(torch.nn.functional, name, lambda x, *rest, own=own: own(x.float(), *rest))
+    model, idx = make(variant, torch.float32), tokens(3, BLOCK)
+    expected = model(idx, idx)[0]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ordinary, fixed = model.init_cache(3), model.init_cache(3)
+        model(idx[:, :9], cache=ordinary), model(idx[:, :9], cache=fixed)
+        step = FixedStep(model, fixed)
+        for t in range(9, BLOCK):
+            for logits in (step(idx[:, t : t + 1]), model(idx[:, t : t + 1], cache=ordinary)[0]):
+                assert (logits - expected[:, t : t + 1]).abs().max() <= 0.1 * expected.abs().max()
+    assert {t.dtype for cache in (ordinary, fixed) for layer in cache.layers for t in layer} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_step_is_captured_on_the_gpu_of_its_cache(monkeypatch):
+    """On cuda:1 while cuda:0 is current, after a capture on cuda:0: all of the step is in the graph."""
+    cuda = FakeCuda(9, 9).install(monkeypatch)
+    for index in (0, 1):
+        model, idx = make('mla'), tokens(3, 9)
+        ordinary, fixed = model.init_cache(3), model.init_cache(3)
+        model(idx, cache=ordinary), model(idx, cache=fixed)
+
+        def on_gpu(token, cache, model=model, index=index):
+            return cuda.launch(f'cuda:{index}', lambda: model(token, cache=cache)[0]), None
+
+        cuda.contexts.clear()
+        step = FixedStep(on_gpu, fixed)
+        step.device = torch.device('cuda', index)
+        step.capture()
+        for t in range(BLOCK - 9):
+            token = tokens(3, 1, seed=t)
+            assert_close(step(token), model(token, cache=ordinary)[0])
+        assert len(step.graph.kernels) == 1 and cuda.contexts == {index} and cuda.current == 0
 
 
 def test_samples_share_the_prefill(monkeypatch):
