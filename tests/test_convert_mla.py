@@ -140,7 +140,7 @@ def test_an_existing_checkpoint_stays(monkeypatch, tmp_path):
         (['--sweep=8,x'], "sweep is '8,x'"),
         (['--method=magic'], 'must be data or weights'),
         (['--dataset=missing'], 'missing'),
-        (['--eval_tokens=0'], 'at least 1'),
+        (['--eval_tokens=0'], 'at least 2'),
     ],
 )
 def test_mistakes_get_a_line_and_write_nothing(monkeypatch, tmp_path, flags, complaint):
