@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core import checkpoint as checkpoints
 from core import messages, peers, runtime, timing
 from core.contenders import WITHOUT, SeparateTraining, Setting, Training
 from core.dataset import TokenData, read_meta
@@ -62,6 +63,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 vocab_size = 50304
+n_kv_heads = ''  # key/value heads of further models, for example '4,1': GQA-4 and MQA beside MHA and MLA
 n_latents = ''  # sizes of the MLA models' latents, for example '384,192'; '': C/2, and for sample C/4 and C/8 as well
 # sample
 contexts = '256,1024'  # context lengths of the timed steps, in tokens
@@ -124,10 +126,12 @@ def build(model_class, config_class, **settings):
 
 
 def build_all(shares, **settings):
-    """{name: model}: MHA, and MLA with each of `n_latents`, by default n_embd divided by each of `shares`."""
+    """{name: model}: MHA, GQA with each of `n_kv_heads`, MLA with each of `n_latents` (default: n_embd / `shares`)."""
     sizes = whole_numbers(n_latents, 'n_latents') or [n_embd // share for share in shares]
-    models = {'MHA': build(GPT, GPTConfig, **settings)}
-    return models | {f'MLA, r={r}': build(MLAGPT, MLAConfig, n_latent=r, **settings) for r in sizes}
+    heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
+    models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
+    models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
+    return {checkpoints.arm_of(model): model for model in models}
 
 
 # ---- mode=train ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,10 @@ From a checkpoint of train.py, on its own data set; by default the latent's size
 $ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-converted --n_latent=64
 $ python sample.py --out_dir=out-converted
 
+To grouped-query attention, or from it: a GQA model is an MLA model of the same cache size, exactly:
+$ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-gqa --n_kv_head=2
+$ python convert_mla.py --source=out-gqa --out_dir=out-gqa-mla
+
 Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=conversion.json
 
@@ -22,7 +26,7 @@ import os
 
 from core import checkpoint as checkpoints
 from core import evaluation, files, messages, runtime
-from core.conversion import collect_statistics, to_mla, training_text
+from core.conversion import collect_statistics, to_gqa, to_mla, training_text
 from core.dataset import TokenData
 from core.messages import UserError
 
@@ -30,7 +34,8 @@ from core.messages import UserError
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
 out_dir = 'out-converted'  # receives ckpt.pt, or the picture of a sweep
 overwrite = False  # replace the checkpoint in out_dir
-n_latent = 0  # size of the latent; 0: half of n_embd. n_embd and n_embd - 1 are exact
+n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd and n_embd - 1 are exact
+n_kv_head = 0  # convert to GQA instead, mean-pooled to this many key/value heads; 1: multi-query attention
 method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone
 balance = True  # weight keys and values equally, whichever has the larger norm
 sweep = ''  # latent sizes to compare, for example '384,192,96', with every method
@@ -47,6 +52,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 sizes = messages.whole_numbers(sweep, 'sweep') or [n_latent]
+if n_kv_head and (sweep or n_latent):
+    raise UserError('n_kv_head converts to grouped-query attention, which has no latent; leave out sweep and n_latent')
 target = os.path.join(out_dir, 'ckpt.pt')
 messages.check_folder(out_dir)
 if json:
@@ -92,8 +99,8 @@ def measured(name, model):
     if data:
         losses[name] = evaluation.window_losses(model, data, 'val', windows(eval_tokens), batch_size, autocast)
         row['val_loss'], row['val_stderr'] = evaluation.mean_and_stderr(losses[name])
-        if name != 'MHA':
-            row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(losses[name] - losses['MHA'])
+        if name != before:
+            row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(losses[name] - losses[before])
     return row
 
 
@@ -106,10 +113,13 @@ def shown(row):
     return line + (f'{row["rise"]:>+12.5f} +- {row["rise_stderr"]:.5f}' if 'rise' in row else '')
 
 
+before = checkpoints.arm_of(model)
 bytes_before = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
 methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
 if sweep:
     methods = {'weights': (False, True), 'data, not balanced': (True, False), 'data': (True, True)}
+if n_kv_head:
+    methods = {'mean-pooled': (False, False)}
 statistics = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
@@ -118,12 +128,15 @@ about = f'; losses on {data.corpus}' if data else ''
 messages.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
 heading = f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}'
 print(heading + (f'{"val loss":>22}{"rise":>23}' if data else ''))
-rows = [measured('MHA', model)]
+rows = [measured(before, model)]
 print(shown(rows[0]))
 for size in sizes:
     for name, (weighted, balanced) in methods.items():
         try:
-            converted = to_mla(model, size, statistics if weighted else None, balanced)
+            if n_kv_head:
+                converted = to_gqa(model, n_kv_head)
+            else:
+                converted = to_mla(model, size, statistics if weighted else None, balanced)
         except ValueError as error:
             raise UserError(str(error)) from error
         rows.append(measured(name, converted))
@@ -160,7 +173,7 @@ for name in methods:
     axes.errorbar([p['cache_bytes_per_token'] for p in points], [p['rise'] for p in points],
                   [p['rise_stderr'] for p in points], capsize=3, label=name, **LOOK[name])  # fmt: skip
 axes.axvline(bytes_before, color='black', linewidth=0.8)
-axes.annotate(' MHA', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top')
+axes.annotate(f' {before}', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top')
 axes.set_xscale('log', base=2)
 axes.set_yscale('symlog', linthresh=1e-3)
 axes.set_ylim(bottom=-3e-4)

@@ -31,6 +31,7 @@ from json import dump
 
 from core import checkpoint as checkpoints
 from core import gpt2, runtime
+from core.conversion import to_mha
 from core.runtime import UserError
 from core.tokenizer import tokenizer_of
 
@@ -64,7 +65,8 @@ def gpt2_config():
 
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
-    names = [field.name for field in fields(model.config) if field.name not in checkpoints.NOT_THE_MODEL]
+    without = (*checkpoints.NOT_THE_MODEL, 'n_kv_head')  # in MLA all heads share one latent
+    names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
     auto_map = {'AutoConfig': f'{module}.MLAGPTConfig', 'AutoModelForCausalLM': f'{module}.MLAGPTForCausalLM'}
@@ -72,6 +74,9 @@ def mla_config():
 
 
 is_mla = checkpoints.attention_of(model) == 'mla'
+if not is_mla and model.config.n_kv_head:
+    runtime.notice(f'{checkpoints.arm_of(model)} is exported as MHA, its keys and values repeated: GPT-2 shares none')
+    model = to_mha(model)
 if not is_mla and model.config.pos != 'learned':
     raise UserError("this MHA model has RoPE, which GPT-2 can't express; only pos='learned' or MLA can be exported")
 try:

@@ -1,6 +1,8 @@
 """
 GPT-2 in one file: a decoder-only transformer with standard multi-head attention (MHA).
 
+Grouped-query and multi-query attention (GQA, MQA) are the same with fewer key/value heads: `n_kv_head`.
+
 Read this first, then model_mla.py: it replaces the attention and nothing else.
 
 Notable features:
@@ -9,11 +11,13 @@ Notable features:
 - initial values are a function of seed and parameter name, so two models that share a tensor start it with equal values
 - GPT-2's published weights load through `GPT.from_pretrained`
 
-Shapes: B batch, T query length, S key length, L layers, H heads, C = n_embd, d = C/H head size, V vocabulary.
+Shapes: B batch, T query length, S key length, L layers, H heads, K key/value heads (K = H in MHA), C = n_embd, d = C/H
+head size, V vocabulary.
 How an operation is made fast is in core/kernels.py: Linear, dropout, attend and the loss come from there.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Vaswani et al. 2017,
-arXiv:1706.03762 (attention); Su et al. 2021, arXiv:2104.09864 (RoPE); Chowdhery et al. 2022, arXiv:2204.02311 (MFU).
+arXiv:1706.03762 (attention); Shazeer 2019, arXiv:1911.02150 (MQA); Ainslie et al. 2023, arXiv:2305.13245 (GQA); Su et
+al. 2021, arXiv:2104.09864 (RoPE); Chowdhery et al. 2022, arXiv:2204.02311 (MFU).
 """
 
 import hashlib
@@ -27,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core import gpt2
 from core.decoding import FixedStep, draw
-from core.kernels import Dropout, Linear, attend, linear_cross_entropy
+from core.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
 
 
 @dataclass
@@ -43,6 +47,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; without them: slightly faster
     gelu: str = 'exact'  # 'exact' as in nanoGPT, 'tanh' as in OpenAI's GPT-2
     pos: str = 'learned'  # 'learned' position embeddings, or 'rope' on queries and keys
+    n_kv_head: int = 0  # heads of keys and values; 0: n_head (MHA), 1: MQA, between: GQA
     flash: bool = True  # the fastest attention; False: the plain formula (same results, other dropout masks)
     recompute: bool = False  # keep only each block's input for the backward pass: less memory, slower
 
@@ -52,6 +57,9 @@ class GPTConfig:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads have equal size')
+        self.n_kv_head = 0 if self.n_kv_head == self.n_head else self.n_kv_head
+        if self.n_kv_head < 0 or self.n_head % self.kv_heads:
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: equal groups')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         for name, choices in (('gelu', ('exact', 'tanh')), ('pos', ('learned', 'rope'))):
@@ -65,33 +73,38 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def kv_heads(self):
+        """K, the number of key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
     def rope_size(self):
         """Dimensions of each query and key that RoPE rotates."""
         return self.head_size
 
 
 class CausalSelfAttention(nn.Module):
-    """Standard multi-head attention (arXiv:1706.03762, section 3.2.2), causal."""
+    """Causal multi-head attention (arXiv:1706.03762, section 3.2.2); H/K neighbouring heads share keys and values."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.n_head, self.n_embd, self.head_size = config.n_head, config.n_embd, config.head_size
+        self.n_head, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
+        self.heads = (self.n_head, self.kv_heads, self.kv_heads)  # of queries, keys and values
         self.dropout, self.flash = config.dropout, config.flash
         self.scale = 1 / math.sqrt(self.head_size)
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values together
+        self.c_attn = Linear(config.n_embd, sum(self.heads) * self.head_size, bias=config.bias)  # all three together
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
     @staticmethod
     def cache_shapes(config):
         """Shapes of the cached tensors, here keys and values, for one sequence and without the time dimension -2."""
-        return ((config.n_head, config.head_size), (config.n_head, config.head_size))
+        return ((config.kv_heads, config.head_size), (config.kv_heads, config.head_size))
 
     def qkv(self, x, rope=None):
-        """Queries, keys and values, each (B, H, T, d), from the layer's normed input x (B, T, C)."""
-        B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        """Queries (B, H, T, d), keys and values (B, K, T, d), from the layer's normed input x (B, T, C)."""
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).split(self.heads, dim=1)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
@@ -111,9 +124,9 @@ class CausalSelfAttention(nn.Module):
 
         The QK circuit of head h is W_Q[h]^T W_K[h], its OV circuit W_O[h] W_V[h], both C x C (positions left out).
         """
-        w_q, w_k, w_v = self.c_attn.weight.view(3, self.n_head, self.head_size, self.n_embd)
-        w_o = self.c_proj.weight.view(self.n_embd, self.n_head, self.head_size).transpose(0, 1)
-        return w_q, w_k, w_v, w_o
+        w_q, w_k, w_v = self.c_attn.weight.unflatten(0, (-1, self.head_size)).split(self.heads)
+        w_o = self.c_proj.weight.unflatten(1, (self.n_head, self.head_size)).transpose(0, 1)
+        return w_q, repeat_heads(w_k, self.n_head, dim=0), repeat_heads(w_v, self.n_head, dim=0), w_o
 
 
 def rope_table(size, block_size, theta=10000.0):

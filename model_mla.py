@@ -58,6 +58,8 @@ class MLAConfig(GPTConfig):
     latent_norm: bool = False  # RMSNorm on the latents, as in DeepSeek-V2
 
     def __post_init__(self):
+        if self.n_kv_head:
+            raise ValueError(f'n_kv_head={self.n_kv_head} belongs to MHA: in MLA all heads share one latent already')
         self.n_latent = self.n_latent or max(1, self.n_embd // 2)
         if self.pos == 'rope':
             self.n_rope = self.n_rope or self.head_size // 2

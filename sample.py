@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from core import checkpoint as checkpoints
-from core import runtime
+from core import files, runtime
 from core.dataset import read_meta, read_meta_pickle
 from core.messages import UserError, printable
 from core.tokenizer import GPT2Tokenizer, load_tokenizer
@@ -83,7 +83,7 @@ if tokenizer.n_vocab > model.config.vocab_size:
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 if start.startswith('FILE:'):
     try:
-        start = Path(start[5:]).read_text(encoding='utf-8')
+        start = files.read_bytes(start[5:], most=1 << 26).decode('utf-8')
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
 prompt = tokenizer.encode(start, special=True)

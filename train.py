@@ -61,6 +61,7 @@ attention = 'mha'  # 'mha' or 'mla'
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_kv_head = 0  # MHA: heads of keys and values; 0: n_head, 1: multi-query, between: grouped-query attention
 n_latent = 0  # MLA: size of the latent; 0: half of n_embd
 n_latent_q = 0  # MLA: size of the queries' latent; 0: queries are not compressed
 n_rope = 0  # MLA: dimensions per head that RoPE rotates; 0 with pos='rope': half of the head size

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from analysis.forward import device_of, rope_of
+from core.kernels import repeat_heads
 from core.runtime import to_float64
 
 
@@ -85,6 +86,7 @@ def copying_tokens(model, ids, top=5, max_logits=2**24):
     own_id, fractions = ids.repeat_interleave(n_head), []
     for block in model.transformer.h:
         _, _, v = block.attn.qkv(block.ln_1(embedding)[:, None], rope)  # one-token sequences: (n, H, 1, d)
+        v = repeat_heads(v, n_head)
         out = torch.einsum('nhd,hcd->nhc', v[:, :, 0], block.attn.head_weights()[3]).flatten(0, 1)
         hits = []
         for rows, own in zip(model.transformer.ln_f(out).split(step), own_id.split(step), strict=True):

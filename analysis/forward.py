@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from core.kernels import attend, attention_pattern
+from core.kernels import attend, attention_pattern, repeat_heads
 
 
 def device_of(model):
@@ -64,7 +64,8 @@ def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
     for layer in range(start, model.config.n_layer):
         block = model.transformer.h[layer]
         attn, normed = block.attn, block.ln_1(x)
-        q, k, v = attn.qkv(normed, rope) if qkv is None else qkv(layer, attn, normed, rope)
+        q, *kv = attn.qkv(normed, rope) if qkv is None else qkv(layer, attn, normed, rope)
+        k, v = (repeat_heads(t, q.size(1)) for t in kv)
         if visit is None:
             z = attend(q, k, v, attn.scale)
         else:

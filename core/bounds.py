@@ -16,10 +16,12 @@ BOUNDS = {
     'n_layer': '[1, 1000]',
     'n_head': '[1, 65536]',
     'n_embd': '[1, 65536]',
+    'n_kv_head': '[0, 65536]',
     'n_latent': '[0, 65536]',
     'n_latent_q': '[0, 65536]',
     'n_rope': '[0, 65536]',
     'n_latents': '[1, 65536]',
+    'n_kv_heads': '[1, 65536]',
     'dropout': '[0, 1)',
     # training
     'batch_size': '[1, 1000000]',
@@ -45,6 +47,8 @@ BOUNDS = {
     'seed': '[0, 9223372036854775807]',
     'split_seed': '[0, 9223372036854775807]',
     'seeds': '[0, 1000]',
+    'tuning_seeds': '[0, 1000]',
+    'final_seeds': '[0, 1000]',
     # sampling
     'num_samples': '[1, 100000]',
     'max_new_tokens': '[1, 1000000000]',

@@ -51,6 +51,14 @@ def attention_of(model):
     return 'mla' if isinstance(model, MLAGPT) else 'mha'
 
 
+def arm_of(model):
+    """What tables and figures call a model's attention: 'MHA', 'MQA', 'GQA-2' (key/value heads) or 'MLA, r=64'."""
+    if attention_of(model) == 'mla':
+        return f'MLA, r={model.config.n_latent}'
+    heads = model.config.n_kv_head
+    return 'MHA' if not heads else 'MQA' if heads == 1 else f'GQA-{heads}'
+
+
 def model_args(config):
     """A plain dict of nanoGPT's seven keys, and of those others whose values nanoGPT can't express."""
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}

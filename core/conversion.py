@@ -1,6 +1,10 @@
 """
 From MHA to MLA: the algebra that compresses trained keys and values into one latent. Tensors in, a model out.
 
+Grouped-query attention is a special case of MLA: its K keys and values per token are a latent of r = 2 K d numbers,
+from which the up-projection copies (TransMLA, arXiv:2502.07864). `to_mla` therefore converts a GQA model exactly at its
+own cache size. `to_gqa` goes from MHA to fewer key/value heads; `to_mha` goes back, which is exact.
+
 Notable features:
 - one singular value decomposition of keys and values together, per layer
 - weighted by the covariance of the layer's inputs on real text, or, without text, by what LayerNorm implies about it
@@ -24,10 +28,11 @@ the values before the decomposition, and scales them back after it.
 A model without biases has no place for b_up: there m = 0, and M is the uncentred E[x x^T].
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from core.kernels import repeat_heads
 from core.runtime import to_float64
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
@@ -150,12 +155,12 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
     """
     An MLAGPT that approximates `model` (a GPT with learned positions) as closely as n_latent allows.
 
-    n_latent: 1 to n_embd; 0: half of n_embd. statistics: from `collect_statistics` on the same model; None: use the
-    weights alone. balance: weight keys and values equally. The result has the model's dtype and device.
-    Raises ValueError for an MLA model, for RoPE, and for an n_latent out of range.
+    n_latent: 1 to n_embd; 0: half of n_embd, for a GQA model the size of its cache. statistics: from
+    `collect_statistics` on the same model; None: use the weights alone. balance: weight keys and values equally. The
+    result has the model's dtype and device. Raises ValueError for an MLA model, for RoPE, and for an n_latent out of
+    range.
     """
-    if type(model) is not GPT:
-        raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
+    check_mha(model)
     if model.config.pos != 'learned':
         raise ValueError(
             'this model has RoPE, which rotates each key by its position, so no position-free latent can represent its '
@@ -163,20 +168,19 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
         )
     if statistics is not None and len(statistics) != model.config.n_layer:
         raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
-    weight = model.lm_head.weight
-    new = MLAGPT(MLAConfig(**asdict(model.config), n_latent=n_latent)).to(device=weight.device, dtype=weight.dtype)
-    for name, value in new.state_dict().items():
-        if '.attn.' not in name or '.attn.c_proj.' in name:
-            value.copy_(model.state_dict()[name])
+    config = model.config
+    if config.n_kv_head and not n_latent:
+        n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
+    new = like(model, MLAGPT, MLAConfig(**{**asdict(config), 'n_kv_head': 0}, n_latent=n_latent))
     for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
         convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
-    return new.train(model.training)
+    return new
 
 
 def convert_layer(old, attention, statistics, balance):
     """Set the query, down- and up-projections of `attention` from the MHA block `old` (see `to_mla`)."""
-    weight, bias = old.attn.c_attn.weight, old.attn.c_attn.bias
-    w_q, w_k, w_v = to_float64(weight).cpu().chunk(3)
+    bias = old.attn.c_attn.bias
+    w_q, w_k, w_v = (to_float64(t).cpu().flatten(0, 1) for t in old.attn.head_weights()[:3])
     centred = bias is not None
     mean, covariance = statistics.moments(centred) if statistics else norm_moments(old.ln_1, centred)
     half = reachable_root(old.ln_1, covariance)
@@ -185,7 +189,64 @@ def convert_layer(old, attention, statistics, balance):
     attention.c_kv_down.weight.copy_(down)
     attention.c_kv_up.weight.copy_(up)
     if centred:
-        b_q, b_kv = to_float64(bias).cpu().split((len(w_q), len(w_k) + len(w_v)))
+        b_q, b_k, b_v = (to_float64(t).cpu().flatten() for t in per_query_head(old.attn, bias))
         attention.c_q.bias.copy_(b_q)
         attention.c_kv_down.bias.zero_()
-        attention.c_kv_up.bias.copy_(b_kv + shift)
+        attention.c_kv_up.bias.copy_(torch.cat((b_k, b_v)) + shift)
+
+
+# ---- grouped-query attention -----------------------------------------------------------------------------------------
+
+
+def check_mha(model):
+    """ValueError unless `model` is a GPT with multi-head or grouped-query attention."""
+    if type(model) is not GPT:
+        raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
+
+
+def like(model, model_class, config):
+    """A model_class of `config` on the device and in the dtype of `model`, with all of its tensors that fit by name."""
+    weight = model.lm_head.weight
+    new = model_class(config).to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        for name, value in new.state_dict().items():
+            if '.attn.' not in name or '.attn.c_proj.' in name:
+                value.copy_(model.state_dict()[name])
+    return new.train(model.training)
+
+
+def per_query_head(attention, rows):
+    """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
+    q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
+    return q, *(repeat_heads(t, attention.n_head, dim=0) for t in kv)
+
+
+@torch.no_grad()
+def to_gqa(model, n_kv_head):
+    """
+    A GPT with `n_kv_head` key/value heads, each the mean of its group's in `model` (arXiv:2305.13245, section 2.1).
+
+    model: a GPT with MHA, or with a multiple of `n_kv_head` key/value heads. ValueError for another model or number.
+    """
+    check_mha(model)
+    before = model.config.kv_heads
+    if not 1 <= n_kv_head <= before or before % n_kv_head:
+        raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
+    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
+    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
+            pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
+            rows.copy_(torch.cat((q, *pooled)).flatten(0, 1))
+    return new
+
+
+@torch.no_grad()
+def to_mha(model):
+    """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
+    check_mha(model)
+    new = like(model, GPT, replace(model.config, n_kv_head=0))
+    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
+    return new

@@ -1,13 +1,16 @@
 """
-Atomic file writes, and checksums.
+Atomic file writes, pipes as input, and checksums.
 
 A file is written under a temporary name, flushed to disk and renamed; a crash or a full disk leaves the old version.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 
 
 @contextlib.contextmanager
@@ -53,6 +56,24 @@ def sync_folder(folder):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_bytes(path, most):
+    """The bytes of a file, or of a pipe. OSError if there are more than `most`, as in /dev/zero."""
+    with open(path, 'rb') as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f'it has more than {most:,} bytes', str(path))
+    return content
+
+
+def copy_of_pipe(path):
+    """A temporary file with all that comes out of a pipe, which can be read only once; it's deleted with the object."""
+    copy = tempfile.NamedTemporaryFile(prefix='pipe-')
+    with open(path, 'rb') as file:
+        shutil.copyfileobj(file, copy)
+    copy.flush()
+    return copy
 
 
 def sha256(path):

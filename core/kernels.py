@@ -130,6 +130,11 @@ def causal_mask(T, S, device):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def repeat_heads(x, n_head, dim=1):
+    """Each head along `dim` repeated for its group, so that there are n_head; x itself where there are already."""
+    return x if x.size(dim) == n_head else x.repeat_interleave(n_head // x.size(dim), dim=dim)
+
+
 def attention_pattern(q, k, scale):
     """Causal softmax(q k^T scale): q (..., T, size), k (..., S, size) -> (..., T, S); rows sum to 1."""
     visible = causal_mask(q.size(-2), k.size(-2), q.device)
@@ -194,12 +199,18 @@ class EagerAttention(torch.autograd.Function):
 
 def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     """
-    Attention of T queries over S keys: q (B, H, T, size), k and v (B, H, S, size) -> (B, H, T, size).
+    Attention of T queries over S keys: q (B, H, T, size), k and v (B, K, S, size) -> (B, H, T, size).
 
-    causal: the queries are the last T of the S positions; otherwise every query sees every key. visible: a bool mask
-    (T or 1, S) that replaces the causal one. flash=False: the plain formula, for comparison.
+    Where K < H, each key/value head serves H/K neighbouring query heads. causal: the queries are the last T of the S
+    positions; otherwise every query sees every key. visible: a bool mask (T or 1, S) that replaces the causal one.
+    flash=False: the plain formula, for comparison.
     """
     T, S = q.size(-2), k.size(-2)
+    if k.size(1) < q.size(1):
+        if T == 1:  # the queries of a group become the rows of one matrix: no key or value is copied
+            rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
+            return attend(rows, k, v, scale, causal=False, visible=visible).reshape(*q.shape[:-1], v.size(-1))
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if visible is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     square = causal and T == S

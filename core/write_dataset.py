@@ -17,11 +17,12 @@ import numpy as np
 
 from core import files
 from core.dataset import FORMAT, SPLITS, read_meta, token_dtype
-from core.runtime import UserError, available_cores, notice
+from core.messages import UserError, notice
+from core.runtime import available_cores
 from core.tokenizer import NO_TEXT
 
 CHUNK = 1 << 18  # characters that a worker encodes at a time
-LONGEST_RUN = 1 << 22  # characters; a longer run without white space is cut anywhere
+LONGEST_RUN = 1 << 20  # characters; a longer run without white space is cut anywhere
 
 
 # ---- encoding on all cores -------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def batches(pieces, chunk):
 
 
 def write_dataset(
-    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, row_tokens=None, masks=None
+    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, row_tokens=None, masks=None, least=1
 ):  # fmt: skip
     """
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
@@ -114,9 +115,10 @@ def write_dataset(
     ..., 'val': ...}, each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path
     of a finished token file, which is moved. source: one line that says which text this is. input_sha256: checksum of
     the input. row_tokens: R if every R tokens are one row. masks: like splits, 1 where a token is never a target.
+    least: tokens that the training split must have.
 
     A failed run changes nothing. A run killed between two renames leaves a meta.json that says so. UserError if a split
-    is empty or the disk is full, ValueError if an id exceeds the vocabulary.
+    is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
     """
     folder = Path(folder)
     described = tokenizer.meta() if tokenizer else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
@@ -136,6 +138,11 @@ def write_dataset(
             meta['tokens'][split], meta['sha256'][name] = write_tokens(new[name], splits[split], dtype, vocab_size)
             if not meta['tokens'][split]:
                 raise UserError(f'{name} would be empty: the input has no text or is too short to be split')
+            if split == 'train' and meta['tokens'][split] < least:
+                raise UserError(
+                    f'{name} would have {meta["tokens"][split]} tokens, too few for a block of {least - 1}: prepare '
+                    'more text'
+                )
             if masks:
                 name = f'{split}.mask.bin'
                 new[name] = temporary(folder / name)

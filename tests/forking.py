@@ -102,7 +102,7 @@ def run_forked(script, arguments, seconds):
 
 if __name__ == '__main__':
     sys.path[0] = str(ROOT)
-    for name in ('torch._dynamo', 'matplotlib.pyplot', 'tqdm', 'core.checkpoint', 'core.write_dataset', 'analysis.induction'):
+    for name in ('torch._dynamo', 'matplotlib.pyplot', 'core.checkpoint', 'core.write_dataset', 'analysis.induction'):
         __import__(name)
     print('ready', flush=True)
     for line in sys.stdin:

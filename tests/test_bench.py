@@ -54,11 +54,12 @@ def test_training_steps_are_timed_with_nanogpt_and_without_each_optimization(tmp
 
 def test_decoding_is_timed(tmp_path):
     keys = ['--contexts=8,16', '--batch_sizes=1,2', '--new_tokens=4', '--prompt_tokens=2', f'--plot={tmp_path}/a.png']
+    keys.append('--n_kv_heads=1')
     bench('--mode=sample', *keys, f'--json={tmp_path}/a.json')
     steps = json.loads((tmp_path / 'a.json').read_text())['steps']
     per_token = {row['name']: row['bytes_per_token'] for row in steps}
-    assert per_token == {'MHA': 256, 'MLA, r=16': 64, 'MLA, r=8': 32, 'MLA, r=4': 16, 'MHA, no cache': 0}
-    assert list(timed(tmp_path / 'a.json', 'texts')) == ['MHA', 'MLA, r=16', 'MLA, r=8', 'MLA, r=4']
+    assert per_token == {'MHA': 256, 'MQA': 128, 'MLA, r=16': 64, 'MLA, r=8': 32, 'MLA, r=4': 16, 'MHA, no cache': 0}
+    assert list(timed(tmp_path / 'a.json', 'texts')) == ['MHA', 'MQA', 'MLA, r=16', 'MLA, r=8', 'MLA, r=4']
     assert (tmp_path / 'a.png').stat().st_size > 10000
 
 

@@ -15,6 +15,8 @@ VARIANTS = {
     'mha-nobias': (GPT, dict(bias=False)),
     'mha-rope': (GPT, dict(pos='rope')),
     'mha-open': (GPT, dict(flash=False)),
+    'gqa': (GPT, dict(n_kv_head=2)),
+    'mqa-rope': (GPT, dict(n_kv_head=1, pos='rope', bias=False)),
     'mla': (MLAGPT, dict()),
     'mla-nobias': (MLAGPT, dict(bias=False, n_latent=20)),
     'mla-thin': (MLAGPT, dict(n_latent=6)),  # r < d: absorbing always pays
@@ -125,7 +127,8 @@ def test_one_latent_for_all_heads_is_kept():
 
 
 @pytest.mark.parametrize('variant, numbers', [
-    ('mha', 2 * 32), ('mha-rope', 2 * 32), ('mla', 16), ('mla-thin', 6), ('mla-full', 32), ('mla-norm', 20),
+    ('gqa', 2 * 16), ('mqa-rope', 2 * 8), ('mha', 2 * 32), ('mha-rope', 2 * 32),
+    ('mla', 16), ('mla-thin', 6), ('mla-full', 32), ('mla-norm', 20),
     ('mla-rope', 16 + 4), ('mla-rope-all', 12 + 6),
 ])  # fmt: skip
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])

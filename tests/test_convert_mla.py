@@ -87,6 +87,18 @@ def test_full_rank_costs_nothing(monkeypatch, tmp_path, flags, n_latent):
     assert abs(row['rise']) < 1e-5 and row['rise_stderr'] < 1e-5
 
 
+def test_to_grouped_queries_and_from_them_to_mla_of_the_same_cache(monkeypatch, tmp_path, capsys):
+    save_model(tmp_path / 'mha', n_head=4)
+    gqa = convert(monkeypatch, tmp_path, '--n_kv_head=1', f'--out_dir={tmp_path / "gqa"}') and tmp_path / 'gqa'
+    pooled = checkpoints.build_model(checkpoints.load(str(gqa)))
+    assert pooled.config.n_kv_head == 1 and 'mean-pooled' in capsys.readouterr().out
+    mla = convert(monkeypatch, tmp_path, f'--source={gqa}', f'--json={tmp_path / "out.json"}')
+    converted = checkpoints.build_model(checkpoints.load(str(mla)))
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert [row['method'] for row in rows] == ['MQA', 'data'] and converted.config.n_latent == 2 * 1 * C // 4
+    assert rows[0]['cache_bytes_per_token'] == rows[1]['cache_bytes_per_token'] and abs(rows[1]['rise']) < 1e-5
+
+
 def test_weights_alone_need_no_text(monkeypatch, tmp_path, capsys):
     save_model(tmp_path / 'mha', dataset='')
     with pytest.raises(UserError, match='--dataset'):

@@ -77,7 +77,7 @@ def check_logits_and_generation(ours, theirs):
     return idx, expected
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(bias=False, gelu='tanh')])
+@pytest.mark.parametrize('changes', [dict(), dict(bias=False, gelu='tanh'), dict(n_kv_head=1)])
 def test_mha_is_a_gpt2(monkeypatch, tmp_path, changes):
     ours = random_model('mha', **changes)
     folder = export(monkeypatch, tmp_path, ours)

@@ -7,6 +7,29 @@ from core.kernels import EagerAttention, Linear, attend, attention_pattern, caus
 from model import GPT, GPTConfig
 
 
+@pytest.mark.parametrize('kv_heads', [1, 2, 6])
+@pytest.mark.parametrize('T, S', [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize('grad', [True, False])
+def test_grouped_heads_attend_as_pytorch_says(kv_heads, T, S, grad):
+    """Against SDPA's own enable_gqa, with a mask, gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, T, 8, generator=generator, dtype=torch.float64, requires_grad=grad)
+    k, v = (torch.randn(2, kv_heads, S, 8, generator=generator, dtype=torch.float64, requires_grad=grad) for _ in 'kv')
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_mask(T, S, 'cpu'), scale=0.3, enable_gqa=True
+    )
+    found = [attend(q, k, v, 0.3), attend(q, k, v, 0.3, flash=False)]
+    if T == 1:
+        found.append(attend(q, k, v, 0.3, visible=torch.ones(1, S, dtype=torch.bool)))
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        if grad:
+            weights = torch.arange(8.0)
+            grads = (torch.autograd.grad((t * weights).sum(), (q, k, v), retain_graph=True) for t in (y, expected))
+            for mine, theirs in zip(*grads, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
 def test_causal_mask_is_aligned_at_the_lower_right():
     assert causal_mask(2, 4, 'cpu').int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 

@@ -10,6 +10,8 @@ SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = {
     'mha': (GPT, GPTConfig, {}),
     'mha-rope-nobias': (GPT, GPTConfig, dict(pos='rope', bias=False)),
+    'gqa': (GPT, GPTConfig, dict(n_kv_head=2)),
+    'mqa-rope': (GPT, GPTConfig, dict(n_kv_head=1, pos='rope')),
     'mla': (MLAGPT, MLAConfig, {}),
     'mla-small-nobias': (MLAGPT, MLAConfig, dict(n_latent=5, bias=False)),
     'mla-published': (MLAGPT, MLAConfig, dict(pos='rope', n_latent_q=12, latent_norm=True)),
@@ -87,6 +89,8 @@ def test_parameter_counts():
     assert GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124_439_808  # as published
     mha, mla = make('mha', bias=False), make('mla', bias=False)
     C, r, L = 32, 16, 2
+    assert make('gqa', bias=False).num_attention_params() == L * (2 * C * C + 2 * C * C // 2)
+    assert GPTConfig(n_kv_head=12) == GPTConfig()
     assert mha.num_attention_params() == L * 4 * C * C
     assert mla.num_attention_params() == L * (2 * C * C + 3 * r * C)
     assert mha.get_num_params(non_embedding=False) - mha.get_num_params() == 16 * C
@@ -133,6 +137,10 @@ def test_cropping_keeps_what_short_inputs_give():
     [
         (GPTConfig, dict(n_embd=30), 'n_embd=30 must be a multiple of n_head=4'),
         (GPTConfig, dict(n_layer=0), 'n_layer is 0'),
+        (GPTConfig, dict(n_kv_head=3), 'n_head=4 must be a multiple of n_kv_head=3'),
+        (GPTConfig, dict(n_kv_head=8), 'multiple of n_kv_head=8'),
+        (GPTConfig, dict(n_kv_head=-1), 'multiple of n_kv_head=-1'),
+        (MLAConfig, dict(n_kv_head=2), 'n_kv_head=2 belongs to MHA'),
         (GPTConfig, dict(dropout=1.0), 'dropout is 1.0'),
         (GPTConfig, dict(gelu='relu'), "gelu is 'relu'"),
         (GPTConfig, dict(pos='none'), "pos is 'none'"),

@@ -58,6 +58,26 @@ def test_gpt2_logits(gpt2):
             close(ours(idx[:, t : t + 1], cache=cache)[0][:, 0], expected[:, t])
 
 
+@torch.no_grad()
+def test_mqa_is_gpt_bigcode():
+    """Hugging Face's multi-query GPT-2: queries, then one key and one value head, in one projection as here."""
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61)
+    hf_config = transformers.GPTBigCodeConfig(n_positions=24, multi_query=True, initializer_range=0.2, **sizes)
+    theirs = transformers.GPTBigCodeForCausalLM(hf_config).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = GPT(GPTConfig(block_size=24, n_kv_head=1, gelu='tanh', **sizes)).eval()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if '.attn.bias' not in name})
+    idx = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = theirs(idx).logits
+    close(ours(idx, idx)[0], expected)
+    cache = ours.init_cache(3)
+    for t in range(24):
+        close(ours(idx[:, t : t + 1], cache=cache)[0][:, 0], expected[:, t])
+    assert cache.bytes_per_token == 2 * 2 * 8 * 4
+
+
 def test_the_exact_gelu_is_visibly_not_gpt2(gpt2):
     """The test above can see the difference that it is there to catch."""
     theirs, folder = gpt2

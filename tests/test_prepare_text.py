@@ -126,7 +126,7 @@ def test_a_line_longer_than_a_block_stays_one_document(prepare, tmp_path, gpt2_c
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_dropped(prepare, tmp_path):
-    (tmp_path / 'in.txt').write_bytes(b'\xef\xbb\xbf' + b'one\r\ntwo\r\n' * 9)
+    (tmp_path / 'in.txt').write_bytes(b'\xef\xbb\xbf' + b'one\r\ntwo\r\n' * 20)
     prepare(TEXT, input=tmp_path / 'in.txt', out_dir=tmp_path / 'out')
     assert TokenData(tmp_path / 'out', 1).meta['chars'] == '\nenotw'
 
@@ -169,8 +169,8 @@ def test_the_name_decides_the_folder(tmp_path):
     for name in ('configurator.py', TEXT):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / 'in.txt').write_text('some text of mine')
+    (tmp_path / 'in.txt').write_text('some text of mine' * 5)
     done = start(TEXT, '--input=in.txt', '--name=mine', cwd=tmp_path, PYTHONPATH='')
     assert done.returncode == 0, done.stderr
     assert set(files_of(tmp_path / 'data' / 'mine')) == {'train.bin', 'val.bin', 'meta.json'}
-    assert done.stdout.startswith(f'data{os.sep}mine: 15 training and 2 validation tokens')
+    assert done.stdout.startswith(f'data{os.sep}mine: 76 training and 9 validation tokens')

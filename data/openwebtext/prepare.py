@@ -18,20 +18,26 @@ Notable features:
 - train.bin grows shard by shard; progress.json records how much of it is complete, so kill -9 loses one shard at most
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import hashlib
 import json
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from core.dataset import token_dtype
 from core.files import sync, write_json
-from core.runtime import UserError, available_cores, notice
+from core.messages import UserError, check_folder, notice, output
+from core.runtime import available_cores
 from core.tokenizer import GPT2Tokenizer
 from core.write_dataset import encode_stream, summary, write_dataset
 
@@ -114,8 +120,10 @@ def finished():
     return 0, 0
 
 
+folder = Path(out_dir) if out_dir else Path(__file__).resolve().parent
+check_folder(str(folder))  # fail before the slow steps
 if input:
-    parquet_files(Path(input))  # fail before the slow steps
+    parquet_files(Path(input))
 tokenizer = GPT2Tokenizer().load()
 found = load()
 if len(found) < 2:
@@ -129,7 +137,6 @@ validation = permutation[: min(math.ceil(val_fraction * len(found)), len(found) 
 for_validation = np.zeros(len(found), dtype=bool)
 for_validation[validation] = True
 
-folder = Path(out_dir) if out_dir else Path(__file__).resolve().parent
 part, journal = folder / 'train.bin.part', folder / 'progress.json'
 start = time.perf_counter()
 try:
@@ -165,4 +172,4 @@ source = (
 )
 meta = write_dataset(folder, tokenizer, splits, source=source)
 journal.unlink()
-print(summary(folder, meta, time.perf_counter() - start, already))
+output(summary(folder, meta, time.perf_counter() - start, already))

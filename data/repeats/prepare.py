@@ -11,13 +11,18 @@ of the seed; nothing is downloaded.
 """
 
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import time
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core.runtime import UserError
+from core.messages import UserError, check_folder, output
 from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,6 +48,7 @@ def repeated_rows(count, rng):
 
 if not (2 <= min_period <= block_size // 2 and vocab_size >= 2):
     raise UserError('min_period must be 2 to half of block_size, and vocab_size at least 2')
+check_folder(folder, 'folder')
 started = time.perf_counter()
 made = {'train': repeated_rows(rows, np.random.default_rng([seed, 0])),
         'val': repeated_rows(val_rows, np.random.default_rng([seed, 1]))}  # fmt: skip
@@ -55,4 +61,4 @@ meta = write_dataset(
     row_tokens=block_size + 1,
     masks={split: mask.ravel() for split, (_, mask) in made.items()},
 )
-print(summary(folder, meta, time.perf_counter() - started))
+output(summary(folder, meta, time.perf_counter() - started))

@@ -11,13 +11,19 @@ tiktoken downloads GPT-2's vocabulary once; without a network, set TIKTOKEN_CACH
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'shakespeare_char'))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import time
+
 import corpus
 
+from core.messages import check_folder, output
 from core.tokenizer import GPT2Tokenizer
 from core.write_dataset import summary, write_dataset
 
@@ -28,14 +34,15 @@ out_dir = ''  # where the data set is written; '': this folder
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
-tokenizer = GPT2Tokenizer().load()
 here = Path(__file__).resolve().parent
+folder = Path(out_dir or here)
+check_folder(str(folder))
+tokenizer = GPT2Tokenizer().load()
 text, source, checksum = corpus.find(input, [here, here.parent / 'shakespeare_char'], download)
 cut = int(len(text) * 0.9)
 
 start = time.perf_counter()
 splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
 seconds = time.perf_counter() - start
-folder = Path(out_dir or here)
 meta = write_dataset(folder, tokenizer, splits, source=source, input_sha256=checksum)
-print(summary(folder, meta, seconds))
+output(summary(folder, meta, seconds))

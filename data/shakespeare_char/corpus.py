@@ -6,6 +6,7 @@ file given by --input, an `input.txt` next to the scripts, the network, and the 
 warning.
 """
 
+import errno
 import hashlib
 import http.client
 import time
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import stand_in
 
-from core.files import replacing
-from core.runtime import UserError, notice
+from core.files import read_bytes, replacing
+from core.messages import UserError, notice
 from core.tokenizer import within
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -68,12 +69,11 @@ def find(given, folders, download=True, url=URL):
 def read(path):
     """A text file as (text, source, sha256). UserError if it is missing, empty, huge or not UTF-8."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f'{path} is too large for this script; use data/text/prepare.py, which has no limit')
-        data = path.read_bytes()
+        data = read_bytes(path, LARGEST)
         text = data.decode('utf-8-sig').replace('\r\n', '\n')
     except OSError as error:
-        raise UserError(f"--input={path} can't be read ({error.strerror}); it must name a text file") from error
+        hint = '; data/text/prepare.py has no limit' if error.errno == errno.EFBIG else ''
+        raise UserError(f"--input={path} can't be read ({error.strerror}); it must name a text file{hint}") from error
     except UnicodeDecodeError as error:
         line = data.count(b'\n', 0, error.start) + 1
         raise UserError(f'{path} is not UTF-8 text (line {line}); save it as UTF-8') from error

@@ -11,14 +11,19 @@ Without a network it uses a generated stand-in and prints a warning; meta.json s
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import time
+
 import corpus
 
-from core.runtime import UserError
+from core.messages import UserError, check_folder, output
 from core.tokenizer import CharTokenizer
 from core.write_dataset import summary, write_dataset
 
@@ -30,6 +35,8 @@ out_dir = ''  # where the data set is written; '': this folder
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
 here = Path(__file__).resolve().parent
+folder = Path(out_dir or here)
+check_folder(str(folder))
 text, source, checksum = corpus.find(input, [here, here.parent / 'shakespeare'], download)
 if len(text) < 2:
     raise UserError(f'{source} is empty; set another text with --input=FILE')
@@ -39,6 +46,5 @@ start = time.perf_counter()
 tokenizer = CharTokenizer.learn(text)
 splits = {'train': tokenizer.encode_array(text[:cut]), 'val': tokenizer.encode_array(text[cut:])}
 seconds = time.perf_counter() - start
-folder = Path(out_dir or here)
 meta = write_dataset(folder, tokenizer, splits, source=source, input_sha256=checksum)
-print(summary(folder, meta, seconds))
+output(summary(folder, meta, seconds))

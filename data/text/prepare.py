@@ -21,20 +21,28 @@ Notable features:
 - gpt2 and bpe insert <|endoftext|> after each document; char and byte have no such token and concatenate the files
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import gzip
 import hashlib
 import io
-import sys
+import os
+import stat
 import time
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from core.bounds import listed
-from core.files import sha256
-from core.runtime import UserError
+from core.files import copy_of_pipe, sha256
+from core.messages import UserError, check_folder, notice, output
 from core.tokenizer import TOKENIZERS, code_points, sample_evenly
 from core.write_dataset import chunks, cut_point, encode_stream, summary, write_dataset
 
@@ -52,30 +60,58 @@ workers = 0  # threads; 0: all cores
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
 BLOCK = 1 << 20  # characters, or bytes, per read
+LEAST = 65  # tokens of the training split: one block of 64 and its targets
 LEARN_FROM = 1 << 25  # characters of the training text from which a byte-pair encoding is learned
 
 
 def input_files(given):
-    """The files that `--input` names, in order. UserError if there are none."""
+    """
+    The files that `--input` names, in order, and what else was in the folders as text. UserError if there are none.
+
+    Pipes, as of the shell's <(command), are copied to temporary files, which exist as long as `copies` does.
+    """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
-    if paths and Path(given).exists():
+    if paths and os.path.exists(given):
         paths = [Path(given)]  # a name that contains a comma
     if not paths:
         raise UserError('say what to prepare: --input=FILE, or a folder, or several, separated by commas')
-    wanted = tuple(suffix.strip() for suffix in suffixes.split(',') if suffix.strip())
-    files = []
+    files, ignored = [], Counter()
     for path in paths:
-        found = [path]
-        if path.is_dir():
-            below = (file for file in path.rglob('*') if file.name.endswith(wanted) and file.is_file())
-            visible = (file for file in below if not any(p.startswith('.') for p in file.relative_to(path).parts))
-            found = sorted(visible, key=lambda file: file.as_posix())
-            if not found:
-                raise UserError(f'there are no {suffixes} files in {path}; set other suffixes with --suffixes')
-        elif not path.exists():
+        if not os.path.exists(path):
             raise UserError(f'there is no file or folder {path}; check --input')
-        files += found
-    return files
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            found, others = files_below(path)
+            files, ignored = files + found, ignored + others
+        elif stat.S_ISFIFO(mode):
+            notice(f'reading the pipe {path}')
+            copies.append(copy_of_pipe(path))
+            files.append(Path(copies[-1].name))
+        elif stat.S_ISREG(mode):
+            files.append(path)
+        else:
+            raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
+    return files, in_words(ignored)
+
+
+def files_below(folder):
+    """The files in a folder with one of `suffixes`, in order, and a Counter of the others. UserError if none has one."""
+    wanted = tuple(suffix.strip() for suffix in suffixes.split(',') if suffix.strip())
+    every = (file for file in folder.rglob('*') if file.is_file())
+    visible = [file for file in every if not any(p.startswith('.') for p in file.relative_to(folder).parts)]
+    found = sorted((file for file in visible if file.name.endswith(wanted)), key=lambda file: file.as_posix())
+    ignored = Counter(file.suffix or 'without suffix' for file in visible if not file.name.endswith(wanted))
+    if not found:
+        there = f' (only {in_words(ignored)})' if ignored else ''
+        raise UserError(f'there are no {suffixes} files in {folder}{there}; set other suffixes with --suffixes')
+    return found, ignored
+
+
+def in_words(ignored):
+    """'300 .py, 2 .png and 4 others' for a Counter of suffixes."""
+    most = ignored.most_common(5)
+    others = ignored.total() - sum(count for _, count in most)
+    return ', '.join(f'{count:,} {suffix}' for suffix, count in most) + (f' and {others:,} others' if others else '')
 
 
 def blocks(path):
@@ -205,7 +241,11 @@ for holds, complaint in (
     if not holds:
         raise UserError(complaint)
 folder = Path(out_dir) if out_dir else Path(__file__).resolve().parents[1] / name
-files = input_files(input)
+check_folder(str(folder))
+copies = []
+files, ignored = input_files(input)
+if ignored:
+    notice(f'note: ignoring {ignored}; --suffixes={suffixes} selects the files of a folder')
 made = [folder / name for name in ('train.bin', 'val.bin', 'meta.json')]
 for path in files:
     if any(target.exists() and target.samefile(path) for target in made):
@@ -219,6 +259,8 @@ cut = min(max(1, int(total * (1 - val_fraction))), total - 1)
 encoder = learn(files, lengths, characters, cut)
 named = ', '.join(Path(part.strip()).resolve().name for part in input.split(','))
 source = f'file {files[0].name}' if len(files) == 1 else f'{len(files):,} files of {named}'
+if len(files) == len(copies):
+    source = 'text from a pipe'
 
 start = time.perf_counter()
 unit = 'B' if kind.reads_bytes else 'char'
@@ -227,5 +269,9 @@ with tqdm(desc='encoding', total=total, unit=unit, unit_scale=True, disable=None
     splits = {
         split: encode_stream(encoder, pieces(files, lengths, *ends), workers, bar) for split, ends in ranges.items()
     }
-    meta = write_dataset(folder, encoder, splits, source=source, input_sha256=checksum(files))
-print(summary(folder, meta, time.perf_counter() - start))
+    try:
+        meta = write_dataset(folder, encoder, splits, source=source, input_sha256=checksum(files), least=LEAST)
+    except UserError as error:
+        hint = f'; {ignored} were ignored, and --suffixes selects others' if ignored else ''
+        raise UserError(f'{error}{hint}') from error
+output(summary(folder, meta, time.perf_counter() - start))
