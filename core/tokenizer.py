@@ -9,6 +9,7 @@ Notable features:
 """
 
 import functools
+import re
 import threading
 import unicodedata
 
@@ -316,12 +317,19 @@ def code_points(text):
 # ---- byte-pair encodings ---------------------------------------------------------------------------------------------
 
 
+LONGEST_WORD = 256  # characters; longer words are learned from in pieces: the trainer's time grows with their square
+DISTINCT = 1 << 23  # bytes of different words to learn from; the trainer takes about 100 times as much memory
+
+
 def learn_bpe(texts, vocab_size):
     """
     Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str; returns the pieces of a BPETokenizer.
 
     vocab_size: number of ids, <|endoftext|> included; the result has fewer if the text has no more pairs, and at least
     257. The 256 bytes come first, so any text can be encoded. UserError if the library is missing.
+
+    Time and memory grow with the words that differ. In text without spaces nearly all do, so an even part of it is used
+    (see with_distinct_words).
     """
     try:
         import tokenizers
@@ -333,9 +341,44 @@ def learn_bpe(texts, vocab_size):
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     size = vocab_size - 1
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
-    fast.train_from_iterator(texts, trainer)
+    fast.train_from_iterator(shorter_words(with_distinct_words(list(texts))), trainer)
     ids = fast.get_vocab()
     return [''.join(byte_of[letter] for letter in piece) for piece in sorted(ids, key=ids.get)]
+
+
+def with_distinct_words(texts, most=DISTINCT):
+    """
+    A list of str, or so many evenly spaced parts of it that their different words have at most `most` bytes.
+
+    A word is what white space surrounds, or LONGEST_WORD characters of it.
+    """
+    if more_distinct_words(texts, most):
+        texts = [text[i : i + (1 << 14)] for text in texts for i in range(0, len(text), 1 << 14)]
+        while len(texts) > 1 and more_distinct_words(texts, most):
+            texts = texts[::2]
+    return texts
+
+
+def shorter_words(texts):
+    """Yields the texts, cut where a word is longer than LONGEST_WORD."""
+    for text in texts:
+        end = 0
+        for found in re.finditer(rf'\S{{{LONGEST_WORD}}}(?=\S)', text):
+            yield text[end : found.end()]
+            end = found.end()
+        yield text[end:]
+
+
+def more_distinct_words(texts, most):
+    """True if the different words of some texts have more than `most` bytes together."""
+    seen, size = set(), 0
+    for text in texts:
+        new = set(re.findall(rf'\S{{1,{LONGEST_WORD}}}', text)) - seen
+        seen |= new
+        size += sum(len(word.encode('utf-8', errors='surrogatepass')) for word in new)
+        if size > most:
+            return True
+    return False
 
 
 def are_pieces(pieces):

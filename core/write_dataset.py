@@ -22,7 +22,7 @@ from core.runtime import available_cores
 from core.tokenizer import NO_TEXT
 
 CHUNK = 1 << 18  # characters that a worker encodes at a time
-LONGEST_RUN = 1 << 20  # characters; a longer run without white space is cut anywhere
+LONGEST_RUN = 1 << 18  # characters; a longer run without white space is cut anywhere
 
 
 # ---- encoding on all cores -------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def input_files(given):
 
 
 def files_below(folder):
-    """The files in a folder with one of `suffixes`, in order, and a Counter of the others. UserError if none has one."""
+    """The files in a folder with one of `suffixes`, in order, and a Counter of the others' suffixes, or UserError."""
     wanted = tuple(suffix.strip() for suffix in suffixes.split(',') if suffix.strip())
     every = (file for file in folder.rglob('*') if file.is_file())
     visible = [file for file in every if not any(p.startswith('.') for p in file.relative_to(folder).parts)]
