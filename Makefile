@@ -1,28 +1,34 @@
 # make quickstart    everything from an empty machine to the comparison of MHA and MLA
 # make test          the tests
+# make test-oldest   the tests with the oldest versions that pyproject.toml allows, in a virtual environment of its own
 # make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
 #
-# PYTHON=...   the Python (3.11 or later) that .venv is made with
+# PYTHON=...   the Python (3.11 or later) that .venv and .venv-oldest are made with
 # INPUT=...    quickstart: a local copy of tinyshakespeare, or another text over its characters; nothing is downloaded
 # ARGS=...     more arguments for the script or the test runner, such as ARGS='--max_iters=200' or ARGS='-k tokens'
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test study lint clean
+.PHONY: help quickstart test test-oldest study lint clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.installed ## install, prepare the Shakespeare characters, train MHA and MLA, compare (INPUT=FILE, ARGS=...)
 	$(BIN)/python data/shakespeare_char/prepare.py $(if $(INPUT),--input="$(INPUT)")
 	$(BIN)/python test_shakespeare_quick.py $(ARGS)
 
 # One thread per process: the tests run side by side already, and more threads than cores is far slower than fewer.
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist=loadfile
 test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=...)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST)/.installed ## install the oldest versions that pyproject.toml allows and run the tests (ARGS=...)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
 	$(BIN)/python studies/induction.py $(ARGS)
@@ -32,17 +38,30 @@ lint: $(VENV)/.installed-test ## check style and format
 	$(BIN)/python -m ruff format --check .
 
 clean: ## remove caches; runs (out*) and data stay
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .ruff_cache
+
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this is Python " + \
+	sys.version.split()[0] + ", 3.11 or later is needed; try make PYTHON=python3.11 ...")'
+# every range of pyproject.toml is NAME>=VERSION
+OLDEST_VERSIONS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	ranges = project["dependencies"] + project["optional-dependencies"]["test"]; \
+	print("\n".join(ranges).replace(">=", "=="))
 
 # The stamps are as old as the last complete install: a second run is instant, a changed pin is installed.
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this is Python " + \
-		sys.version.split()[0] + ", 3.11 or later is needed; try make PYTHON=python3.11 ...")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(BIN)/python -m pip install -r requirements-test.txt
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c '$(OLDEST_VERSIONS)' > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install -r $(OLDEST)/requirements.txt
 	@touch $@

@@ -68,8 +68,8 @@ def per_head(x, weight):
     """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
     B, H, T, _ = x.shape
     x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
-    # away from Intel, memory is read fastest along its contiguous rows
-    along_rows = weight.mT.is_contiguous() and not cpu_is_intel()
+    # away from Intel, memory is read fastest along its contiguous rows, except bfloat16
+    along_rows = weight.mT.is_contiguous() and x.dtype != torch.bfloat16 and not cpu_is_intel()
     y = torch.bmm(weight.mT, x.mT).mT if along_rows else torch.bmm(x, weight)
     return y.reshape(H, B, T, -1).transpose(0, 1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from core.kernels import EagerAttention, Linear, attend, attention_pattern, causal_mask, dropout
+from core.kernels import EagerAttention, Linear, attend, attention_pattern, causal_mask, dropout, per_head
 from model import GPT, GPTConfig
 
 
@@ -109,6 +109,22 @@ def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, size
         y = layer(x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-14)
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize('intel', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_each_head_multiplies_its_own_rows(dtype, intel, monkeypatch):
+    """With a weight that is contiguous, and with one whose transpose is, as W_K and W_V are."""
+    monkeypatch.setattr('core.kernels.cpu_is_intel', lambda: intel)
+    generator = torch.Generator().manual_seed(0)
+    for B, T in ((1, 1), (3, 1), (2, 5)):
+        x, weight = torch.randn(B, 4, T, 6, generator=generator), torch.randn(4, 6, 9, generator=generator)
+        x, weight = x.to(dtype), weight.to(dtype)
+        expected = torch.einsum('bhtm,hmn->bhtn', x.double(), weight.double())
+        for w in (weight, weight.mT.contiguous().mT):
+            y = per_head(x, w)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=20 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize('outputs', [1, 5, 64, 1600])
