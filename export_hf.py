@@ -24,15 +24,19 @@ no token for the start of a text: --model_args ...,prefix_token_id=ID gives lm_e
 decode(..., skip_special_tokens=True) omits the token; no logits and no other ids are changed.
 """
 
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
 import os
 import shutil
 from dataclasses import fields
 from json import dump
 
 from core import checkpoint as checkpoints
-from core import gpt2, runtime
+from core import gpt2, messages
 from core.conversion import to_mha
-from core.runtime import UserError
+from core.messages import UserError
 from core.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,7 +47,7 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 MODEL_CODE = 'hf_modeling_mla.py'  # of core/
-runtime.check_folder(out_dir)
+messages.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)
@@ -75,7 +79,7 @@ def mla_config():
 
 is_mla = checkpoints.attention_of(model) == 'mla'
 if not is_mla and model.config.n_kv_head:
-    runtime.notice(f'{checkpoints.arm_of(model)} is exported as MHA, its keys and values repeated: GPT-2 shares none')
+    messages.notice(f'{checkpoints.arm_of(model)} is exported as MHA, its keys and values repeated: GPT-2 shares none')
     model = to_mha(model)
 if not is_mla and model.config.pos != 'learned':
     raise UserError("this MHA model has RoPE, which GPT-2 can't express; only pos='learned' or MLA can be exported")
@@ -113,5 +117,5 @@ if fast_tokenizer is not None:
         **dict.fromkeys(roles, tokenizer.special_token),
     ).save_pretrained(out_dir)
 else:
-    runtime.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
-print(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')
+    messages.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
+messages.output(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')

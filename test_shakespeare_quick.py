@@ -105,6 +105,8 @@ for name in models:
     model = checkpoints.build_model(saved).to(device).eval()
     logs[name] = runlog.read(os.path.join(folder, 'log.csv'))
     step_times = runlog.column(logs[name], 'ms_per_iter')[1]
+    if not step_times:
+        raise UserError(f'{folder} holds a finished run whose log.csv is lost; repeat it with --overwrite=True')
     step_time = statistics.median(step_times[1:] or step_times)  # the first holds the warm-up
     train_loss, train_error = mean_loss(model, 'train')
     val_loss, val_error = mean_loss(model, 'val')

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from core import files
+from core import bounds, files
 from core.gpt2 import GPT2_SIZES
 from core.runtime import UserError
 from core.tokenizer import GPT2Tokenizer
@@ -250,10 +250,33 @@ def kind_of(checkpoint):
 
 def model_config(checkpoint, **overrides):
     """The GPTConfig or MLAConfig of a loaded checkpoint. overrides: model_args to replace. UserError if invalid."""
+    config_class, args = KINDS[kind_of(checkpoint)][1], {**checkpoint['model_args'], **overrides}
     try:
-        return KINDS[kind_of(checkpoint)][1](**{**checkpoint['model_args'], **overrides})
+        for field in fields(config_class):
+            value = args.get(field.name, field.default)
+            if type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
+                raise TypeError(f'{field.name} is a {type(value).__name__}')
+            if found := bounds.problem(field.name, value):
+                raise ValueError(f'{field.name} {found}')
+        return config_class(**args)
     except (TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
+
+
+def check_sizes(state, config):
+    """
+    UserError unless tensors, {name: tensor}, have the layers and the embedding of a config.
+
+    Before a model of these sizes is made, which could take all memory where model_args are damaged.
+    """
+    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+    embedding = state.get('transformer.wte.weight', torch.empty(0)).shape
+    expected = torch.Size((config.vocab_size, config.n_embd))
+    if layers != config.n_layer or embedding != expected:
+        raise UserError(
+            f"the checkpoint's tensors don't fit its model_args: {layers} layers and an embedding of "
+            f'{tuple(embedding)}, expected {config.n_layer} and {tuple(expected)}; {OTHER_COPY}'
+        )
 
 
 def changed(config, key, value):
@@ -272,7 +295,9 @@ def build_model(checkpoint, **overrides):
     """
     state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
-    model = KINDS[kind_of(checkpoint)][0](model_config(checkpoint, **overrides))
+    config = model_config(checkpoint, **overrides)
+    check_sizes(state, config)
+    model = KINDS[kind_of(checkpoint)][0](config)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

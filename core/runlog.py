@@ -52,8 +52,8 @@ class RunLog:
                 writer.writeheader()
                 writer.writerows(kept)
             self.file = open(path, 'a', encoding='utf-8', newline='', buffering=1)
-        except (OSError, ValueError, KeyError, csv.Error) as error:
-            raise UserError(f"{path} can't be read and written as a run's log ({error}); move it away") from error
+        except OSError as error:
+            raise UserError(f"{path} can't be written ({error}); move it away, or choose another --out_dir") from error
 
     def write(self, row):
         """Append a row, a dict with some of COLUMNS. Where the disk is full, `error` holds the reason afterwards."""
@@ -78,15 +78,23 @@ def read(path):
     """
     The rows of a log.csv, a list of {column: str}; a last row that a kill cut short is left out.
 
-    Raises OSError, ValueError, KeyError or csv.Error where the file is no log.
+    UserError where the file is no log: it can't be read, has no column 'iter', or a cell is not a number.
     """
-    with open(path, encoding='utf-8', newline='') as file:
-        text = file.read()
-    whole = text[: text.rfind('\n') + 1]
-    return [row for row in csv.DictReader(io.StringIO(whole, newline='')) if row['iter'].isdigit() and None not in row]
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            text = file.read()
+        rows = csv.DictReader(io.StringIO(text[: text.rfind('\n') + 1], newline=''))
+        whole = [row for row in rows if row['iter'].isdigit() and None not in row]
+        for row in whole:
+            for cell in row.values():
+                float(cell or 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        reason = "it has no column 'iter'" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} can't be read as a run's log ({reason}); move it away") from error
+    return whole
 
 
 def column(rows, name):
     """Iterations and values, two lists, of the rows in which `name` was measured."""
-    pairs = [(int(row['iter']), float(row[name])) for row in rows if row[name]]
+    pairs = [(int(row['iter']), float(row[name])) for row in rows if row.get(name)]
     return [iteration for iteration, _ in pairs], [value for _, value in pairs]

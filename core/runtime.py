@@ -43,8 +43,10 @@ def pick_device(device='auto'):
                 raise RuntimeError(f'{torch.cuda.device_count()} CUDA GPUs are visible')
             if place.index is not None:
                 torch.cuda.set_device(place)
-        else:
+        elif place.type in ('cpu', 'mps'):
             torch.empty(1, device=place)
+        else:
+            raise RuntimeError('only CPUs, CUDA and MPS are supported')
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"device '{device}' is not available; use --device=cpu, or --device=auto for the best one"
