@@ -3,60 +3,36 @@ What a user can get wrong, as a table: each case ends in one line on stderr that
 exit code 2, without a traceback, and with every file as it was.
 """
 
-import json
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import forking
-import numpy as np
 import pytest
 import torch
-
-from core import checkpoint as checkpoints
-from core.tokenizer import ByteTokenizer, CharTokenizer
-from core.write_dataset import write_dataset
-from model import GPT, GPTConfig
-from model_mla import MLAGPT, MLAConfig
+from bad_input import (
+    CPU,
+    PROOF,
+    ROOT,
+    SMALL,
+    Payload,
+    ckpt,
+    cut,
+    folder,
+    make_place,
+    meta,
+    nanogpt_meta,
+    remove,
+    snapshot,
+    write,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
-
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
-SMALL = dict(SIZES, batch_size=2, gradient_accumulation_steps=1, max_iters=1, eval_iters=1)
-CPU = dict(device='cpu', threads=1)
-PROOF = Path(tempfile.gettempdir()) / f'a_pickle_ran_code_{os.getpid()}'
-
-
-# ---- the place in which everything is as it should be ----------------------------------------------------------------
-def save(path, model, tokenizer, **more):
-    path.parent.mkdir()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
-    optimizer.step()
-    config = dict(SMALL, dataset='tiny')
-    checkpoints.save(str(path), checkpoints.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
-
-
-def make_place(folder):
-    """A data set, an MHA and an MLA checkpoint in `folder`, a prompt and a config file: every case breaks one thing."""
-    ids = np.arange(1000) * 7 % 12
-    letters, splits = CharTokenizer('abcdefghijkl'), {'train': ids[:900], 'val': ids[900:]}
-    meta = write_dataset(folder / 'data' / 'tiny', letters, splits, source='a test')
-    write_dataset(folder / 'data' / 'wide', ByteTokenizer(), {'train': ids, 'val': ids}, source='bytes')
-    write_dataset(folder / 'data' / 'rows', None, {'train': ids[:990], 'val': ids[:99]}, source='rows',
-                  vocab_size=12, row_tokens=11, masks={'train': 0 * ids[:990], 'val': 0 * ids[:99]})  # fmt: skip
-    save(folder / 'mha' / 'ckpt.pt', GPT(GPTConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')
-    save(folder / 'mla' / 'ckpt.pt', MLAGPT(MLAConfig(vocab_size=12, **SIZES)), meta, iter_num=1, corpus='a test')
-    (folder / 'mha' / 'log.csv').write_text('iter,loss\n0,2.5\n')
-    (folder / 'config.py').write_text('max_iters = 1\n')
-    (folder / 'prompt.txt').write_text('abc')
 
 
 @pytest.fixture(scope='module')
@@ -69,96 +45,6 @@ def pattern_place(tmp_path_factory):
 @pytest.fixture
 def place(pattern_place, tmp_path):
     return shutil.copytree(pattern_place, tmp_path / 'place')
-
-
-def snapshot(folder):
-    """Every file below a folder with its bytes and the time of its last change."""
-    return {
-        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mtime_ns)
-        for path in folder.rglob('*')
-        if path.is_file() or not any(path.iterdir())
-    }
-
-
-# ---- ways to break a file --------------------------------------------------------------------------------------------
-def write(path, content):
-    """A damage: the file `path` of the place has this content, str or bytes."""
-
-    def damage(place):
-        (place / path).parent.mkdir(parents=True, exist_ok=True)
-        (place / path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return damage
-
-
-def remove(path):
-    """A damage: the file or folder is not there."""
-    return lambda place: shutil.rmtree(place / path) if (place / path).is_dir() else (place / path).unlink()
-
-
-def folder(path):
-    """A damage: a folder takes the place of the file."""
-
-    def damage(place):
-        (place / path).unlink(missing_ok=True)
-        (place / path).mkdir(parents=True)
-
-    return damage
-
-
-def cut(path, size):
-    """A damage: the file ends after `size` bytes, from its end where negative, or after that part of it."""
-
-    def damage(place):
-        whole = (place / path).read_bytes()
-        (place / path).write_bytes(whole[: int(len(whole) * size) if isinstance(size, float) else size])
-
-    return damage
-
-
-def meta(**changes):
-    """A damage: meta.json has these values; None takes one away."""
-
-    def damage(place):
-        path = place / 'data' / 'tiny' / 'meta.json'
-        changed = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
-
-    return damage
-
-
-def ckpt(change, kind='mha'):
-    """A damage: what change(checkpoint) did, or made, is in the checkpoint."""
-
-    def damage(place):
-        path = place / kind / 'ckpt.pt'
-        content = torch.load(path)
-        changed = change(content)
-        torch.save(content if changed is None else changed, path)
-
-    return damage
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(PROOF),)
-
-
-def nanogpt_meta(content):
-    """A damage: nanoGPT's meta.pkl with this content is all that says what the tokens are."""
-
-    def damage(place):
-        remove('data/tiny/meta.json')(place)
-        (place / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps(content))
-
-    return damage
-
-
-def both(*damages):
-    """A damage: several."""
-    return lambda place: [damage(place) for damage in damages]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
