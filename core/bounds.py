@@ -102,7 +102,8 @@ def problem(key, value):
     if key in CHOICES and value not in CHOICES[key]:
         return f"is '{value}'; it must be {listed([str(choice) for choice in CHOICES[key]])}"
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool) and not inside(key, value):
-        return f'is {value}; it must be {in_words(BOUNDS[key])}'
+        text = str(value)
+        return f'is {text if len(text) <= 40 else text[:37] + "..."}; it must be {in_words(BOUNDS[key])}'
     if isinstance(value, str) and '\0' in value and key not in TEXTS:
         return f'is {value!r}; a name or path cannot contain the character \\0'
     return None

@@ -1,14 +1,21 @@
 """
-For test_bad_input.py: a place in which everything is as it should be, and ways to break one file of it.
+For the tests of bad input: a place in which everything is as it should be, ways to break one file of it, and what has
+to follow.
+
+Each case of the test files' tables ends in one line on stderr that names the fault and the remedy, with exit code 2,
+without a traceback, and with every file as it was.
 """
 
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -19,7 +26,6 @@ from core.write_dataset import write_dataset
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
 SMALL = dict(SIZES, batch_size=2, gradient_accumulation_steps=1, max_iters=1, eval_iters=1)
@@ -140,3 +146,87 @@ def nanogpt_meta(content):
 def both(*damages):
     """A damage: several."""
     return lambda place: [damage(place) for damage in damages]
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+class Case(NamedTuple):
+    """What is typed, what the line must name as the fault and as the remedy (regular expressions), and what is broken.
+
+    {place} in an argument stands for the folder that make_place made; scripts get working arguments before these. A str
+    of arguments is split at spaces.
+    """
+
+    script: str
+    arguments: str | list
+    fault: str
+    remedy: str
+    damage: object = None
+
+
+ARGUMENTS = {
+    'train.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny', **SMALL, **CPU},
+    'sample.py': {'out_dir': '{place}/mha', 'data_dir': '{place}/data', 'start': 'a', 'max_new_tokens': 2, **CPU},
+    'convert_mla.py': {'source': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
+    'export_hf.py': {'source': '{place}/mha', 'out_dir': '{place}/out'},
+    'find_induction_heads.py': {'models': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
+    'test_shakespeare_quick.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny',
+                                  'max_iters': 1, **CPU},
+    'bench.py': {**SIZES, **CPU, 'batch_size': 1, 'vocab_size': 64, 'rounds': 1},
+    'studies/induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
+    'studies/mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
+    'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
+    'data/openwebtext/prepare.py': {'out_dir': '{place}/out'},
+    'data/repeats/prepare.py': {'folder': '{place}/out', 'rows': 8, 'val_rows': 8},
+}  # fmt: skip
+ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']
+ARGUMENTS['sample_mla.py'] = {**ARGUMENTS['sample.py'], 'out_dir': '{place}/mla'}
+
+T, TM, S, C, E, F = 'train.py', 'train_mla.py', 'sample.py', 'convert_mla.py', 'export_hf.py', 'find_induction_heads.py'
+BENCH, Q, STUDY, STUDY_MLA = 'bench.py', 'test_shakespeare_quick.py', 'studies/induction.py', 'studies/mla.py'
+TEXT, CHAR, GPT2, WEB, REPEATS = (
+    f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'openwebtext', 'repeats')
+)
+RESUME = '--init_from=resume --out_dir={place}/mha'
+RESUME_MLA = '--init_from=resume --out_dir={place}/mla'
+PREPARE = r'data/text/prepare\.py'  # the remedy for most of what is wrong with data
+OTHER = 'older copy|only load checkpoints saved by'
+
+
+def command_line(case, place):
+    """The arguments of a case: those with which the script would work, then the case's own."""
+    usual = [f'--{key}={value}' for key, value in ARGUMENTS[case.script].items()]
+    own = case.arguments.split() if isinstance(case.arguments, str) else case.arguments
+    return [argument.replace('{place}', str(place)) for argument in [*usual, *own]]
+
+
+def check(case, place, code, errors):
+    """What every wrong input ends in."""
+    assert 'Traceback' not in errors, errors
+    lines = errors.splitlines()
+    assert code == 2, (code, errors)
+    assert lines[-1].startswith('error: ') and sum(line.startswith('error: ') for line in lines) == 1, errors
+    assert re.search(case.fault, lines[-1]), lines[-1]
+    assert re.search(case.remedy, lines[-1]), lines[-1]
+    assert len(lines[-1].replace(str(place), '')) < 400, lines[-1]
+
+
+def cases(**groups):
+    """The cases of named groups, lists of Case, for pytest's parametrize."""
+    for name, group in groups.items():
+        for number, case in enumerate(group):
+            typed = case.arguments if isinstance(case.arguments, str) else ascii(' '.join(case.arguments))
+            label = f'{name}-{number:03}-{Path(case.script).stem}-{typed.replace("{place}", "")[:40]}'
+            yield pytest.param(case, id=label.replace(' ', ''))
+
+
+def assert_refused(case, place):
+    """Break what the case breaks, run its script, and check what follows; nothing but the damage may change."""
+    if case.damage:
+        case.damage(place)
+    before = snapshot(place)
+    done = forking.run(case.script, command_line(case, place))
+    check(case, place, done.returncode, done.stderr)
+    assert snapshot(place) == before
+    assert not PROOF.exists()

@@ -1,12 +1,14 @@
 """Fixtures that several test files share."""
 
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_input import make_place
 
 from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
@@ -78,3 +80,17 @@ def prepare(monkeypatch, capsys):
         return capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope='module')
+def pattern_place(tmp_path_factory):
+    """The folder that bad_input.make_place makes; don't change it."""
+    folder = tmp_path_factory.mktemp('place')
+    make_place(folder)
+    return folder
+
+
+@pytest.fixture
+def place(pattern_place, tmp_path):
+    """A copy of pattern_place for one test."""
+    return shutil.copytree(pattern_place, tmp_path / 'place')
