@@ -481,7 +481,7 @@ def compare():
 # ---- the measurement -------------------------------------------------------------------------------------------------
 modes = {'train': bench_train, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
 if mode not in modes:
-    raise UserError(f"mode is '{mode}'; it must be {', '.join(modes)}")
+    raise UserError(f"mode is '{mode}'; it must be {', '.join(list(modes)[:-1])} or {list(modes)[-1]}")
 results = {'mode': mode, 'machine': machine, 'config': config, **modes[mode]()}
 if json:
     write_json(json, results)

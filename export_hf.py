@@ -100,7 +100,9 @@ special = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), end_of
 write_json('config.json', {**(mla_config() if is_mla else gpt2_config()), **special, 'dtype': dtype, 'use_cache': True,
                            'tie_word_embeddings': True})  # fmt: skip
 write_json('generation_config.json', special)
-save_file(tensors, os.path.join(out_dir, 'model.safetensors'), metadata={'format': 'pt'})
+weights = os.path.join(out_dir, 'model.safetensors')
+save_file(tensors, weights, metadata={'format': 'pt'})
+os.chmod(weights, os.stat(os.path.join(out_dir, 'config.json')).st_mode)  # safetensors makes it private
 if is_mla:
     shutil.copyfile(os.path.join('core', MODEL_CODE), os.path.join(out_dir, MODEL_CODE))
 

@@ -86,12 +86,11 @@ def load(spec):
     else:
         file = checkpoints.find(spec)
         saved = checkpoints.load(file, mapped=True)
-        if not saved.get('iter_num'):
-            raise UserError(f'{file} is at iteration 0: an untrained model has no heads to find; train it first')
         model = checkpoints.build_model(saved)
         loss = saved.get('val_loss')
         loss = saved.get('best_val_loss') if loss is None else loss
-        facts = dict(name=name, file=file, iteration=saved['iter_num'], val_loss=None if loss is None else float(loss),
+        loss = None if loss is None else float(loss)
+        facts = dict(name=name, file=file, iteration=saved.get('iter_num'), val_loss=loss,
                      sha256=files.sha256(file), corpus=saved.get('corpus', ''))  # fmt: skip
     meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
@@ -351,6 +350,8 @@ if folders:
     report.save_json(os.path.join(out_dir, 'formation.json'), report.plain(dict(about, runs=runs)))
     report.save_figure(os.path.join(out_dir, 'formation.png'), report.formation_curves(runs))
 
+for spec in specs:
+    load(spec)  # before the first measurement, so that a wrong name doesn't show after it
 results, entries = [], []
 for spec in specs:
     started, loaded = time.perf_counter(), load(spec)

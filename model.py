@@ -8,7 +8,7 @@ Read this first, then model_mla.py: it replaces the attention and nothing else.
 Notable features:
 - pre-norm blocks, learned positions (or RoPE), GELU, output head tied to the token embedding, optional biases
 - a preallocated key/value cache: `cache = model.init_cache(B, max_tokens)`, then `model(idx, cache=cache)`
-- initial values are a function of seed and parameter name, so two models that share a tensor start it with equal values
+- initial values are a function of seed and name: tensors of the same name and shape start equal in all models
 - GPT-2's published weights load through `GPT.from_pretrained`
 
 Shapes: B batch, T query length, S key length, L layers, H heads, K key/value heads (K = H in MHA), C = n_embd, d = C/H
@@ -221,7 +221,7 @@ class Cache:
         self.length += T
 
     def repeat(self, times):
-        """A cache in which each sequence stands `times` times, for several samples of one prompt."""
+        """A cache with each sequence repeated `times` times, for several samples of one prompt."""
         layers = [tuple(tensor.repeat_interleave(times, dim=0) for tensor in layer) for layer in self.layers]
         copy = Cache(layers, self.max_tokens)
         copy.length, copy.copies = self.length, self.copies
@@ -276,7 +276,7 @@ class GPT(nn.Module):
         return count
 
     def num_attention_params(self):
-        """Parameters of all attention layers: what differs between this model and its sibling."""
+        """Parameters of all attention layers: what differs between MHA and MLA."""
         return sum(p.numel() for block in self.transformer.h for p in block.attn.parameters())
 
     def flops_per_token(self):
@@ -313,7 +313,7 @@ class GPT(nn.Module):
         rope = None if self.rope is None else self.rope[:, positions]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            if config.recompute and self.training:  # only the block's input is kept: arXiv:1604.06174
+            if config.recompute and self.training and cache is None:  # only the block's input is kept: arXiv:1604.06174
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope, cache)
@@ -381,7 +381,7 @@ class GPT(nn.Module):
         """
         override_args = override_args or {}
         if fixed := set(override_args) - {'dropout', 'flash', 'recompute'}:
-            raise ValueError(f'{sorted(fixed)} cannot be overridden: the pretrained weights decide it')
+            raise ValueError(f'{sorted(fixed)} cannot be overridden: the pretrained weights decide that')
         settings, state = gpt2.read(model_type)
         model = cls(GPTConfig(**settings, **override_args))
         model.load_state_dict(state)
@@ -403,7 +403,7 @@ class GPT(nn.Module):
         Continue idx (B, t) by max_new_tokens drawn tokens; returns (B * num_samples, t + new), prompt included.
 
         temperature, top_k, top_p, valid_ids, generator: see core/decoding.py's `draw`. num_samples: samples per prompt,
-        which share its prefill. stop_token: stop when every sample has drawn it (one that has repeats it from there).
+        which share its prefill. stop_token: stop when every sample has drawn it; one that has is filled up with it.
         on_token: called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only).
         use_cache=False recomputes every token, with a window that slides over the last block_size tokens. Learned
         positions in a cache can't slide: when it is full, the most recent half of its tokens is read again.

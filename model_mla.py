@@ -171,7 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
         return w_q.unflatten(0, (self.n_head, self.head_size)), torch.cat((w_k @ down, shared), dim=1), w_v @ down, w_o
 
     def absorbing_pays(self, T):
-        """True where attending in latent space is cheaper for T queries than computing all keys and values."""
+        """True where T queries over many latents cost less in latent space than with keys and values: Tr < rd + Td."""
         r, d = self.n_latent, self.head_size
         return r <= d or T * (r - d) < r * d
 

@@ -9,14 +9,14 @@ $ python train.py config/train_shakespeare_char.py --batch_size=32 --compile=Fal
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/train_gpt2.py
 
-Resume a run that stopped, for whatever reason; it takes all that you don't give from its checkpoint:
+Resume a run that stopped, for whatever reason. Keys that you don't give come from its checkpoint:
 $ python train.py --resume=yes --out_dir=out-shakespeare-cpu
 $ python train.py config/train_shakespeare_cpu.py --resume=auto  # resumes where there is a run, otherwise starts one
 """
 
-from core.signals import STOPPED, StopRequest
+from core import signals
 
-stop_request = StopRequest()  # before the slow imports, so that a signal that arrives during them counts
+stop_request = signals.StopRequest()  # before the slow imports, so that a signal that arrives during them counts
 
 import math
 import os
@@ -91,7 +91,7 @@ compile = 'auto'  # torch.compile: True, False, or 'auto' (on GPUs only)
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer over the processes
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 seed = 1337  # of initial values, batches and dropout
-exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # leaves `config`, `given`
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ---- a new run, or which one to resume -------------------------------------------------------------------------------
@@ -154,7 +154,8 @@ if processes.world_size > 1 and not fsdp:
 tokens_per_iter = rows_per_iter * block_size
 runtime.notice(
     f'device={device} ({threads} CPU threads, {processes.world_size} process{"es" * (processes.world_size > 1)}), '
-    f'dtype={dtype}, compile={compile}; {attention}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
+    f'dtype={dtype}, compile={compile}\n'
+    f'model: {checkpoints.arm_of(raw_model)}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
     f'corpus: {data.corpus} ({data.tokens["train"]:,} training tokens); {tokens_per_iter:,} tokens per iteration'
 )
 
@@ -187,7 +188,11 @@ def evaluate(split):
 
 
 def stop_unless_finite(*losses):
-    """A run whose loss or gradient is not finite never recovers, and its weights must not reach a checkpoint."""
+    """
+    UserError if `losses`, or the loss or gradient of an iteration so far, are not finite; the same on all processes.
+
+    Such a run never recovers, and its weights must not reach a checkpoint.
+    """
     bad = processes.min(min(int(first_bad), max_iters if all(map(math.isfinite, losses)) else iter_num))
     if bad < max_iters or not all(map(math.isfinite, losses)):
         saver.wait()
@@ -255,6 +260,8 @@ while True:
     if done:
         if saves:
             save(best=improved)
+        elif saved_iter != iter_num:
+            runtime.notice(f'always_save_checkpoint=False: iteration {iter_num} is no improvement and is not saved')
         break
 
     for group in optimizer.param_groups:
@@ -315,7 +322,7 @@ bar.close()
 if processes.rank == 0 and done:
     log.write(dict(row, iter=iter_num, tokens=tokens, lr=f'{lr:.6g}'))
 saver.wait()
-processes.any(False)  # torchrun ends the job when one process leaves: none may, before the checkpoint is on disk
+processes.any(False)  # a barrier: torchrun ends the job when one process leaves, and the checkpoint must be on disk
 if stops:
     runtime.notice(
         f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {folder.ckpt} is saved. '
@@ -324,4 +331,4 @@ if stops:
 if log:
     log.finish()
     folder.release()
-processes.exit(STOPPED if stops else 0)
+processes.exit(signals.STOPPED if stops else 0)

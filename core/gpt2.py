@@ -38,7 +38,10 @@ def read(model_type):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        hf_config = AutoConfig.from_pretrained(model_type)
+        try:
+            hf_config = AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+        except ValueError as error:  # it would need code of its own
+            raise ValueError(f"'{model_type}' holds no GPT-2; of an exported MLA model, name its checkpoint") from error
         if hf_config.model_type != 'gpt2':
             raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
         # transformers keeps the dtype on disk unless told otherwise, and initializes what the file lacks at random

@@ -93,8 +93,8 @@ def same_type(value, default):
 def unchangeable(key, value, found, path, keys):
     """The error for a given key that would make the resumed run another run."""
     script = 'train_mla.py' if keys['attention'] == 'mla' else 'train.py'
-    return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; leave it out: '
-                     f'python {script} --resume=yes --out_dir={keys["out_dir"]}')  # fmt: skip
+    return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; leave out what '
+                     f'sets it: python {script} --resume=yes --out_dir={keys["out_dir"]}')  # fmt: skip
 
 
 def progress(saved):

@@ -62,7 +62,6 @@ def test_planted_heads_are_found_in_both_models(tmp_path):
 
 def test_models_without_training_are_refused(tmp_path):
     cases = {
-        'zero': (save(tmp_path / 'zero', planted('mla'), iter_num=0), 'iteration 0'),
         'fresh': (save(tmp_path / 'fresh', untrained(planted('mla'))), 'initial values'),
         'none': (tmp_path / 'nothing', 'no checkpoint'),
     }
