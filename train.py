@@ -134,6 +134,7 @@ dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, devic
 autocast = runtime.autocast(device, dtype)
 fsdp = fsdp and processes.world_size > 1
 if fsdp:
+    processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
