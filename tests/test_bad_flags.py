@@ -13,6 +13,7 @@ from bad_input import (
     PREPARE,
     REPEATS,
     ROOT,
+    SIZES,
     STUDY,
     STUDY_MLA,
     TEXT,
@@ -33,6 +34,8 @@ from bad_input import (
     folder,
     write,
 )
+
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
 
@@ -123,8 +126,8 @@ FLAGS = [
     Case(E, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
     Case(F, '--models=', 'models', '--models'),
     Case(F, '--models={place}/nowhere', 'nowhere', 'train a model first|--models'),
-    Case(F, '--models={place}/mha', 'initial values|untrained|iteration', 'train it first',
-         ckpt(lambda c: c.update(iter_num=0))),
+    Case(F, '--models={place}/mha', 'initial values', 'train it first',
+         ckpt(lambda c: c.update(model=GPT(GPTConfig(vocab_size=12, **SIZES)).state_dict()))),
     Case(F, '--sequences=0', 'sequences', 'at least'),
     Case(F, '--length=0', 'length', 'at least'),
     Case(F, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
