@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 import torch
 
 from core import bounds, files
-from core.gpt2 import GPT2_SIZES
+from core.gpt2 import GPT2_SIZES, not_finite
 from core.runtime import UserError
 from core.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
@@ -229,8 +229,11 @@ def load(path, device='cpu', mapped=False):
         value = checkpoint.get(name)
         if not isinstance(value, kinds) and (value is not None or name in ('model', 'model_args')):
             raise UserError(f"{file} is damaged: its '{name}' is a {type(value).__name__}; {OTHER_COPY}")
-    if min(checkpoint.get('iter_num') or 0, checkpoint.get('tokens') or 0) < 0:
-        raise UserError(f'{file} is damaged: its iter_num or tokens is negative; {OTHER_COPY}')
+        if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+            raise UserError(f"{file} is damaged: its '{name}' is not one number; {OTHER_COPY}")
+    for name in ('iter_num', 'tokens'):
+        if not 0 <= (checkpoint.get(name) or 0) < 1 << 63:
+            raise UserError(f'{file} is damaged: its {name} is {checkpoint[name]}; {OTHER_COPY}')
     for name in ('config', 'tokenizer'):
         checkpoint[name] = checkpoint.get(name) or {}
     tensors = checkpoint['model'].items()
@@ -291,7 +294,8 @@ def build_model(checkpoint, **overrides):
     """
     The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
 
-    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit.
+    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit, and
+    weights that are not finite.
     """
     state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
@@ -304,6 +308,8 @@ def build_model(checkpoint, **overrides):
         first = ' '.join(' '.join(str(error).split('\n')[1:3]).split())
         first = first if len(first) <= 200 else f'{first[:200]}...'
         raise UserError(f"the checkpoint's tensors don't fit its model_args: {first}; {OTHER_COPY}") from error
+    if name := not_finite(model.state_dict()):
+        raise UserError(f'the checkpoint holds weights that are not finite: {name}; {OTHER_COPY}')
     return model
 
 

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from core import bounds
+
 GPT2_SIZES = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
@@ -30,33 +32,47 @@ def read(model_type):
 
     Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
     Raises ValueError for an unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors
-    are not GPT-2's, naming them.
+    are not GPT-2's or not finite, naming them.
     """
     if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
         raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    def unreadable(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return ValueError(f"'{model_type}' can't be loaded ({reason}); check the name, the folder and the network")
+
     try:
-        try:
-            hf_config = AutoConfig.from_pretrained(model_type, trust_remote_code=False)
-        except ValueError as error:  # it would need code of its own
-            raise ValueError(f"'{model_type}' holds no GPT-2; of an exported MLA model, name its checkpoint") from error
-        if hf_config.model_type != 'gpt2':
-            raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
+        hf_config = AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+    except ValueError as error:  # it would need code of its own
+        raise ValueError(f"'{model_type}' holds no GPT-2; of an exported MLA model, name its checkpoint") from error
+    except Exception as error:  # a damaged file raises almost anything
+        raise unreadable(error) from error
+    if hf_config.model_type != 'gpt2':
+        raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
+    settings = settings_of(hf_config)
+    for name, value in settings.items():
+        if found := bounds.problem(name, value):
+            raise ValueError(f"'{model_type}' can't be loaded: its {name} {found}")
+    try:
         # transformers keeps the dtype on disk unless told otherwise, and initializes what the file lacks at random
         hf_model, report = AutoModelForCausalLM.from_pretrained(
             model_type, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"'{model_type}' can't be loaded ({reason}); check the name, the folder and the network"
-        ) from error
+    except Exception as error:
+        raise unreadable(error) from error
     wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
     if wrong:
         raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
-    return settings_of(hf_config), from_gpt2(hf_model.state_dict())
+    state = from_gpt2(hf_model.state_dict())
+    if name := not_finite(state):
+        raise ValueError(f"'{model_type}' holds weights that are not finite: {name}")
+    return settings, state
+
+
+def not_finite(state):
+    """The name of the first tensor in {name: tensor} that has an infinity or NaN, or None."""
+    return next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
 
 
 def settings_of(hf_config):

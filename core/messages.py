@@ -164,6 +164,8 @@ def nearest_existing(path, key):
     """`path`, or the nearest folder above it that exists. UserError if no such path can exist, for example ''."""
     if not path:
         raise unusable(path, key, 'it is empty')
+    if UNPRINTABLE.search(path):
+        raise unusable(path, key, 'it has characters that are not UTF-8 or that a terminal would execute')
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -352,6 +352,20 @@ def around_marks(path):
         raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part for the tables; add them') from error
 
 
+def tables(outcomes):
+    """(title, table) of each part of RESULTS.md."""
+    return [
+        (f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})', formation_table(outcomes)),
+        (
+            f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats',
+            head_table(outcomes),
+        ),
+        ('MLA minus MHA, paired by seed', paired_table(outcomes)),
+        (f'Depth ({DEEP} layers, learned positions)', depth_table(outcomes)),
+        (f'The latent in the layer of the best head, of runs with a score > {FORMED}', latent_table(outcomes)),
+    ]
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -427,13 +441,12 @@ intro = (f'Made by `{command}`: {len(outcomes)} runs of {steps[-1]} iterations, 
          + ('± the half width of the 95 % t interval' if count in stats.T_QUANTILE else 'with their range in brackets')
          + '. If only some runs form heads, the mean and its interval describe neither kind: see the column by seed. '
          'Iterations are medians [range] over the runs that formed heads. Losses are in nats.\n')  # fmt: skip
-parts = [
-    (f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})', formation_table(outcomes)),
-    (f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats', head_table(outcomes)),
-    ('MLA minus MHA, paired by seed', paired_table(outcomes)),
-    (f'Depth ({DEEP} layers, learned positions)', depth_table(outcomes)),
-    (f'The latent in the layer of the best head, of runs with a score > {FORMED}', latent_table(outcomes)),
-]
+try:
+    parts, picture = tables(outcomes), formation_figure(outcomes)
+except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    if not reuse:
+        raise
+    raise UserError(f"{reuse} can't be read as a study ({error}); name the study.json of another") from error
 if folders:
     parts.append(('Models trained on real text', text_table(folders)))
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts)])
@@ -441,7 +454,7 @@ os.makedirs(out_dir, exist_ok=True)
 report.save_text(os.path.join(out_dir, 'tables.md'), text)
 settings = dict(config, full=full, max_iters=max_iters)
 report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes))
-report.save_figure(os.path.join(out_dir, 'formation.png'), formation_figure(outcomes))
+report.save_figure(os.path.join(out_dir, 'formation.png'), picture)
 if folders:
     report.save_figure(os.path.join(out_dir, 'full_run.png'), loss_figure(folders))
 if results:

@@ -213,12 +213,14 @@ def check(case, place, code, errors):
 
 
 def cases(**groups):
-    """The cases of named groups, lists of Case, for pytest's parametrize."""
+    """The cases of named groups, lists of Case, for pytest's parametrize: a list."""
+    found = []
     for name, group in groups.items():
         for number, case in enumerate(group):
             typed = case.arguments if isinstance(case.arguments, str) else ascii(' '.join(case.arguments))
             label = f'{name}-{number:03}-{Path(case.script).stem}-{typed.replace("{place}", "")[:40]}'
-            yield pytest.param(case, id=label.replace(' ', ''))
+            found.append(pytest.param(case, id=label.replace(' ', '')))
+    return found
 
 
 def assert_refused(case, place):

@@ -1,13 +1,17 @@
 """
 Runs scripts in forks of a process that has imported PyTorch already: a hundred starts of Python would take minutes.
 
-`run(script, arguments)` starts that process, which is this file as a program, when it is first needed.
+`run(script, arguments)` starts that process, which is this file as a program with the names of modules to import, when
+it is first needed.
 """
 
 import atexit
+import contextlib
 import functools
+import gc
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -20,17 +24,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script, arguments, seconds=120):
-    """The subprocess.CompletedProcess of `python script arguments`, run in ROOT; killed when it takes longer."""
-    request = [str(script), [str(argument) for argument in arguments], seconds]
-    process = server()
+MODULES = ('torch._dynamo', 'matplotlib.pyplot', 'tqdm', 'core.checkpoint', 'core.write_dataset', 'analysis.induction')
+
+
+def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES):
+    """
+    The subprocess.CompletedProcess of `python script arguments`, run in the folder `root`; killed after `seconds`.
+
+    memory: bytes that it may allocate; 0: any number. modules: imported before the fork.
+    """
+    request = [str(script), [str(argument) for argument in arguments], seconds, memory]
+    process = server(root, modules)
     process.stdin.write(json.dumps(request) + '\n')
     process.stdin.flush()
     return subprocess.CompletedProcess(request[:2], *json.loads(process.stdout.readline()))
 
 
 @functools.cache
-def server():
+def server(root, modules):
     """The process that forks, once it is ready. One thread: PyTorch's others would not survive a fork."""
     environment = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
     environment.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
@@ -39,8 +50,8 @@ def server():
     environment.update(HF_HUB_OFFLINE='1', HF_HUB_CACHE=nowhere, TIKTOKEN_CACHE_DIR=os.devnull)
     environment.update(https_proxy=dead_end, HTTPS_PROXY=dead_end)
     process = subprocess.Popen(
-        [sys.executable, __file__],
-        cwd=ROOT,
+        [sys.executable, __file__, *modules],
+        cwd=root,
         env=environment,
         text=True,
         stdin=subprocess.PIPE,
@@ -68,7 +79,14 @@ def run_script(script, arguments):
     return 0
 
 
-def run_forked(script, arguments, seconds):
+def limit_memory(most):
+    """From now on this process can allocate `most` bytes more (Linux)."""
+    if most and os.path.exists('/proc/self/statm'):
+        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
+
+
+def run_forked(script, arguments, seconds, memory):
     """[exit code, stdout, stderr] of a script in a fork of this process."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
@@ -79,6 +97,7 @@ def run_forked(script, arguments, seconds):
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                limit_memory(memory)
                 code = run_script(script, arguments)
                 for thread in threading.enumerate():
                     if thread is not threading.current_thread() and not thread.daemon:
@@ -101,9 +120,11 @@ def run_forked(script, arguments, seconds):
 
 
 if __name__ == '__main__':
-    sys.path[0] = str(ROOT)
-    for name in ('torch._dynamo', 'matplotlib.pyplot', 'core.checkpoint', 'core.write_dataset', 'analysis.induction'):
-        __import__(name)
+    sys.path[0] = os.getcwd()
+    for name in sys.argv[1:]:
+        with contextlib.suppress(ImportError):  # an optional one
+            __import__(name)
+    gc.freeze()  # what is shared with the forks stays shared
     print('ready', flush=True)
     for line in sys.stdin:
         print(json.dumps(run_forked(*json.loads(line))), flush=True)

@@ -35,6 +35,7 @@ import io
 import os
 import stat
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -125,7 +126,7 @@ def blocks(path):
         raise UserError(
             f'{path} is not UTF-8 text ({bad_line(path)}): save it as UTF-8, or use --tokenizer=byte'
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two from a damaged .gz
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
