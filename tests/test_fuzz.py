@@ -2,7 +2,7 @@
 2,000 random command lines and 500 damaged files against all scripts: each succeeds, or ends within a minute in one line
 and exit code 2 (bench.py's comparison: 1), and then has changed nothing. A case is a function of its number.
 
-FUZZ=1 runs all of them (pytest -n 2 tests/test_fuzz.py); without it they are skipped, since they take long. To repeat one:
+FUZZ=1 runs all of them (pytest -n 2 tests/test_fuzz.py); without it they are skipped: they take long. To repeat one:
 FUZZ_CASE='line 1234' or FUZZ_CASE='damage 56', which prints what the script said.
 """
 
