@@ -107,7 +107,7 @@ READ = ('data_dir', 'dataset', 'source', 'init_from', 'models', 'sweep', 'reuse'
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
-    'init_from': ['scratch', '{place}/mha', '{place}/hf'], 'resume': ['no', 'auto'],
+    'mode': ['compare'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'], 'resume': ['no', 'auto'],
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
     'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'], 'name': ['x'],
