@@ -33,7 +33,7 @@ TINY = {
     'find_induction_heads.py': {'sequences': 8, 'length': 4, 'controls': 1, 'resamples': 100, 'ablate_sequences': 1,
                                 'text_windows': 2},
     'studies/induction.py': {'reuse': '{place}/study.json'},
-    'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
+    'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
     'data/text/prepare.py': {'input': '{place}/text.txt'},
     'data/repeats/prepare.py': {'block_size': 16, 'min_period': 2},
 }  # fmt: skip
@@ -107,7 +107,7 @@ READ = ('data_dir', 'dataset', 'source', 'init_from', 'models', 'sweep', 'reuse'
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
-    'mode': ['compare'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'], 'resume': ['no', 'auto'],
+    'mode': ['compare'], 'contexts': ['4,8'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'],
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
     'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'], 'name': ['x'],
