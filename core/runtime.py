@@ -248,11 +248,15 @@ def join_processes(device, backend='nccl'):
     """
     Join the process group that torchrun describes in the environment, if any. Returns (Processes, device).
 
-    Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo.
+    Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo. UserError where there are
+    fewer GPUs than processes, or `device` names one GPU for all of them.
     """
     if 'RANK' not in os.environ:
         return Processes(), device
     ranks = Processes(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
+    if device.startswith('cuda:') and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
+        raise UserError(f'{device} cannot be shared by the processes of this node; use --device=cuda, with which each '
+                        'has a GPU of its own, or CUDA_VISIBLE_DEVICES to choose among them')  # fmt: skip
     if device == 'cuda':
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -70,6 +70,14 @@ def test_more_processes_than_gpus(monkeypatch):
         runtime.join_processes('cuda')
 
 
+def test_several_processes_cannot_share_one_gpu(monkeypatch):
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    FakeCuda(A100, A100).install(monkeypatch)
+    with pytest.raises(UserError, match='^cuda:1 cannot be shared by the processes of this node; use --device=cuda'):
+        runtime.join_processes('cuda:1')
+
+
 def test_float16_is_for_gpus():
     with pytest.raises(UserError, match='dtype=float16 needs a CUDA GPU, and the device is cpu'):
         runtime.pick_dtype('float16', 'cpu')
