@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from core import gpt2
 from core.decoding import FixedStep, draw
 from core.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
+from core.optimizers import OPTIMIZERS
 
 
 @dataclass
@@ -387,14 +388,9 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW with two groups: matrices and embeddings decay, biases and norm gains don't. Fused where it exists."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
+        """The torch.optim.Optimizer of all parameters: 'adamw', or 'muon' for the blocks' matrices and AdamW for the rest."""
+        return OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, num_samples=1,

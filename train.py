@@ -66,12 +66,14 @@ n_latent = 0  # MLA: size of the latent; 0: half of n_embd
 n_latent_q = 0  # MLA: size of the queries' latent; 0: queries are not compressed
 n_rope = 0  # MLA: dimensions per head that RoPE rotates; 0 with pos='rope': half of the head size
 latent_norm = False  # MLA: RMSNorm on the latents
+latent_init = 'fan_in'  # MLA: initial values of the latents' projections; 'gpt2': as in version 0.1.0
 pos = 'learned'  # 'learned' or 'rope'
 dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times
 bias = False  # biases in Linear and LayerNorm
 flash = True  # the fastest attention; False: the plain formula
 recompute = False  # recompute each block in the backward pass (activation checkpointing): less memory, slower
-# AdamW
+# optimizer
+optimizer = 'adamw'  # or 'muon': Muon for the matrices of attention and MLP, AdamW for the rest
 learning_rate = 6e-4
 max_iters = 600000
 weight_decay = 1e-1
@@ -137,7 +139,9 @@ if fsdp:
     processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
+optimizer = raw_model.configure_optimizers(
+    weight_decay, learning_rate, (beta1, beta2), device.split(':')[0], optimizer
+)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:

@@ -33,7 +33,7 @@ BOUNDS = {
     'eval_iters': '[1, 1000000000]',
     'log_interval': '[1, 1000000000]',
     'checkpoint_interval': '[0, 1000000000]',
-    'keep_checkpoints': '[1, 1000000000]',
+    'keep_checkpoints': '[0, 1000000000]',
     'learning_rate': '(0, inf)',
     'min_lr': '[0, inf)',
     'weight_decay': '[0, inf)',
@@ -88,6 +88,8 @@ BOUNDS = {
 CHOICES = {
     'attention': ('mha', 'mla'),
     'pos': ('learned', 'rope'),
+    'optimizer': ('adamw', 'muon'),
+    'latent_init': ('fan_in', 'gpt2'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),

@@ -18,6 +18,7 @@ import torch
 
 from core import bounds, files
 from core.gpt2 import GPT2_SIZES, not_finite
+from core.optimizers import moments
 from core.runtime import UserError
 from core.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
@@ -329,13 +330,15 @@ def restore_optimizer(optimizer, state):
 
     UserError where the state doesn't fit the optimizer's parameters.
     """
-    made_with = [{key: group[key] for key in ('weight_decay', 'betas')} for group in optimizer.param_groups]
+    made_with = [
+        {key: group[key] for key in ('weight_decay', 'betas') if key in group} for group in optimizer.param_groups
+    ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    names = [moments(group) for group in optimizer.param_groups for _ in group['params']]
     try:
-        moments = state['state'] and [(state['state'][i]['exp_avg'], state['state'][i]['exp_avg_sq'])
-                                      for i in range(len(parameters))]  # fmt: skip
-        if moments and any(m.shape != p.shape for p, pair in zip(parameters, moments, strict=True) for m in pair):
-            raise ValueError('its tensors have other shapes')
+        for i, (parameter, wanted) in enumerate(zip(parameters, names, strict=True)):
+            if state['state'] and any(state['state'][i][name].shape != parameter.shape for name in wanted):
+                raise ValueError('its tensors have other shapes')
         parts = {i: {k: part_like(parameters[i], v) for k, v in entry.items()} for i, entry in state['state'].items()}
         optimizer.load_state_dict({**state, 'state': parts})
     except (AttributeError, KeyError, TypeError, ValueError) as error:

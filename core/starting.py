@@ -73,8 +73,9 @@ def resumed_keys(keys, given, saved, path):
         if key in given and checkpoints.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
-    if 'seed' in given and keys['seed'] != then.get('seed', keys['seed']):
-        raise unchangeable('seed', keys['seed'], then['seed'], path, keys)
+    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw')):  # nanoGPT's checkpoints name neither
+        if key in given and keys[key] != then.get(key, default):
+            raise unchangeable(key, keys[key], then.get(key, default), path, keys)
     changes = [f'{key} {then[key]} -> {keys[key]}' for key in keys
                if key in given & ours and key in then and then[key] != keys[key]]  # fmt: skip
     runtime.notice(f'resuming {path} at iteration {saved.get("iter_num", 0)}'

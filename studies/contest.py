@@ -1,158 +1,230 @@
 """
-MHA, GQA, MQA and MLA, each at its own best learning rate, on the same batches.
+MHA, GQA, MQA and MLA, each at its own best learning rate, on the same batches; and what conversion adds.
 
 $ python data/shakespeare_char/prepare.py
-$ python studies/contest.py                        # a short form: every arm, two rates, few iterations; minutes
-$ python studies/contest.py --full=True            # every arm on the whole grid, then its best rate with more seeds
+$ python studies/contest.py                        # a short form: every arm, two rates, few iterations
+$ python studies/contest.py --full=True            # the whole grid and all seeds; two cores take a day
+$ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
 
-Each arm is tuned on the same grid of learning rates over `tuning_seeds` seeds. At its best rate it is trained with
-`final_seeds` others, and compared with MHA, and with MQA, by seed. Every run is one of train.py and train_mla.py.
-Finished runs are kept: repeat the command to continue. Writes contest.md into out_dir, and beside `figure` (losses over
-learning rates, and over cache bytes per token) a .json with every run. Run it from the repository root.
+1. Tuning: each arm is trained at every learning rate of one grid, over `tuning_seeds` seeds.
+2. Contest: at its best rate it is trained with `final_seeds` other seeds, and compared with MHA, and with MQA, by seed.
+3. Conversion: the MHA models of the contest become the arms in CONVERTED, and are fine-tuned briefly.
+4. Controls: MLA that starts from an MHA model of iteration 0, 100 or 500 instead of its own initial values.
+
+Every run is one of train.py, train_mla.py and convert_mla.py. Finished runs are kept: repeat the command to continue.
+Writes DATASET.md into out_dir, and beside `figure` (loss over cache bytes per token) a -rates.png (loss over learning
+rate) and a .json with every run. Run it from the repository root.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis import report, stats
 from core import checkpoint as checkpoints
-from core import files, scripts
+from core import files, messages, scripts
 from core.dataset import TokenData
 from core.evaluation import mean_and_stderr, window_losses
 from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-contest'  # the runs
-figure = ''  # the picture, and the numbers in a .json beside it; '': contest.png in out_dir
+figure = ''  # the picture, with the numbers in a .json beside it; '': DATASET.png in out_dir
 full = False  # the whole grid and all seeds
 dataset = 'shakespeare_char'
 data_dir = 'data'
-max_iters = 0  # iterations of each training; 0: 2000, in the short form 200
+max_iters = 0  # iterations of each training; 0: 2000, in the short form 100
 tuning_seeds = 0  # seeds per learning rate; 0: 3, in the short form 1
-final_seeds = 0  # seeds at the best rate; 0: 5, in the short form none beyond the tuning
+final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 arms = ''  # names of ARMS separated by semicolons; '': all
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 C, H, T = 128, 4, 64
-# with learned positions MLA at r = C/2 caches what MQA caches: 64 numbers per token and layer
-SETTING = dict(dataset=dataset, data_dir=data_dir, n_layer=4, n_head=H, n_embd=C, block_size=T, batch_size=16,
-               gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1,
-               always_save_checkpoint=True, checkpoint_interval=500, log_interval=50, device='cpu', dtype='float32',
-               threads=1)  # fmt: skip
+SETTING = dict(n_layer=4, n_head=H, n_embd=C, block_size=T, batch_size=16, gradient_accumulation_steps=1, bias=False,
+               beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True,
+               checkpoint_interval=500, log_interval=50, device='cpu', dtype='float32', threads=1)  # fmt: skip
+# With learned positions MLA at r=C/2 caches what MQA caches, 64 numbers per token and layer. r=2C/3 gives MLA as many
+# parameters as MHA, C/3 as GQA-2, C/6 as MQA.
 ARMS = {
-    'MHA': ('train.py', {}),
-    'GQA-2': ('train.py', dict(n_kv_head=2)),
-    'MQA': ('train.py', dict(n_kv_head=1)),
-    'MLA, r=C': ('train_mla.py', dict(n_latent=C)),
-    'MLA, r=C/2': ('train_mla.py', dict(n_latent=C // 2)),
-    'MLA, r=C/4': ('train_mla.py', dict(n_latent=C // 4)),
-    'MLA, r=C/8': ('train_mla.py', dict(n_latent=C // 8)),
-    'MLA, r=C/2, latent norm': ('train_mla.py', dict(n_latent=C // 2, latent_norm=True)),
-    'MHA, RoPE': ('train.py', dict(pos='rope')),
-    'MQA, RoPE': ('train.py', dict(n_kv_head=1, pos='rope')),
-    'MLA, r=C/2, RoPE': ('train_mla.py', dict(n_latent=C // 2, pos='rope')),
-    'MLA, r=C/2, RoPE, latent norm': ('train_mla.py', dict(n_latent=C // 2, pos='rope', latent_norm=True)),
+    'MHA': {},
+    'GQA-2': dict(n_kv_head=2),
+    'MQA': dict(n_kv_head=1),
+    'MLA, r=2C/3': dict(n_latent=2 * C // 3),
+    'MLA, r=C/2': dict(n_latent=C // 2),
+    'MLA, r=C/3': dict(n_latent=C // 3),
+    'MLA, r=C/4': dict(n_latent=C // 4),
+    'MLA, r=C/6': dict(n_latent=C // 6),
+    'MLA, r=C/8': dict(n_latent=C // 8),
+    'MLA, r=C/2, 0.02 init': dict(n_latent=C // 2, latent_init='gpt2'),
+    'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
+    'MHA, RoPE': dict(pos='rope'),
+    'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
+    'MLA, r=C/2, RoPE': dict(n_latent=C // 2, pos='rope'),
+    'MLA, r=C/2, RoPE, latent norm': dict(n_latent=C // 2, pos='rope', latent_norm=True),
+    'MHA, Muon': dict(optimizer='muon'),
+    'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
+    'MLA, r=C/2, Muon': dict(n_latent=C // 2, optimizer='muon'),
 }
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2) if full else (2e-3, 8e-3)
-TUNING_SEED, FINAL_SEED = 1000, 2000  # where the seeds begin; the rate is chosen on others than those that are reported
+CONVERTED = {'GQA-2': dict(n_kv_head=2), 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=C // 2),
+             'MLA, r=C/4': dict(n_latent=C // 4), 'MLA, r=C/8': dict(n_latent=C // 8)}  # fmt: skip
+CONTROLS = {'MHA': {}, 'MLA, r=C/2': dict(n_latent=C // 2), 'MLA, r=C': dict(n_latent=C)}
+STARTS = (0, 100, 500)  # iterations of MHA before a control
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+TUNING_SEED, FINAL_SEED = 1000, 2000  # where the seeds begin: the rate is chosen on others than those that are reported
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def planned(arm, rate, seed):
-    """A run as scripts.run_all takes it."""
+def script_of(keys):
+    """The script that trains a model with these keys."""
+    return 'train_mla.py' if 'n_latent' in keys else 'train.py'
+
+
+def run(arm, keys, rate, seed, iterations, kind='scratch', source=''):
+    """A training as scripts.run_all takes it; source: a checkpoint to start from."""
     slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.lower().replace(', ', '_'))
-    name = f'{slug}-lr{rate:g}-s{seed}'
-    return dict(name=name, arm=arm, rate=rate, seed=seed, folder=os.path.join(out_dir, name))
-
-
-def make(run):
-    """Train a run, unless that is done, and measure it: {'val_loss', 'parameters', 'cache_bytes_per_token', ...}."""
-    script, keys = ARMS[run['arm']]
+    name = f'{slug}_{kind}_lr{rate:g}_s{seed}'
     keys = {**SETTING, **keys, 'max_iters': iterations, 'lr_decay_iters': iterations, 'eval_interval': iterations,
-            'learning_rate': run['rate'], 'seed': run['seed'], 'out_dir': run['folder'], 'resume': 'auto'}  # fmt: skip
-    ckpt, result = (os.path.join(run['folder'], name) for name in ('ckpt.pt', 'result.json'))
-    if not os.path.exists(ckpt) or checkpoints.load(ckpt, mapped=True)['iter_num'] < iterations:
+            'learning_rate': rate, 'seed': seed, 'dataset': dataset, 'data_dir': data_dir, 'resume': 'auto'}  # fmt: skip
+    if source:
+        keys.update(init_from=source)
+    return dict(name=name, arm=arm, kind=kind, rate=rate, seed=seed, keys=keys, folder=os.path.join(runs_dir, name))
+
+
+def trained(arm, rate, seed):
+    """A run of an arm from scratch. MHA's keep the checkpoints from which the controls start."""
+    kept = {'keep_checkpoints': ','.join(map(str, STARTS))} if arm == 'MHA' and seed >= FINAL_SEED else {}
+    return run(arm, {**ARMS[arm], **kept}, rate, seed, iterations)
+
+
+def make(item):
+    """Train a run, unless that is done, and measure it: the run with 'val_loss', 'parameters', ...; diverged: None."""
+    ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
+    if not finished(item, ckpt):
         try:
-            scripts.run_script(script, [keys], run['folder'])
+            scripts.run_script(script_of(item['keys']), [dict(item['keys'], out_dir=item['folder'])], item['folder'])
         except UserError as error:
-            with open(os.path.join(run['folder'], 'log.txt'), encoding='utf-8') as log:
+            with open(os.path.join(item['folder'], 'log.txt'), encoding='utf-8') as log:
                 if 'not finite in iteration' not in log.read():
                     raise error
-            return dict(run, val_loss=None)  # this rate is too high for this arm
+            return dict(item, val_loss=None)  # this rate is too high for this arm
     if not scripts.is_current(result, ckpt):
-        model = checkpoints.build_model(checkpoints.load(ckpt)).eval()
-        losses = window_losses(model, data, 'val', 10**9, batch_size=64)
-        files.write_json(result, dict(
-            val_loss=mean_and_stderr(losses)[0],
-            parameters=model.get_num_params(),
-            flops_per_token=model.flops_per_token(),
-            cache_bytes_per_token=model.init_cache(1).bytes_per_token,
-        ))  # fmt: skip
+        files.write_json(result, measured(ckpt))
     with open(result, encoding='utf-8') as file:
-        return dict(run, **json.load(file))
+        return dict(item, **json.load(file))
 
 
-def run_all(plans):
-    """Results of planned runs, started seed by seed so that an interrupted study has whole columns."""
-    ordered = sorted(plans, key=lambda run: (run['seed'], run['rate']))
-    return scripts.run_all(make, ordered, jobs)
+def finished(item, ckpt):
+    """True if a run is complete. UserError if its folder holds a run with other keys."""
+    if not os.path.exists(ckpt):
+        return False
+    saved = checkpoints.load(ckpt, mapped=True)
+    for key, value in item['keys'].items():
+        if key in saved['config'] and key not in ('resume', 'init_from', 'data_dir') and saved['config'][key] != value:
+            raise UserError(f'{item["folder"]} has {key}={saved["config"][key]}, not {value}; choose another --out_dir')
+    return saved['iter_num'] >= item['keys']['max_iters']
 
 
-def losses_at(results, arm, rate):
-    """{seed: validation loss} of an arm at a rate; those that diverged are left out."""
-    return {r['seed']: r['val_loss'] for r in results if (r['arm'], r['rate']) == (arm, rate) and r['val_loss']}
+def measured(ckpt):
+    """Sizes of the model in a checkpoint and its loss on all validation windows, in nats per token: a dict."""
+    model = checkpoints.build_model(checkpoints.load(ckpt)).eval()
+    return dict(
+        val_loss=mean_and_stderr(window_losses(model, data, 'val', 10**9, batch_size=64))[0],
+        parameters=model.get_num_params(),
+        flops_per_token=model.flops_per_token(),
+        cache_bytes_per_token=model.init_cache(1).bytes_per_token,
+    )
 
 
-def best_rate(results, arm):
-    """The rate of the lowest mean loss, among those at which no seed diverged."""
-    means = {}
-    for rate in RATES:
-        found = losses_at(results, arm, rate)
-        if len(found) == n_tuning:
-            means[rate] = sum(found.values()) / n_tuning
-    if not means:
+def convert(item):
+    """Convert the MHA model that a run starts from, measure the result, then fine-tune it."""
+    folder = item['folder'] + '_converted'
+    if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        sizes = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
+        keys = dict(sizes, source=item['keys']['init_from'], data_dir=data_dir, device='cpu', threads=1,
+                    eval_tokens=4096, out_dir=folder)  # fmt: skip
+        scripts.run_script('convert_mla.py', [keys], folder)
+    item = dict(item, keys=dict(item['keys'], init_from=folder))
+    return dict(make(item), before=measured(os.path.join(folder, 'ckpt.pt'))['val_loss'])
+
+
+def in_order(work, items):
+    """Results of runs, started seed by seed so that an interrupted study has whole columns."""
+    return scripts.run_all(work, sorted(items, key=lambda item: (item['seed'], item['rate'])), jobs)
+
+
+def losses(results, arm, kind='scratch', rate=None):
+    """{seed: validation loss} of an arm, at one rate or at that of its runs; those that diverged are left out."""
+    return {r['seed']: r['val_loss'] for r in results
+            if (r['arm'], r['kind'], r['rate']) == (arm, kind, rate or r['rate']) and r['val_loss']}  # fmt: skip
+
+
+def mean(values):
+    """The mean of the values of a dict."""
+    return sum(values.values()) / len(values)
+
+
+def best_rate(arm):
+    """The rate of the lowest mean loss in the tuning, among those at which no seed diverged."""
+    found = {rate: losses(tuning, arm, rate=rate) for rate in rates_tried}
+    whole = {rate: mean(values) for rate, values in found.items() if len(values) == n_tuning}
+    if not whole:
         raise UserError(f'{arm} diverged at every learning rate; add lower ones to RATES')
-    return min(means, key=means.get)
+    return min(whole, key=whole.get)
 
 
-# ---- tables and pictures ---------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def interval(values, form='.4f'):
     """Mean ± half width of the 95 % t interval; mean [range] for fewer than four values."""
-    mean, half = stats.t_interval(values)
+    values = list(values)
+    middle, half = stats.t_interval(values)
     if half is not None:
-        return f'{mean:{form}} ± {half:.4f}'
-    return f'{mean:{form}}' + (f' [{min(values):{form}}, {max(values):{form}}]' if len(values) > 1 else '')
+        return f'{middle:{form}} ± {half:.4f}'
+    return f'{middle:{form}}' + (f' [{min(values):{form}}, {max(values):{form}}]' if len(values) > 1 else '')
 
 
-def against(arm, reference):
-    """Differences of the final losses of two arms, by seed."""
-    mine, theirs = finals[arm], finals[reference]
-    return interval([mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())], '+.4f')
+def minus(mine, theirs):
+    """Differences of two {seed: loss}, by seed, as a cell; '' where no seed is in both, or both are the same."""
+    shared = sorted(mine.keys() & theirs.keys()) if mine != theirs else []
+    return interval([mine[seed] - theirs[seed] for seed in shared], '+.4f') if shared else ''
 
 
-def table():
+def reference(arm, name):
+    """MHA or MQA (`name`) with the same positions and the same optimizer as an arm."""
+    return name + ', RoPE' * (', RoPE' in arm) + ', Muon' * (', Muon' in arm)
+
+
+def size_of(results, arm):
+    """A run of an arm that was measured, for its sizes."""
+    return next(r for r in results if r['arm'] == arm and r['val_loss'])
+
+
+def contest_table():
     """Every arm at its best rate."""
     heading = ('arm', 'parameters', 'cache bytes per token', 'best learning rate', 'validation loss', 'minus MHA',
                'minus MQA')  # fmt: skip
     rows = []
     for arm in chosen:
-        one = next(r for r in results if r['arm'] == arm and r['val_loss'])
-        edge = ' (end of the grid)' if rates[arm] in (RATES[0], RATES[-1]) else ''
-        gaps = [against(arm, other) if other in chosen and other != arm else '' for other in ('MHA', 'MQA')]
-        rows.append((arm, f'{one["parameters"]:,}', f'{one["cache_bytes_per_token"]:,}', f'{rates[arm]:g}{edge}',
-                     interval(list(finals[arm].values())), *gaps))  # fmt: skip
+        one, mine = size_of(final, arm), losses(final, arm)
+        edge = ' (end of the grid)' * (best[arm] in (rates_tried[0], rates_tried[-1]))
+        gaps = [minus(mine, losses(final, reference(arm, name))) for name in ('MHA', 'MQA')]
+        rows.append((arm, f'{one["parameters"]:,}', f'{one["cache_bytes_per_token"]:,}', f'{best[arm]:g}{edge}',
+                     interval(mine.values()), *gaps))  # fmt: skip
     return report.markdown_table(heading, rows)
 
 
@@ -160,76 +232,145 @@ def grid_table():
     """The mean loss of every arm at every rate of the grid."""
     rows = []
     for arm in chosen:
-        cells = []
-        for rate in RATES:
-            found = list(losses_at(tuning, arm, rate).values())
-            cells.append(f'{sum(found) / len(found):.4f}' if len(found) == n_tuning else 'diverged')
-        rows.append((arm, *cells))
-    return report.markdown_table(('arm', *(f'{rate:g}' for rate in RATES)), rows)
+        found = [losses(tuning, arm, rate=rate) for rate in rates_tried]
+        rows.append((arm, *(f'{mean(values):.4f}' if len(values) == n_tuning else 'diverged' for values in found)))
+    return report.markdown_table(('arm', *(f'{rate:g}' for rate in rates_tried)), rows)
 
 
-def draw():
-    """Loss over learning rate by arm, and loss over cache bytes at the best rate."""
-    picture = Figure(figsize=(13, 5), layout='constrained')
-    left, right = picture.subplots(1, 2)
-    for number, arm in enumerate(chosen):
-        color = str(0.7 * number / len(chosen)) if 'MLA' not in arm else ('#c4622d', '#1f3b73')['RoPE' in arm]
-        look = dict(color=color, marker='osD^vP*X<>hp'[number % 12], linestyle=('-', '--', ':', '-.')[number % 4])
-        points = [(rate, losses_at(tuning, arm, rate).values()) for rate in RATES]
-        points = [(rate, sum(found) / n_tuning) for rate, found in points if len(found) == n_tuning]
-        left.plot(*zip(*points, strict=True), label=arm, **look)
-        one = next(r for r in results if r['arm'] == arm and r['val_loss'])
-        mean, half = (
-            stats.t_interval(list(finals[arm].values())) if len(finals[arm]) > 1 else (*finals[arm].values(), None)
-        )
-        right.errorbar(one['cache_bytes_per_token'], mean, half, capsize=3, label=arm, **dict(look, linestyle=''))
-    left.set_xscale('log', base=2)
-    left.set_xticks(RATES, [f'{rate:g}' for rate in RATES])
-    lowest = min(min(found.values()) for found in finals.values())
-    left.set_ylim(lowest - 0.02, lowest + 0.35)
-    left.set(xlabel='learning rate', ylabel='validation loss (nats per token)', title='each arm on the same grid')
-    right.set_xscale('log', base=2)
-    sizes = sorted({r['cache_bytes_per_token'] for r in results if r['val_loss']})
-    right.set_xticks(sizes, [f'{size:,}' for size in sizes])
-    right.minorticks_off()
-    right.set(xlabel='cache bytes per token (float32)', title='each at its best learning rate: mean, 95 % interval')
-    for axes in (left, right):
+def conversion_table():
+    """MHA models converted, before and after fine-tuning, against the same fine-tuning of MHA itself."""
+    heading = ('MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA',
+               'fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch')  # fmt: skip
+    rows = []
+    for arm in targets:
+        before = {r['seed']: r['before'] for r in converted if r['arm'] == arm and 'before' in r}
+        mine = losses(converted, arm, 'tuned')
+        rows.append((arm, f'{size_of(converted, arm)["cache_bytes_per_token"]:,}', minus(before, losses(final, 'MHA')),
+                     minus(mine, losses(converted, 'MHA', 'tuned')), minus(mine, losses(final, arm))))  # fmt: skip
+    return report.markdown_table(heading, rows)
+
+
+def control_table():
+    """Models that start from MHA of an early iteration, against MHA itself."""
+    rows = [(arm, *(minus(losses(controls, arm, f'from{start}'), losses(final, 'MHA')) for start in STARTS))
+            for arm in CONTROLS]  # fmt: skip
+    return report.markdown_table(('then', *(f'{start} iterations of MHA' for start in STARTS)), rows)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+DARK, WARM, GREY = '#1f3b73', '#c4622d', '#7a7a7a'  # of different brightness, to be distinguishable in grey
+GROUPS = {'learned positions, AdamW': '', 'RoPE, AdamW': ', RoPE', 'learned positions, Muon': ', Muon'}
+
+
+def members(group):
+    """The chosen arms of a group of GROUPS."""
+    mark = GROUPS[group]
+    return [arm for arm in chosen if (mark in arm if mark else ', RoPE' not in arm and ', Muon' not in arm)]
+
+
+def draw_rates():
+    """Loss over learning rate by arm, one panel for each group."""
+    groups = [group for group in GROUPS if members(group)]
+    picture = Figure(figsize=(5.2 * len(groups), 5), layout='constrained')
+    lowest = min(r['val_loss'] for r in tuning if r['val_loss'])
+    for axes, group in zip(picture.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
+        for number, arm in enumerate(members(group)):
+            found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
+            points = [(rate, mean(values)) for rate, values in found if len(values) == n_tuning]
+            axes.plot(*zip(*points, strict=True), color=DARK if 'MLA' in arm else WARM, marker='osD^vP*X<>hp'[number],
+                      linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])
+        axes.set(xlabel='learning rate', title=group, ylim=(lowest - 0.02, lowest + 0.3))
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    picture.suptitle(f'{iterations} iterations on {data.corpus}, 4 layers, C = {C}', fontsize='medium')
+        axes.legend(fontsize=7)
+    picture.axes[0].set_ylabel('validation loss (nats per token)')
+    picture.suptitle(f'Every arm on the same grid of learning rates: {setting_line}', fontsize='medium')
+    return picture
+
+
+def draw_cache():
+    """Loss over cache bytes per token: from scratch at the best rate, and converted from MHA."""
+    picture = Figure(figsize=(8, 5.5), layout='constrained')
+    axes, sizes = picture.subplots(), set()
+    scratch = [arm for arm in members('learned positions, AdamW') if arm.count(',') < 2]
+    curves = [
+        ('MHA, GQA, MQA from scratch', final, 'scratch', [a for a in scratch if 'MLA' not in a], WARM, 'o', '-'),
+        ('MLA from scratch', final, 'scratch', [a for a in scratch if 'MLA' in a], DARK, 's', '-'),
+        ('GQA, MQA converted from MHA', converted, 'tuned', ['GQA-2', 'MQA'], WARM, 'o', ':'),
+        ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
+    ]
+    for label, results, kind, names, color, marker, line in curves:
+        found = [(size_of(results, arm)['cache_bytes_per_token'], *stats.t_interval(list(values.values())))
+                 for arm in names if (values := losses(results, arm, kind))]  # fmt: skip
+        if found:
+            x, y, half = zip(*sorted(found), strict=True)
+            sizes.update(x)
+            half = [width or 0 for width in half]
+            fill = {} if line == '-' else {'markerfacecolor': 'white'}
+            axes.errorbar(x, y, half, color=color, marker=marker, linestyle=line, capsize=3, label=label, **fill)
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
+    axes.minorticks_off()
+    axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)')
+    axes.set_title(f'Loss against cache, each arm at its best learning rate: mean and 95 % interval\n{setting_line}',
+                   fontsize='medium')  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
     return picture
 
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-chosen = [arm.strip() for arm in arms.split(';') if arm.strip()] or list(ARMS)
+chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS)
 if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
-iterations = max_iters or (2000 if full else 200)
-n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 0)
+iterations = max_iters or (2000 if full else 100)
+tuning_iterations = max(1, iterations // 10)
+n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
+rates_tried = RATES if full else RATES[1::2]
 data = TokenData(os.path.join(data_dir, dataset), T)
+runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
+messages.check_folder(runs_dir)
 torch.set_num_threads(1)
-tuning = run_all([planned(arm, rate, TUNING_SEED + n) for arm in chosen for rate in RATES for n in range(n_tuning)])
-rates = {arm: best_rate(tuning, arm) for arm in chosen}
-final = run_all([planned(arm, rates[arm], FINAL_SEED + n) for arm in chosen for n in range(n_final)])
-results = tuning + final
-finals = {arm: losses_at(final or tuning, arm, rates[arm]) for arm in chosen}
-if lost := [arm for arm in chosen if len(finals[arm]) < (n_final or n_tuning)]:
-    raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
 
+plans = [trained(arm, rate, TUNING_SEED + n) for arm in chosen for rate in rates_tried for n in range(n_tuning)]
+tuning = in_order(make, plans)
+best = {arm: best_rate(arm) for arm in chosen}
+final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in chosen for n in range(n_final)])
+if lost := [arm for arm in chosen if len(losses(final, arm)) < n_final]:
+    raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
+converted, controls = [], []
+targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in chosen}
+if {'MHA', 'MLA, r=C/2'} <= set(chosen):
+    sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
+    starts = [run(arm, {**keys, 'warmup_iters': 10}, 1e-3, seed, tuning_iterations, 'tuned', source)
+              for seed, source in sources.items() for arm, keys in {'MHA': {}, **targets}.items()]  # fmt: skip
+    converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
+    starts = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
+                  f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
+              for seed, source in sources.items() for arm, keys in CONTROLS.items() for start in STARTS
+              if start < iterations]  # fmt: skip
+    controls = in_order(make, starts)
+
+setting_line = f'{iterations} iterations on {data.corpus}, 4 layers, C = {C}'
 intro = (
-    f'{iterations} iterations on {data.corpus} (4 layers, {H} heads, C = {C}, {SETTING["batch_size"]} x {T} tokens per '
-    f'iteration, AdamW). Learning rates: {n_tuning} seed{"s" * (n_tuning > 1)} each on {len(RATES)} rates. '
-    + (f'Losses: {n_final} other seeds at the best rate, mean ± half width of the 95 % t interval, differences by seed.'
-       if n_final else 'Short form: losses of the tuning itself, so they say nothing about which arm is better.')
+    f'{setting_line}, {H} heads, {SETTING["batch_size"]} x {T} tokens per iteration. Learning rates: {n_tuning} '
+    f'seed{"s" * (n_tuning > 1)} each on {len(rates_tried)} rates. Losses: {n_final} other seeds at the best rate, '
+    + ('mean ± half width of the 95 % t interval; differences are by seed.' if n_final > 3 else 'mean [range].')
+    + ('' if full else ' A short form, whose losses say nothing about which arm is better.')
 )  # fmt: skip
-text = f'{intro}\n\n{table()}\nMean loss of the tuning by learning rate:\n\n{grid_table()}'
+text = f'{intro}\n\n{contest_table()}\nMean loss of the tuning by learning rate:\n\n{grid_table()}'
+if converted:
+    text += (f'\nMHA converted and fine-tuned for {tuning_iterations} iterations at 1e-3:\n\n{conversion_table()}'
+             f'\nControls: loss minus MHA, after as many iterations in all:\n\n{control_table()}')  # fmt: skip
 print(text, end='')
-report.save_text(os.path.join(out_dir, 'contest.md'), text)
-path = figure or os.path.join(out_dir, 'contest.png')
-report.save_figure(path, draw())
-keep = ('arm', 'rate', 'seed', 'val_loss', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
-runs = [{key: run[key] for key in keep if key in run} for run in results]
-setting = {key: value for key, value in SETTING.items() if key != 'data_dir'}
-numbers = dict(corpus=data.corpus, iterations=iterations, setting=setting, best_rates=rates, runs=runs)
-report.save_json(os.path.splitext(path)[0] + '.json', numbers)
+report.save_text(os.path.join(out_dir, f'{os.path.basename(dataset)}.md'), text)
+path = figure or os.path.join(out_dir, f'{os.path.basename(dataset)}.png')
+report.save_figure(path, draw_cache())
+report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates())
+keep = ('arm', 'kind', 'rate', 'seed', 'val_loss', 'before', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
+every = [{key: item[key] for key in keep if key in item} for item in (*tuning, *final, *converted, *controls)]
+report.save_json(os.path.splitext(path)[0] + '.json',
+                 dict(corpus=data.corpus, iterations=iterations, setting=SETTING, best_rates=best, runs=every))  # fmt: skip

@@ -158,17 +158,52 @@ def test_sizes_that_do_not_fit_are_named(config, changes, complaint):
         config(**{**SIZES, **changes})
 
 
-@pytest.mark.parametrize(
-    'extra', [{}, dict(latent_norm=True), dict(n_latent_q=48), dict(n_latent_q=48, latent_norm=True)]
-)
-def test_mlas_keys_values_and_queries_start_with_mhas_variance(extra):
-    sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=4, n_embd=256)
+LATENTS = [{}, dict(latent_norm=True), dict(n_latent_q=48), dict(n_latent_q=48, latent_norm=True)]
+
+
+def first_qkv(kind, **sizes):
+    """The attention of a new model of width 256 with one layer, its input, and the queries, keys and values of that."""
+    model_class, config_class = kind
     x = torch.randn(8, 64, 256, generator=torch.Generator().manual_seed(0))
+    sizes = dict(block_size=64, vocab_size=50, n_layer=1, n_head=4, n_embd=256, **sizes)
+    attn = model_class(config_class(**sizes)).transformer.h[0].attn
     with torch.no_grad():
-        mha = GPT(GPTConfig(**sizes)).transformer.h[0].attn.qkv(x)
-        mla = MLAGPT(MLAConfig(**sizes, n_latent=64, **extra)).transformer.h[0].attn.qkv(x)
+        return attn, x, attn.qkv(x)
+
+
+@pytest.mark.parametrize('extra', LATENTS)
+def test_with_gpt2s_initial_values_keys_values_and_queries_start_with_mhas_variance(extra):
+    _, _, mha = first_qkv((GPT, GPTConfig))
+    _, _, mla = first_qkv((MLAGPT, MLAConfig), n_latent=64, latent_init='gpt2', **extra)
     for one, other in zip(mha, mla, strict=True):
         assert other.std().item() == pytest.approx(one.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize('extra', LATENTS)
+def test_a_latent_starts_with_variance_1_and_keys_and_values_with_a_quarter(extra):
+    attn, x, (q, k, v) = first_qkv((MLAGPT, MLAConfig), n_latent=64, **extra)
+    assert attn.latent(x).std().item() == pytest.approx(1, rel=0.05)
+    for tensor in (k, v) + (q,) * ('n_latent_q' in extra):
+        assert tensor.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_step_of_equal_signs_moves_keys_as_far_as_mhas_half_of_it_by_each_factor():
+    """At r = C/2, for the derivation in init_std; a step of size 1 along the sign of the input, as Adam's first one."""
+    moved = {}
+    for name, kind in (('mha', (GPT, GPTConfig)), ('mla', (MLAGPT, MLAConfig))):
+        attn, x, _ = first_qkv(kind)
+        x, lr = x[:1, :1], 1e-3
+        factors = {'mha': ['c_attn'], 'mla': ['c_kv_up', 'c_kv_down']}[name]
+        for factor in factors:
+            linear, before = getattr(attn, factor), attn.qkv(x)[1].clone()
+            old = linear.weight.detach().clone()
+            read = attn.latent(x) if factor == 'c_kv_up' else x
+            with torch.no_grad():
+                linear.weight += lr * read.sign().flatten()
+                moved[factor] = (attn.qkv(x)[1] - before).square().mean().sqrt().item()
+                linear.weight.copy_(old)
+    for factor in ('c_kv_up', 'c_kv_down'):
+        assert moved[factor] == pytest.approx(0.5 * moved['c_attn'], rel=0.25)
 
 
 @pytest.mark.parametrize('kind', [(GPT, GPTConfig), (MLAGPT, MLAConfig)])

@@ -12,12 +12,14 @@ import torch
 from training import ROOT, SCRIPTS, assert_same_run, log_of, run, started
 
 
-@pytest.mark.parametrize('kind', SCRIPTS)
-def test_the_golden_curve_holds(kind, data_dir, tmp_path):
-    done = run(SCRIPTS[kind], data_dir, tmp_path, fresh=kind == 'mha')
+@pytest.mark.parametrize('curve', ['mha', 'mla', 'mla-0.1.0'])
+def test_the_golden_curve_holds(curve, data_dir, tmp_path):
+    kind = curve[:3]
+    keys = dict(latent_init='gpt2') if curve == 'mla-0.1.0' else {}
+    done = run(SCRIPTS[kind], data_dir, tmp_path, fresh=kind == 'mha', **keys)
     assert done.returncode == 0, done.stderr
     rows = log_of(tmp_path)
-    with open(ROOT / 'tests' / 'golden' / f'{kind}.csv', newline='') as file:
+    with open(ROOT / 'tests' / 'golden' / f'{curve}.csv', newline='') as file:
         golden = list(csv.DictReader(file))
     assert [row['iter'] for row in rows] == [row['iter'] for row in golden] == [str(n) for n in range(21)]
     for row, expected in zip(rows, golden, strict=True):

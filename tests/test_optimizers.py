@@ -1,0 +1,93 @@
+"""AdamW and Muon: which parameters each of them moves, how far, and that a resumed Muon run is the run."""
+
+import pytest
+import torch
+from training import assert_same_curve, assert_same_run, log_of, run, tensors_of, torchrun
+
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+
+SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
+MUON = dict(optimizer='muon', gradient_accumulation_steps=4, batch_size=2, dropout=0.1)
+
+
+def stepped(name, weight_decay=0.0, lr=1e-2):
+    """{name: change of that parameter, divided by lr} in the first step of an optimizer, and the model after it."""
+    torch.manual_seed(0)
+    model = MLAGPT(MLAConfig(**SIZES))
+    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    optimizer = model.configure_optimizers(weight_decay, lr, (0.9, 0.95), 'cpu', name)
+    idx = torch.randint(64, (4, 17))
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    optimizer.step()
+    return {key: (tensor.detach() - before[key]) / lr for key, tensor in model.named_parameters()}, model
+
+
+def is_matrix(name, tensor):
+    return '.h.' in name and tensor.dim() == 2
+
+
+def test_muon_moves_matrices_equally_far_in_all_directions():
+    changes, model = stepped('muon')
+    for name, change in changes.items():
+        if is_matrix(name, change):
+            gradient = model.get_parameter(name).grad
+            strong = torch.linalg.matrix_rank(gradient, rtol=1e-2)
+            values = torch.linalg.svdvals(change)[:strong] / (0.2 * max(change.shape) ** 0.5)
+            assert 0.5 < values.min() and values.max() < 1.4, name
+            assert (change * gradient).sum() < 0  # downhill
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    muon, adamw = stepped('muon')[0], stepped('adamw')[0]
+    rest = [name for name, change in muon.items() if not is_matrix(name, change)]
+    assert {'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.ln_1.weight'} <= set(rest)
+    for name in rest:
+        torch.testing.assert_close(muon[name], adamw[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_matrices_decay_and_vectors_do_not(name):
+    plain, decayed = stepped(name)[0], stepped(name, weight_decay=0.5)[0]
+    _, model = stepped(name)
+    start = dict(MLAGPT(MLAConfig(**SIZES)).named_parameters())
+    for key in plain:
+        expected = plain[key] - (0.5 * start[key] if plain[key].dim() >= 2 else 0)
+        torch.testing.assert_close(decayed[key], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_without_gradient_are_left_alone():
+    model = GPT(GPTConfig(**SIZES))
+    frozen = model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', 'muon')
+    assert not any(frozen is p for group in optimizer.param_groups for p in group['params'])
+
+
+@pytest.mark.parametrize('script', ['train.py', 'train_mla.py'])
+def test_a_resumed_muon_run_is_the_run(script, data_dir, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert run(script, data_dir, whole, **MUON).returncode == 0
+    assert run(script, data_dir, parts, **MUON, max_iters=7).returncode == 0
+    assert run(script, data_dir, parts, **MUON, resume='yes').returncode == 0
+    rows = log_of(whole)
+    assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.1
+    assert any('momentum_buffer' in name for name in tensors_of(torch.load(whole / 'ckpt.pt')))
+    # the parts have evaluated in iteration 7 too
+    assert [row for row in log_of(parts) if row['iter'] != '7'] == [row for row in rows if row['iter'] != '7']
+    (parts / 'log.csv').write_bytes((whole / 'log.csv').read_bytes())
+    assert_same_run(whole, parts)
+
+
+def test_the_optimizer_of_a_run_cannot_change(data_dir, tmp_path):
+    assert run('train.py', data_dir, tmp_path, max_iters=1).returncode == 0
+    done = run('train.py', data_dir, tmp_path, optimizer='muon', resume='yes')
+    assert done.returncode == 2 and 'optimizer=muon cannot be applied to the run in' in done.stderr
+
+
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_muon_in_two_processes(fsdp, data_dir, tmp_path):
+    keys = {**MUON, 'dropout': 0.0, 'max_iters': 6}
+    assert run('train_mla.py', data_dir, tmp_path / 'one', **keys).returncode == 0
+    done = run('train_mla.py', data_dir, tmp_path / 'two', torchrun(2), **keys, fsdp=fsdp)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(tmp_path / 'one', tmp_path / 'two', tolerance=1e-3)  # Newton-Schulz runs in bfloat16
