@@ -10,7 +10,7 @@ $ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-gqa --n_kv_he
 $ python convert_mla.py --source=out-gqa --out_dir=out-gqa-mla
 
 Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
-$ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=conversion.json
+$ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=out-converted/conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
@@ -173,10 +173,10 @@ for name in methods:
     axes.errorbar([p['cache_bytes_per_token'] for p in points], [p['rise'] for p in points],
                   [p['rise_stderr'] for p in points], capsize=3, label=name, **LOOK[name])  # fmt: skip
 axes.axvline(bytes_before, color='black', linewidth=0.8)
-axes.annotate(f' {before}', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top')
+axes.annotate(f'{before} ', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top', ha='right')
 axes.set_xscale('log', base=2)
 axes.set_yscale('symlog', linthresh=1e-3)
-axes.set_ylim(bottom=-3e-4)
+axes.margins(y=0.08)
 axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation loss (nats per token)',
          title=f'{source}, converted without fine-tuning\n{data.corpus}')  # fmt: skip
 axes.grid(alpha=0.3)

@@ -389,7 +389,7 @@ class GPT(nn.Module):
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
-        """The torch.optim.Optimizer of all parameters: 'adamw', or 'muon' for the blocks' matrices and AdamW for the rest."""
+        """The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest."""
         return OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     @torch.no_grad()

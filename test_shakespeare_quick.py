@@ -55,6 +55,7 @@ size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
     raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
 messages.check_folder(out_dir)
+dtype = runtime.pick_dtype(dtype, device, SIZES[size]['n_embd'])
 setting = dict(SIZES[size], dataset=dataset, data_dir=data_dir, gradient_accumulation_steps=1, bias=False,
                log_interval=10, device=device, dtype=dtype, compile=compile, threads=threads, seed=seed)  # fmt: skip
 setting['max_iters'] = max_iters or setting['max_iters']
@@ -97,7 +98,6 @@ def mean_loss(model, split):
 
 
 runtime.set_threads(threads)
-dtype = runtime.pick_dtype(dtype, device, setting['n_embd'])
 results, logs = {}, {}
 for name in models:
     folder = os.path.join(out_dir, name)

@@ -127,10 +127,10 @@ micro_steps = gradient_accumulation_steps // processes.world_size
 rows_per_iter = gradient_accumulation_steps * batch_size
 
 # ---- data, model and optimizer ---------------------------------------------------------------------------------------
+raw_model, data = starting.model_and_data(config, given, device, resumed, resumed_from)
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
     wandb_run = runlog.start_wandb(wandb_project, wandb_run_name, config, (resumed or {}).get('wandb_run_id'))
-raw_model, data = starting.model_and_data(config, given, device, resumed, resumed_from)
 block_size = raw_model.config.block_size
 dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, device, raw_model.config.n_embd))
 autocast = runtime.autocast(device, dtype)
@@ -139,9 +139,7 @@ if fsdp:
     processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
-optimizer = raw_model.configure_optimizers(
-    weight_decay, learning_rate, (beta1, beta2), device.split(':')[0], optimizer
-)
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0], optimizer)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:
@@ -260,8 +258,10 @@ while True:
         improved, best_val_loss = val_loss <= best_val_loss, min(val_loss, best_val_loss)
         measured_from += time.perf_counter() - started
     stops = not done and processes.any(stop_request.signal or (log and log.error))
-    saves = stops or iter_num in kept_iterations or (iter_num and evaluates and (always_save_checkpoint or improved))
-    saves = saves or (iter_num and checkpoint_interval and iter_num % checkpoint_interval == 0)
+    saves = stops or iter_num in kept_iterations
+    if iter_num:  # initial values are saved only where that was asked for
+        saves |= evaluates and (always_save_checkpoint or improved)
+        saves |= bool(checkpoint_interval) and iter_num % checkpoint_interval == 0
     if done:
         if saves:
             save(best=improved)

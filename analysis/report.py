@@ -169,23 +169,31 @@ def formation_table(run):
 
 
 def heat_maps(results):
-    """Induction scores by layer and head: a column per model; the model, random init and shuffled copy on one scale."""
+    """
+    Induction scores by layer and head, a column per model: the model with its numbers, random init and shuffled copy
+    small below. One color scale, up to the largest score.
+    """
     rows = ('second copy', 'control: random init', 'control: second copy shuffled')
     figure = Figure(figsize=(1.6 + 3.4 * len(results), 8.6), layout='constrained')
-    axes = figure.subplots(3, len(results), squeeze=False)
-    for column, result in enumerate(results):
-        panels = (result['induction']['mean'], result['random_init'].max(0), result['shuffled']['mean'])
+    axes = figure.subplots(3, len(results), squeeze=False, height_ratios=(3, 1, 1))
+    columns = [(result['induction']['mean'], result['random_init'].max(0), result['shuffled']['mean'])
+               for result in results]  # fmt: skip
+    top = max(0.1, *(panel.max() for panels in columns for panel in panels))
+    for column, (result, panels) in enumerate(zip(results, columns, strict=True)):
         for axis, panel, name in zip(axes[:, column], panels, rows, strict=True):
-            image = axis.imshow(panel, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+            image = axis.imshow(panel, vmin=0, vmax=top, cmap='viridis', aspect='auto')
             axis.set(xlabel='head', ylabel='layer', title=f'{result["name"]}\n{name}', xticks=range(panel.shape[1]),
                      yticks=range(panel.shape[0]))  # fmt: skip
             axis.tick_params(labelsize=7)
             axis.title.set_fontsize(9)
-        for layer, head in np.argwhere(result['called']):
-            color = 'black' if result['induction']['mean'][layer, head] > 0.6 else 'white'
-            axes[0, column].text(head, layer, '*', ha='center', va='center', color=color, size=13)
+        for (layer, head), score in np.ndenumerate(panels[0]):
+            color = 'black' if score > 0.6 * top else 'white'
+            label = f'{score:.2f}'.lstrip('0') + '*' * bool(result['called'][layer, head])
+            size = min(9, 60 / panels[0].shape[1])  # points: a panel is about 3 inches wide
+            axes[0, column].text(head, layer, label, ha='center', va='center', color=color, size=size)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, label='induction score (*: above both controls, and copies)')
-    bar.ax.axhline(CUSTOMARY, color='white', linewidth=1.5)
+    if top > CUSTOMARY:
+        bar.ax.axhline(CUSTOMARY, color='white', linewidth=1.5)
     return figure
 
 

@@ -5,7 +5,10 @@ What a run reports while it trains: one row of log.csv per logged iteration, and
 import contextlib
 import csv
 import io
+import netrc
 import os
+import sys
+import urllib.parse
 
 from core import files, runtime
 from core.runtime import UserError
@@ -19,7 +22,7 @@ def start_wandb(project, name, config, run_id=None):
     """
     The wandb run with the id `run_id`, resumed where it exists; offline where there is no API key.
 
-    Called before anything slow, so that a missing package or a wrong key shows at once. UserError without wandb.
+    UserError without wandb.
     """
     try:
         import wandb
@@ -28,10 +31,22 @@ def start_wandb(project, name, config, run_id=None):
             'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
         ) from error
     mode = os.environ.get('WANDB_MODE')
-    if not (mode or os.environ.get('WANDB_API_KEY') or wandb.api.api_key):
+    if not (mode or os.environ.get('WANDB_API_KEY') or key_in_netrc()):
         mode = 'offline'
         runtime.notice('wandb: no API key found, so this run is logged offline; `wandb sync` uploads it later')
-    return wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    hook = sys.excepthook
+    run = wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    sys.excepthook = hook  # wandb's own prints a traceback before the one line of a UserError
+    return run
+
+
+def key_in_netrc():
+    """True if `wandb login` has stored a key for the server in use."""
+    host = urllib.parse.urlsplit(os.environ.get('WANDB_BASE_URL') or 'https://api.wandb.ai').hostname
+    try:
+        return bool(netrc.netrc(os.environ.get('NETRC')).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class RunLog:

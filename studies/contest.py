@@ -98,9 +98,8 @@ def run(arm, keys, rate, seed, iterations, kind='scratch', source=''):
     slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.lower().replace(', ', '_'))
     name = f'{slug}_{kind}_lr{rate:g}_s{seed}'
     keys = {**SETTING, **keys, 'max_iters': iterations, 'lr_decay_iters': iterations, 'eval_interval': iterations,
-            'learning_rate': rate, 'seed': seed, 'dataset': dataset, 'data_dir': data_dir, 'resume': 'auto'}  # fmt: skip
-    if source:
-        keys.update(init_from=source)
+            'learning_rate': rate, 'seed': seed, 'dataset': dataset, 'data_dir': data_dir}  # fmt: skip
+    keys.update(dict(init_from=source) if source else {}, resume='auto')
     return dict(name=name, arm=arm, kind=kind, rate=rate, seed=seed, keys=keys, folder=os.path.join(runs_dir, name))
 
 
@@ -372,5 +371,5 @@ report.save_figure(path, draw_cache())
 report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates())
 keep = ('arm', 'kind', 'rate', 'seed', 'val_loss', 'before', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
 every = [{key: item[key] for key in keep if key in item} for item in (*tuning, *final, *converted, *controls)]
-report.save_json(os.path.splitext(path)[0] + '.json',
-                 dict(corpus=data.corpus, iterations=iterations, setting=SETTING, best_rates=best, runs=every))  # fmt: skip
+numbers = dict(corpus=data.corpus, iterations=iterations, setting=SETTING, best_rates=best, runs=every)
+report.save_json(os.path.splitext(path)[0] + '.json', numbers)

@@ -1,4 +1,4 @@
-"""studies/contest.py: each arm at its own best rate, differences by seed, finished runs are kept, missing ones are run."""
+"""studies/contest.py: each arm at its best rate, differences by seed; finished runs are kept, missing ones are run."""
 
 import json
 

@@ -1,0 +1,57 @@
+"""test_shakespeare_quick.py: both models are trained and compared; the same command resumes, another is refused."""
+
+import json
+import shutil
+
+import forking
+import pytest
+
+from core.tokenizer import CharTokenizer
+from core.write_dataset import write_dataset
+
+SCRIPT = 'test_shakespeare_quick.py'
+
+
+def compare(place, *flags):
+    arguments = [f'--data_dir={place}/data', f'--out_dir={place}/out', '--size=cpu', '--max_iters=6', '--threads=1',
+                 '--sample_tokens=8', '--start=a', '--compile=False', *flags]  # fmt: skip
+    return forking.run(SCRIPT, arguments, 240)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A finished comparison, with nothing said about dtype."""
+    place = tmp_path_factory.mktemp('quick')
+    text = 'the cat sat on the mat; a rat sat on that. ' * 200
+    chars = CharTokenizer.learn(text)
+    ids = chars.encode_array(text)
+    splits = {'train': ids[:7000], 'val': ids[7000:]}
+    write_dataset(place / 'data' / 'shakespeare_char', chars, splits, source='a test text')
+    done = compare(place)
+    assert done.returncode == 0, done.stderr
+    return place, done
+
+
+def test_both_models_are_trained_and_compared(finished):
+    place, done = finished
+    numbers = json.loads((place / 'out' / 'comparison.json').read_text())
+    mha, mla = numbers['results']['mha'], numbers['results']['mla']
+    assert mha['cache_bytes_per_token'] == 4 * mla['cache_bytes_per_token']
+    assert mha['iterations'] == mla['iterations'] == 6 and mha['train_loss'] != mla['train_loss']
+    assert (place / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+    assert 'a sample of MLA' in done.stdout and f'{mla["val_loss"]:.4f}' in done.stdout
+
+
+def test_the_same_command_again_trains_nothing_anew(finished):
+    place = finished[0]
+    rows = (place / 'out' / 'mla' / 'log.csv').read_text()
+    shutil.rmtree(place / 'out' / 'mha')  # as if interrupted: one model is missing
+    again = compare(place)
+    assert again.returncode == 0, again.stderr
+    assert (place / 'out' / 'mla' / 'log.csv').read_text() == rows
+    assert again.stdout.count('loss, nats per token') == 2
+
+
+def test_another_setting_in_the_same_folder_is_refused(finished):
+    done = compare(finished[0], '--seed=1')
+    assert done.returncode == 2 and 'out/mha holds a run with another seed; choose another --out_dir' in done.stderr
