@@ -131,7 +131,7 @@ def build_all(shares, **settings):
     heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
     models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
     models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
-    return {checkpoints.arm_of(model): model for model in models}
+    return {checkpoints.arm_of(model.config): model for model in models}
 
 
 # ---- mode=train ------------------------------------------------------------------------------------------------------

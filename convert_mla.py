@@ -113,7 +113,7 @@ def shown(row):
     return line + (f'{row["rise"]:>+12.5f} +- {row["rise_stderr"]:.5f}' if 'rise' in row else '')
 
 
-before = checkpoints.arm_of(model)
+before = checkpoints.arm_of(model.config)
 bytes_before = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
 methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
 if sweep:

@@ -79,7 +79,9 @@ def mla_config():
 
 is_mla = checkpoints.attention_of(model) == 'mla'
 if not is_mla and model.config.n_kv_head:
-    messages.notice(f'{checkpoints.arm_of(model)} is exported as MHA, its keys and values repeated: GPT-2 shares none')
+    messages.notice(
+        f'{checkpoints.arm_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
+    )
     model = to_mha(model)
 if not is_mla and model.config.pos != 'learned':
     raise UserError("this MHA model has RoPE, which GPT-2 can't express; only pos='learned' or MLA can be exported")

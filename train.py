@@ -158,7 +158,7 @@ tokens_per_iter = rows_per_iter * block_size
 runtime.notice(
     f'device={device} ({threads} CPU threads, {processes.world_size} process{"es" * (processes.world_size > 1)}), '
     f'dtype={dtype}, compile={compile}\n'
-    f'model: {checkpoints.arm_of(raw_model)}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
+    f'model: {checkpoints.arm_of(raw_model.config)}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
     f'corpus: {data.corpus} ({data.tokens["train"]:,} training tokens); {tokens_per_iter:,} tokens per iteration'
 )
 

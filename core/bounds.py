@@ -52,7 +52,7 @@ BOUNDS = {
     # sampling
     'num_samples': '[1, 100000]',
     'max_new_tokens': '[1, 1000000000]',
-    'sample_tokens': '[1, 1000000]',
+    'sample_tokens': '[0, 1000000]',
     'temperature': '[0, 100]',
     'top_k': '[0, 4294967296]',
     'top_p': '(0, 1]',
@@ -68,6 +68,8 @@ BOUNDS = {
     'resamples': '[100, 1000000]',
     'ablate_sequences': '[1, 100000]',
     'text_windows': '[2, 1000000]',
+    'windows': '[2, 1000000000]',
+    'follow': '[0, 86400]',
     'show': '[1, 1000000]',
     # measuring speed
     'rounds': '[1, 1000000]',

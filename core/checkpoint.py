@@ -52,11 +52,11 @@ def attention_of(model):
     return 'mla' if isinstance(model, MLAGPT) else 'mha'
 
 
-def arm_of(model):
-    """What tables and figures call a model's attention: 'MHA', 'MQA', 'GQA-2' (key/value heads) or 'MLA, r=64'."""
-    if attention_of(model) == 'mla':
-        return f'MLA, r={model.config.n_latent}'
-    heads = model.config.n_kv_head
+def arm_of(config):
+    """What tables call the attention of a config: 'MHA', 'MQA', 'GQA-2' (key/value heads) or 'MLA, r=64'."""
+    if isinstance(config, MLAConfig):
+        return f'MLA, r={config.n_latent}'
+    heads = config.n_kv_head
     return 'MHA' if not heads else 'MQA' if heads == 1 else f'GQA-{heads}'
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import forking
 import pytest
+import torch
 
 from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
@@ -35,11 +36,11 @@ def finished(tmp_path_factory):
 def test_both_models_are_trained_and_compared(finished):
     place, done = finished
     numbers = json.loads((place / 'out' / 'comparison.json').read_text())
-    mha, mla = numbers['results']['mha'], numbers['results']['mla']
+    mha, mla = numbers['results']['MHA'], numbers['results']['MLA, r=64']
     assert mha['cache_bytes_per_token'] == 4 * mla['cache_bytes_per_token']
-    assert mha['iterations'] == mla['iterations'] == 6 and mha['train_loss'] != mla['train_loss']
+    assert mha['iterations'] == mla['iterations'] == 6 and mha['val_loss'] != mla['val_loss']
     assert (place / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
-    assert 'a sample of MLA' in done.stdout and f'{mla["val_loss"]:.4f}' in done.stdout
+    assert f'{mla["val_loss"]:.4f}' in done.stdout and len(mla['sample']) == 9
 
 
 def test_the_same_command_again_trains_nothing_anew(finished):
@@ -49,9 +50,25 @@ def test_the_same_command_again_trains_nothing_anew(finished):
     again = compare(place)
     assert again.returncode == 0, again.stderr
     assert (place / 'out' / 'mla' / 'log.csv').read_text() == rows
-    assert again.stdout.count('loss, nats per token') == 2
+    assert again.stdout.count('val loss: mean') == 1
 
 
 def test_another_setting_in_the_same_folder_is_refused(finished):
     done = compare(finished[0], '--seed=1')
     assert done.returncode == 2 and 'out/mha holds a run with another seed; choose another --out_dir' in done.stderr
+
+
+def test_any_training_key_reaches_both_models(finished, tmp_path):
+    keys = ['--n_layer=1', '--block_size=16', '--learning_rate=1e-3', '--n_latent=9', '--pos=rope', '--n_rope=4']
+    shutil.copytree(finished[0] / 'data', tmp_path / 'data')
+    done = compare(tmp_path, *keys, '--max_iters=1')
+    assert done.returncode == 0, done.stderr
+    for name, expected in (('mha', dict(n_latent=0)), ('mla', dict(n_latent=9, n_rope=4))):
+        config = torch.load(tmp_path / 'out' / name / 'ckpt.pt')['config']
+        expected = dict(expected, n_layer=1, block_size=16, learning_rate=1e-3, pos='rope', lr_decay_iters=1)
+        assert {key: config[key] for key in expected} == expected
+
+
+def test_a_key_that_the_comparison_decides_is_refused(finished):
+    done = compare(finished[0], '--init_from=gpt2')
+    assert done.returncode == 2 and 'init_from cannot be given' in done.stderr

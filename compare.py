@@ -1,0 +1,78 @@
+"""
+Compare runs of train.py and train_mla.py, finished or still training: a table, a picture, and samples side by side.
+
+$ python compare.py --runs=out-shakespeare-cpu,out-shakespeare-cpu-mla
+$ python compare.py --runs=out-a,out-b --follow=30       # every 30 seconds, until all of them are finished
+
+Losses are measured on the same windows of the validation split, so the difference to the first run is taken window by
+window; its 95 % interval says how sure the difference between these two models is. It doesn't say what another seed
+would give: train several, or see studies/contest.py.
+
+Writes comparison.png, comparison.md and comparison.json (all numbers, and the samples) into out_dir.
+"""
+
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import os
+import shutil
+import time
+
+import torch
+
+from analysis import comparison, report
+from core import messages, runtime, timing
+from core.messages import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+runs = 'out,out-mla'  # folders of runs, separated by commas; differences are to the first
+out_dir = 'out-comparison'
+follow = 0  # seconds between two looks at runs that are still training; 0: look once
+windows = 320  # validation windows to measure the losses on
+batch_size = 32  # windows at a time
+start = '\n'  # the prompt of the samples
+sample_tokens = 300  # 0: no samples
+data_dir = ''  # where the data sets are; '': where the runs found them
+device = 'auto'
+dtype = 'auto'
+threads = 0
+seed = 1337  # of the samples
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+folders = messages.names(runs, 'runs')
+if not folders:
+    raise UserError('runs is empty; name the folders of trainings, such as --runs=out,out-mla')
+messages.check_folder(out_dir)
+device = runtime.pick_device(device)
+runtime.set_threads(threads)
+
+
+def look(wait):
+    """Read, measure, draw and print all runs as they are now; wait: without samples while one is training."""
+    found = [comparison.read(folder) for folder in folders]
+    comparison.label(found)
+    finished = all(run.done for run in found)
+    tokens = sample_tokens if finished or not wait else 0
+    for run in found:
+        comparison.measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed)
+    heading, rows = comparison.table(found)
+    messages.output(comparison.aligned(heading, rows))
+    if any(run.windows for run in found):
+        print('val loss: mean ± standard error over windows; differences: by window, ± half of the 95 % interval')
+    if tokens:
+        print()
+        messages.output(comparison.side_by_side(found, max(60, shutil.get_terminal_size((120, 0)).columns)))
+    os.makedirs(out_dir, exist_ok=True)
+    report.save_figure(os.path.join(out_dir, 'comparison.png'), comparison.curves(found), dpi=130)
+    report.save_text(os.path.join(out_dir, 'comparison.md'), report.markdown_table(heading, rows))
+    gaps = {run.folder: comparison.difference(run, found[0]) for run in found}
+    results = {run.label: dict(run.numbers, minus_first=gaps[run.folder]) for run in found}
+    numbers = dict(device=device, torch=torch.__version__, machine=timing.machine(device, dtype), results=results)
+    report.save_json(os.path.join(out_dir, 'comparison.json'), numbers)
+    return finished
+
+
+while not look(wait=follow) and follow:
+    time.sleep(follow)
