@@ -166,6 +166,7 @@ class Case(NamedTuple):
 ARGUMENTS = {
     'train.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data', 'dataset': 'tiny', **SMALL, **CPU},
     'sample.py': {'out_dir': '{place}/mha', 'data_dir': '{place}/data', 'start': 'a', 'max_new_tokens': 2, **CPU},
+    'compare.py': {'runs': '{place}/mha,{place}/mla', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
     'convert_mla.py': {'source': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},
     'export_hf.py': {'source': '{place}/mha', 'out_dir': '{place}/out'},
     'find_induction_heads.py': {'models': '{place}/mha', 'out_dir': '{place}/out', 'data_dir': '{place}/data', **CPU},

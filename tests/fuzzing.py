@@ -29,7 +29,7 @@ REPOSITORY = ('*.py', 'core/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 
 
 TINY = {
     'bench.py': {'mode': 'compare', 'files': '{place}/before.json,{place}/after.json', 'new_tokens': 0},
-    'compare.py': {'runs': '{place}/mha,{place}/mla', 'windows': 8, 'sample_tokens': 4, 'out_dir': '{place}/out'},
+    'compare.py': {'windows': 8, 'sample_tokens': 4, 'start': 'a'},
     'convert_mla.py': {'eval_tokens': 64, 'statistics_tokens': 64},
     'find_induction_heads.py': {'sequences': 8, 'length': 4, 'controls': 1, 'resamples': 100, 'ablate_sequences': 1,
                                 'text_windows': 2},
@@ -103,13 +103,14 @@ OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/co
            '{place}/out\udcff', '{place}/' + 'a' * 300, '{place}/' + 'b/' * 2500, '/proc/nowhere', '/dev/null', '',
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
 WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'results', 'profile')
-READ = ('data_dir', 'dataset', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files', 'text', 'nanogpt',
-        'text_models', 'start')  # fmt: skip
+READ = ('data_dir', 'dataset', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files', 'text',
+        'nanogpt', 'text_models', 'start')  # fmt: skip
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
     'mode': ['compare'], 'contexts': ['4,8'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'],
-    'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'runs': ['{place}/mha', '{place}/mla,{place}/mha'], 'input': ['{place}/text.txt', '{place}/texts'],
+    'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
+    'runs': ['{place}/mha', '{place}/mla,{place}/mha'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
     'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'], 'name': ['x'],
 }  # fmt: skip
