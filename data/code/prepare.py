@@ -19,8 +19,8 @@ Notable features:
 - a file is in the split that its content and split_seed decide, whatever other files there are: none is in both splits,
   and adding a package moves no file from one to the other
 - files are read in the order of package and path, not of the file system; any number of any size, in bounded memory
-- byte is the natural small vocabulary: 256 ids, all of which a model soon meets. Code has thousands of different
-  characters, nearly all of them in a few tables; char makes each of them an id, so that nothing is lost, and says so
+- byte is the natural small vocabulary: 256 ids. Code has a thousand characters or more, nearly all of them in a few
+  tables; char makes an id of each, so that nothing is lost, and says how many they are
 """
 
 import sys
