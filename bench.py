@@ -421,6 +421,8 @@ def bench_data():
     """Time tokenizing and gathering batches, and print a table of each. Returns the numbers as a dict."""
     if text and not os.path.isfile(text):
         raise UserError(f'{text} is missing; --text must be a text file')
+    if not text and not megabytes:
+        raise UserError('megabytes is 0; it must be at least 1 where no --text is given')
     with tempfile.TemporaryDirectory() as folder:
         path = text or os.path.join(folder, 'words.txt')
         if not text:

@@ -1,5 +1,5 @@
 """
-Confidence intervals of a mean: bootstrap over sequences, Student's t over training seeds.
+Confidence intervals of a mean: bootstrap over sequences, Student's t over training seeds; and the error of a ratio.
 
 The mean and standard error over windows of a data set are core/evaluation.py's `mean_and_stderr`.
 """
@@ -34,3 +34,18 @@ def t_interval(values):
     """
     n = len(values)
     return mean(values), T_QUANTILE[n] * stdev(values) / n**0.5 if n in T_QUANTILE else None
+
+
+def ratio(parts, wholes):
+    """
+    sum(parts) / sum(wholes) of arrays (N,), and its standard error over the N, floats; nan where the wholes are all 0.
+
+    The error is that of a ratio of two random sums, linearized (Cochran, Sampling Techniques, 1977, chapter 6). Where
+    all wholes are equal, it is the ordinary standard error of a mean.
+    """
+    whole = wholes.sum()
+    if not whole:
+        return float('nan'), float('nan')
+    found = parts.sum() / whole
+    residuals = (parts - found * wholes) / wholes.mean()
+    return float(found), float(np.std(residuals, ddof=1) / len(residuals) ** 0.5)

@@ -78,7 +78,7 @@ BOUNDS = {
     'uncached_tokens': '[0, 1000000000]',
     'new_tokens': '[0, 16777216]',
     'prompt_tokens': '[1, 16777216]',
-    'megabytes': '[1, 1000000]',
+    'megabytes': '[0, 1000000]',
     'tolerance': '(0, 1000]',
     # data
     'val_fraction': '(0, 1)',

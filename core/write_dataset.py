@@ -106,7 +106,8 @@ def batches(pieces, chunk):
 
 
 def write_dataset(
-    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, row_tokens=None, masks=None, least=1
+    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, details=None, row_tokens=None, masks=None,
+    least=1,
 ):  # fmt: skip
     """
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
@@ -114,8 +115,9 @@ def write_dataset(
     tokenizer: a Tokenizer, or None for ids that stand for no text (then `vocab_size` is required). splits: {'train':
     ..., 'val': ...}, each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path
     of a finished token file, which is moved. source: one line that says which text this is. input_sha256: checksum of
-    the input. row_tokens: R if every R tokens are one row. masks: like splits, 1 where a token is never a target.
-    least: tokens that the training split must have.
+    the input. details: what else meta.json says about the source, a dict of plain values. row_tokens: R if every R
+    tokens are one row. masks: like splits, 1 where a token is never a target. least: tokens that the training split
+    must have.
 
     A failed run changes nothing. A run killed between two renames leaves a meta.json that says so. UserError if a split
     is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
@@ -126,6 +128,7 @@ def write_dataset(
     dtype = token_dtype(vocab_size)
     meta = {'format': FORMAT, 'tokenizer': described['tokenizer'], 'vocab_size': vocab_size, 'dtype': dtype.name}
     meta |= {'tokens': {}, **described, 'source': ' '.join(source.split())}
+    meta |= details or {}
     meta |= {'row_tokens': row_tokens} if row_tokens else {}
     meta |= {'masked': True} if masks else {}
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}

@@ -36,6 +36,8 @@ TINY = {
     'studies/induction.py': {'reuse': '{place}/study.json'},
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
     'data/text/prepare.py': {'input': '{place}/text.txt'},
+    'data/code/prepare.py': {'input': '{place}/texts', 'suffixes': '.md,.py', 'val_fraction': 0.5,
+                             'split_seed': 1342},  # with one file in each split
     'data/repeats/prepare.py': {'block_size': 16, 'min_period': 2},
 }  # fmt: skip
 WEIGHTS = {'train.py': 20, 'sample.py': 12, 'convert_mla.py': 10, 'train_mla.py': 8, 'data/text/prepare.py': 10,
@@ -103,8 +105,8 @@ OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/co
            '{place}/out\udcff', '{place}/' + 'a' * 300, '{place}/' + 'b/' * 2500, '/proc/nowhere', '/dev/null', '',
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
 WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'results', 'profile')
-READ = ('data_dir', 'dataset', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files', 'text',
-        'nanogpt', 'text_models', 'start')  # fmt: skip
+READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files',
+        'text', 'nanogpt', 'text_models', 'start')  # fmt: skip
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
@@ -113,6 +115,7 @@ VALID = {
     'runs': ['{place}/mha', '{place}/mla,{place}/mha'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
     'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'], 'name': ['x'],
+    'datasets': ['tiny', 'nano', 'tiny,wide'], 'packages': ['', 'tqdm'],
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
@@ -236,13 +239,16 @@ MHA = [('train.py', ['--out_dir={place}/mha', *RESUME]), with_usual('sample.py')
 MLA = [('train_mla.py', ['--out_dir={place}/mla', *RESUME]), with_usual('sample_mla.py'),
        with_usual('export_hf.py', '--source={place}/mla'), with_usual('train_mla.py', '--init_from={place}/mla'),
        with_usual('find_induction_heads.py', '--models={place}/mla')]  # fmt: skip
-DATA = [with_usual('train.py'), with_usual('convert_mla.py'), MHA[0], with_usual('find_induction_heads.py')]
-ROWS = [with_usual('train.py', '--dataset=rows', '--block_size=10')]
+DATA = [with_usual('train.py'), with_usual('convert_mla.py'), MHA[0], with_usual('find_induction_heads.py'),
+        with_usual('corpus_statistics.py')]  # fmt: skip
+ROWS = [with_usual('train.py', '--dataset=rows', '--block_size=10'),
+        with_usual('corpus_statistics.py', '--datasets=rows', '--block_size=10')]  # fmt: skip
 HF = [with_usual('sample.py', '--init_from={place}/hf'), with_usual('train.py', '--init_from={place}/hf'),
       with_usual('convert_mla.py', '--source={place}/hf', '--dataset=tiny'),
       with_usual('find_induction_heads.py', '--models={place}/hf')]  # fmt: skip
 TEXT = [with_usual('data/text/prepare.py', f'--input={{place}}/{name}', f'--tokenizer={kind}')
         for name in ('texts', 'text.txt') for kind in ('char', 'byte', 'bpe')]  # fmt: skip
+CODE = [with_usual('data/code/prepare.py', f'--tokenizer={kind}') for kind in ('char', 'byte', 'bpe')]
 # file of the place: the command lines that read it
 READERS = {
     'mha/ckpt.pt': MHA * 3,
@@ -259,7 +265,7 @@ READERS = {
     'prompt.txt': [with_usual('sample.py', '--start=FILE:{place}/prompt.txt'),
                    with_usual('data/shakespeare_char/prepare.py')],
     'text.txt': TEXT[3:],
-    'texts/a.md': TEXT[:3],
+    'texts/a.md': TEXT[:3] + CODE,
     'texts/more/b.txt.gz': TEXT[:3],
     'study.json': [with_usual('studies/induction.py')] * 3,
     'before.json': [with_usual('bench.py')] * 2,

@@ -1,4 +1,4 @@
-"""Intervals contain the true mean as often as they claim."""
+"""Intervals contain the true mean as often as they claim, and errors are those of repeated experiments."""
 
 import numpy as np
 import pytest
@@ -34,3 +34,18 @@ def test_t_interval_covers_the_mean_in_95_of_100_experiments(n):
 def test_too_few_values_have_no_interval():
     assert stats.t_interval([1.0, 2.0, 6.0]) == (3.0, None)
     assert stats.t_interval([1.0]) == (1.0, None)
+
+
+def test_the_error_of_a_ratio_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(2)
+    wholes = rng.integers(50, 400, (2000, 100))
+    parts = rng.binomial(wholes, rng.beta(2, 5, wholes.shape))
+    found = np.array([stats.ratio(*pair) for pair in zip(parts, wholes, strict=True)])
+    assert found[:, 0].mean() == pytest.approx(2 / 7, abs=0.002)
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
+
+
+def test_a_ratio_to_equal_wholes_is_a_mean():
+    parts = np.array([1.0, 2.0, 6.0])
+    assert stats.ratio(parts, np.full(3, 4)) == pytest.approx((0.75, parts.std(ddof=1) / 4 / 3**0.5))
+    assert np.isnan(stats.ratio(np.zeros(3), np.zeros(3))).all()
