@@ -97,6 +97,7 @@ def train(run):
     keys = dict(out_dir=run['folder'], data_dir=data_dir, init_from='auto', max_iters=steps[-1], threads=1,
                 keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
     keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
+    keys |= dict(latent_init='gpt2')  # with which the figures of RESULTS.md were measured
     scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
 
 

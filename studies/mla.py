@@ -1,5 +1,6 @@
 """
-The study behind the README's tables: MHA against MLA, with learned positions and with RoPE, and MHA converted to MLA.
+The study of version 0.1.0, at one learning rate for all: MHA against MLA, with learned positions and with RoPE, and MHA
+converted to MLA. studies/contest.py tunes each.
 
 $ python data/shakespeare_char/prepare.py
 $ python studies/mla.py
@@ -66,11 +67,12 @@ def run(name, script, after=None, **keys):
 def planned(seed):
     """All runs of one seed, each after the run that it requires."""
     scratch = {'seed': seed, 'max_iters': max_iters, 'lr_decay_iters': max_iters}
+    old = {'latent_init': 'gpt2'}  # with which the figures of RESULTS.md were measured
     tuning = {'seed': seed + 1000, 'max_iters': tuning_iters, 'lr_decay_iters': tuning_iters}
     mha = run(f'mha-learned-s{seed}', 'train.py', pos='learned', **scratch)
     runs = [mha, run(f'mha-rope-s{seed}', 'train.py', pos='rope', **scratch)]
     runs += [
-        run(f'mla-{pos}-{size}-s{seed}', 'train_mla.py', pos=pos, n_latent=size, **scratch)
+        run(f'mla-{pos}-{size}-s{seed}', 'train_mla.py', pos=pos, n_latent=size, **old, **scratch)
         for pos, sizes in (('learned', (*SIZES, MATCHED['learned'])), ('rope', (WIDTH // 2, MATCHED['rope'])))
         for size in sizes
     ]
