@@ -29,12 +29,13 @@ from core import signals
 signals.exit_at_once()  # for the time of the slow imports
 
 import os
+import shlex
 import shutil
 from dataclasses import fields
 from json import dump
 
 from core import checkpoint as checkpoints
-from core import gpt2, messages
+from core import gpt2, messages, scripts
 from core.conversion import to_mha
 from core.messages import UserError
 from core.tokenizer import tokenizer_of
@@ -77,7 +78,46 @@ def mla_config():
     return {'model_type': 'mla_gpt', 'architectures': ['MLAGPTForCausalLM'], 'auto_map': auto_map, **sizes}
 
 
-is_mla = checkpoints.attention_of(model) == 'mla'
+def model_card():
+    """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
+    config, keys = model.config, scripts.keys_of('train.py')
+    script = 'train_mla.py' if is_mla else 'train.py'
+    here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
+    made_with = [f'--{key}={shlex.quote(str(value))}' for key, value in saved['config'].items()
+                 if key in keys and value != keys[key] and key not in here]  # fmt: skip
+    loss = f', validation loss {float(saved["val_loss"]):.4f} nats per token' if saved.get('val_loss') else ''
+    trained = f'{saved.get("iter_num") or 0:,} iterations on {saved.get("corpus") or "a corpus that it does not name"}'
+    code = ', trust_remote_code=True' if is_mla else ''
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A GPT with {arm}
+
+{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters, up to {config.block_size:,}
+tokens. Its cache takes {cache:,} bytes per token in {dtype}.
+
+Trained for {trained}{loss}.
+Exported by nanoGPT-MLA's export_hf.py.
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('{os.path.basename(os.path.normpath(out_dir))}'{code})
+```
+
+The training's settings, as a command line:
+
+```sh
+python {script} {' '.join(made_with)}
+```
+
+Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} is under the MIT licence.' * is_mla}
+"""
+
+
+is_mla, arm = checkpoints.attention_of(model) == 'mla', checkpoints.arm_of(model.config)
+parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 if not is_mla and model.config.n_kv_head:
     messages.notice(
         f'{checkpoints.arm_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
@@ -107,6 +147,8 @@ save_file(tensors, weights, metadata={'format': 'pt'})
 os.chmod(weights, os.stat(os.path.join(out_dir, 'config.json')).st_mode)  # safetensors makes it private
 if is_mla:
     shutil.copyfile(os.path.join('core', MODEL_CODE), os.path.join(out_dir, MODEL_CODE))
+with open(os.path.join(out_dir, 'README.md'), 'w', encoding='utf-8') as file:
+    file.write(messages.printable(model_card()))
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

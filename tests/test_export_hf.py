@@ -6,8 +6,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import torch
+from training import run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -372,3 +374,18 @@ def test_models_that_cannot_be_exported_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match='is not empty'):
         export(monkeypatch, tmp_path, random_model('mla'))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'exported').iterdir()}
+
+
+def test_the_model_card_says_what_it_is_and_how_it_was_made(data_dir, tmp_path):
+    keys = dict(max_iters=2, n_latent=9, learning_rate=3e-3)
+    assert run('train_mla.py', data_dir, tmp_path / 'out', **keys).returncode == 0
+    done = forking.run('export_hf.py', [f'--source={tmp_path}/out', f'--out_dir={tmp_path}/hf'])
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / 'hf' / 'README.md').read_text()
+    saved = checkpoints.load(str(tmp_path / 'out'))
+    assert card.startswith('---\nlibrary_name: transformers\n') and '# A GPT with MLA, r=9' in card
+    assert f'2 iterations on a test, validation loss {saved["val_loss"]:.4f} nats per token' in card
+    assert f'{sum(p.numel() for p in checkpoints.build_model(saved).parameters()):,} parameters' in card
+    command = next(line for line in card.splitlines() if line.startswith('python train_mla.py'))
+    assert {'--n_latent=9', '--learning_rate=0.003', '--dataset=tiny', '--block_size=16'} <= set(command.split())
+    assert str(tmp_path) not in card  # nothing of this machine
