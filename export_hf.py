@@ -88,6 +88,7 @@ def model_card():
     loss = f', validation loss {float(saved["val_loss"]):.4f} nats per token' if saved.get('val_loss') else ''
     trained = f'{saved.get("iter_num") or 0:,} iterations on {saved.get("corpus") or "a corpus that it does not name"}'
     code = ', trust_remote_code=True' if is_mla else ''
+    size = f'{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters'
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -95,8 +96,8 @@ pipeline_tag: text-generation
 
 # A GPT with {arm}
 
-{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters, up to {config.block_size:,}
-tokens. Its cache takes {cache:,} bytes per token in {dtype}.
+{size}, up to {config.block_size:,} tokens.
+Its cache takes {cache:,} bytes per token in {dtype}.
 
 Trained for {trained}{loss}.
 Exported by nanoGPT-MLA's export_hf.py.

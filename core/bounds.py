@@ -80,6 +80,12 @@ BOUNDS = {
     'prompt_tokens': '[1, 16777216]',
     'megabytes': '[0, 1000000]',
     'tolerance': '(0, 1000]',
+    # sizes, hours and cost
+    'gpus': '[1, 1000000]',
+    'usable': '[0.01, 1]',
+    'mfu': '[0.001, 1]',
+    'tokens': '[1, 1000000000000000000]',
+    'price': '[0, 1000000000]',
     # data
     'val_fraction': '(0, 1)',
     'rows': '[1, 1000000000]',
@@ -97,6 +103,7 @@ CHOICES = {
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
     'method': ('data', 'weights'),
     'documents': ('file', 'line'),
+    'optimizer': ('adamw', 'muon'),
 }
 TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 
@@ -116,7 +123,7 @@ def problem(key, value):
 def ends(interval):
     """The two ends of an interval such as '[0, 1)', as numbers."""
     low, high = interval[1:-1].split(', ')
-    return tuple(float(end) if end == 'inf' else int(end) for end in (low, high))
+    return tuple(float(end) if end == 'inf' or '.' in end else int(end) for end in (low, high))
 
 
 def inside(key, value):

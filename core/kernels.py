@@ -237,12 +237,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     computed twice. `backward` can run only once: it scales the stored weight gradient (V x C) in place.
     """
 
+    ROWS = {'cuda': 1024, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
+
+    @staticmethod
+    def piece(rows, vocab_size):
+        """How many rows are taken at a time: `rows`, or more where the vocabulary is small."""
+        return max(rows, 2**22 // vocab_size)
+
     @staticmethod
     def forward(ctx, x, weight, targets):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # enough rows for fast products; at most 2^22 logits at a time where V is small
-        rows = max(1024 if kind == 'cuda' else 512, 2**22 // weight.size(0))
+        rows = LinearCrossEntropy.piece(LinearCrossEntropy.ROWS.get(kind, 512), weight.size(0))
         low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
         grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)

@@ -22,8 +22,8 @@ from core import bounds
 SECONDS, MEMORY = 60, 3 << 30
 # imported before the fork; transformers and datasets take seconds
 MODULES = (*forking.MODULES, 'analysis.report', 'analysis.latent', 'analysis.circuits', 'analysis.forward',
-           'core.contenders', 'core.scripts', 'core.starting', 'core.runfolder', 'safetensors.torch', 'tokenizers',
-           'tiktoken', 'transformers.models.auto.modeling_auto', 'transformers.tokenization_utils_fast',
+           'core.contenders', 'core.sizing', 'core.scripts', 'core.starting', 'core.runfolder', 'safetensors.torch',
+           'tokenizers', 'tiktoken', 'transformers.models.auto.modeling_auto', 'transformers.tokenization_utils_fast',
            'transformers.models.gpt2.modeling_gpt2', 'datasets')  # fmt: skip
 REPOSITORY = ('*.py', 'core/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
 
@@ -33,6 +33,7 @@ TINY = {
     'convert_mla.py': {'eval_tokens': 64, 'statistics_tokens': 64},
     'find_induction_heads.py': {'sequences': 8, 'length': 4, 'controls': 1, 'resamples': 100, 'ablate_sequences': 1,
                                 'text_windows': 2},
+    'sizing.py': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 64, 'block_size': 16, 'contexts': '16'},
     'studies/induction.py': {'reuse': '{place}/study.json'},
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
     'data/text/prepare.py': {'input': '{place}/text.txt'},
@@ -114,13 +115,14 @@ VALID = {
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
     'runs': ['{place}/mha', '{place}/mla,{place}/mha'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
-    'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'], 'name': ['x'],
-    'datasets': ['tiny', 'nano', 'tiny,wide'], 'packages': ['', 'tqdm'],
+    'gpu': ['H100', 'l4', 'A100-80GB', 't4'], 'shape': ['', 'gpt2'], 'plot_shapes': [''], 'n_latents': ['', '8,4'],
+    'n_kv_heads': ['', '1'], 'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'],
+    'name': ['x'], 'datasets': ['tiny', 'nano', 'tiny,wide'], 'packages': ['', 'tqdm'],
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
        'checkpoint_interval', 'shard_documents', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
-       'n_kv_head')  # fmt: skip
+       'n_kv_head', 'gpus', 'tokens')  # fmt: skip
 LARGEST = dict.fromkeys(ANY, math.inf) | {
     'resamples': 200, 'sequences': 16, 'length': 16, 'statistics_tokens': 1000, 'eval_tokens': 1000, 'n_embd': 64,
     'block_size': 64, 'vocab_size': 500, 'rows': 64, 'val_rows': 64}  # fmt: skip

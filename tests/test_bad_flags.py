@@ -249,7 +249,7 @@ def test_a_process_of_its_own_ends_the_same_way(case, place):
     check(case, place, done.returncode, done.stderr)
 
 
-@pytest.mark.parametrize('script', [T, TM, S, C, E, F, Q, BENCH, STUDY, STUDY_MLA])
+@pytest.mark.parametrize('script', [T, TM, S, C, E, F, Q, BENCH, 'sizing.py', STUDY, STUDY_MLA])
 def test_scripts_say_where_they_must_be_run(script, tmp_path):
     """Started elsewhere, where their relative paths lead nowhere."""
     command = [sys.executable, str(ROOT / script), '--help']
