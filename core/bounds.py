@@ -103,7 +103,6 @@ CHOICES = {
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
     'method': ('data', 'weights'),
     'documents': ('file', 'line'),
-    'optimizer': ('adamw', 'muon'),
 }
 TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 
