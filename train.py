@@ -233,7 +233,8 @@ if processes.rank == 0:
     log = runlog.RunLog(folder.log, iter_num, wandb_run)
 saver = checkpoints.Writer(writes=processes.rank == 0)
 saved_iter = iter_num if resumed_from else None
-bar = tqdm(total=max_iters, initial=iter_num, unit='it', disable=None if processes.rank == 0 else True)
+bar = tqdm(desc=checkpoints.arm_of(raw_model.config), total=max_iters, initial=iter_num, unit='it',
+           disable=None if processes.rank == 0 else True)  # fmt: skip
 first_bad = torch.full((), max_iters, device=device)  # first iteration whose loss or gradient was not finite, if any
 measured_from, measured_iters = time.perf_counter(), 0
 raw_model.train()

@@ -1,6 +1,8 @@
 """pyproject.toml's ranges, requirements.txt's pins and the Makefile's oldest versions fit together."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,7 +12,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from training import ROOT
 
-PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+WHOLE = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+PROJECT = WHOLE['project']
 RANGES = {
     'requirements.txt': PROJECT['dependencies'],
     'requirements-test.txt': PROJECT['optional-dependencies']['test'],
@@ -51,3 +54,16 @@ def test_the_oldest_versions_are_those_of_the_ranges():
     ranges = by_name(PROJECT['dependencies'] + PROJECT['optional-dependencies']['test'])
     assert {name: version(one) for name, one in oldest.items()} == {n: version(one) for n, one in ranges.items()}
     assert all(one.specifier.contains(version(one)) and '==' in str(one) for one in oldest.values())
+
+
+def test_what_is_installed_is_enough_for_the_models(tmp_path):
+    installed = WHOLE['tool']['setuptools']
+    for module in installed['py-modules']:
+        shutil.copy(ROOT / f'{module}.py', tmp_path)
+    for package in installed['packages']:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns('__pycache__'))
+    program = ('from model import GPT, GPTConfig; from model_mla import MLAGPT, MLAConfig; import core.checkpoint, '
+               'core.conversion; print(MLAGPT(MLAConfig(8, 10, 1, 2, 32)).get_num_params())')  # fmt: skip
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))  # fmt: skip
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
