@@ -47,6 +47,7 @@ max_iters = 0  # iterations of each training; 0: 2000, in the short form 100
 tuning_seeds = 0  # seeds per learning rate; 0: 3, in the short form 1
 final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 arms = ''  # names of ARMS separated by semicolons; '': all
+conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ if lost := [arm for arm in chosen if len(losses(final, arm)) < n_final]:
     raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
 converted, controls = [], []
 targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in chosen}
-if {'MHA', 'MLA, r=C/2'} <= set(chosen):
+if conversions and {'MHA', 'MLA, r=C/2'} <= set(chosen):
     sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
     starts = [run(arm, {**keys, 'warmup_iters': 10}, 1e-3, seed, tuning_iterations, 'tuned', source)
               for seed, source in sources.items() for arm, keys in {'MHA': {}, **targets}.items()]  # fmt: skip
