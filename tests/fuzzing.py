@@ -42,7 +42,7 @@ TINY = {
     'data/repeats/prepare.py': {'block_size': 16, 'min_period': 2},
 }  # fmt: skip
 WEIGHTS = {'train.py': 20, 'sample.py': 12, 'convert_mla.py': 10, 'train_mla.py': 8, 'data/text/prepare.py': 10,
-           'find_induction_heads.py': 8}  # fmt: skip
+           'find_induction_heads.py': 8, 'sizing.py': 2}  # fmt: skip
 WRAPPED = {'train_mla.py': 'train.py', 'sample_mla.py': 'sample.py'}
 
 
