@@ -26,6 +26,7 @@ signals.exit_at_once()  # for the time of the slow imports
 
 import json
 import os
+import textwrap
 
 import torch
 from matplotlib.figure import Figure
@@ -286,7 +287,8 @@ def draw_rates():
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     picture.axes[0].set_ylabel('validation loss (nats per token)')
-    picture.suptitle(f'Every arm on the same grid of learning rates: {setting_line}', fontsize='medium')
+title = f'Every arm on the same grid of learning rates: {setting_line}'
+    picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
     return picture
 
 
@@ -302,14 +304,18 @@ def draw_cache():
         ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
     ]
     for label, results, kind, names, color, marker, line in curves:
-        found = [(size_of(results, arm)['cache_bytes_per_token'], *stats.t_interval(list(values.values())))
+        found = [(size_of(results, arm)['cache_bytes_per_token'], *stats.t_interval(list(values.values())), arm)
                  for arm in names if (values := losses(results, arm, kind))]  # fmt: skip
-        if found:
-            x, y, half = zip(*sorted(found), strict=True)
-            sizes.update(x)
-            half = [width or 0 for width in half]
-            fill = {} if line == '-' else {'markerfacecolor': 'white'}
-            axes.errorbar(x, y, half, color=color, marker=marker, linestyle=line, capsize=3, label=label, **fill)
+        if not found:
+            continue
+        x, y, half, texts = zip(*sorted(found), strict=True)
+        sizes.update(x)
+        fill = {} if line == '-' else {'markerfacecolor': 'white'}
+        axes.errorbar(x, y, [width or 0 for width in half], color=color, marker=marker, linestyle=line, capsize=3,
+                      label=label, **fill)  # fmt: skip
+        if kind == 'scratch':
+            for text, *place in zip(texts, x, y, strict=True):
+                axes.annotate(text, place, (6, 4), textcoords='offset points', fontsize=8, color=color)
     axes.set_xscale('log', base=2)
     axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
     axes.minorticks_off()
