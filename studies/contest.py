@@ -287,7 +287,7 @@ def draw_rates():
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     picture.axes[0].set_ylabel('validation loss (nats per token)')
-title = f'Every arm on the same grid of learning rates: {setting_line}'
+    title = f'Every arm on the same grid of learning rates: {setting_line}'
     picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
     return picture
 
