@@ -17,9 +17,12 @@ signals.exit_at_once()  # for the time of the slow imports
 import os
 import sys
 
+from analysis import comparison
 from core import checkpoint as checkpoints
 from core import messages, runtime, scripts
+from core.dataset import TokenData
 from core.messages import UserError
+from core.tokenizer import load_tokenizer
 
 globals().update(scripts.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,6 +62,8 @@ setting.update(dataset=dataset, data_dir=data_dir, threads=threads, seed=seed, d
 setting['dtype'] = dtype = runtime.pick_dtype(dtype, device, setting['n_embd'])
 if 'lr_decay_iters' not in given:
     setting['lr_decay_iters'] = setting['max_iters']
+data = TokenData(os.path.join(data_dir, dataset), setting.get('block_size'))
+comparison.prompt_ids(load_tokenizer(data.meta), start)  # a prompt that can't be encoded is found out before training
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}

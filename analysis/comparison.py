@@ -105,16 +105,22 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
         val_loss=loss,
         val_stderr=error,
     )
-    tokenizer = load_tokenizer(data.meta) if tokens else None
-    if tokenizer:
-        ids = tokenizer.encode(start)
-        if not ids:
-            raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
+    if tokens:
+        tokenizer = load_tokenizer(data.meta)
+        ids = prompt_ids(tokenizer, start)
         torch.manual_seed(seed)
         with autocast:
             ids = model.generate(torch.tensor([ids], device=device), tokens, temperature=0.8, top_k=200,
                                  valid_ids=tokenizer.n_vocab)[0]  # fmt: skip
         run.numbers['sample'] = tokenizer.decode(ids.tolist())
+
+
+def prompt_ids(tokenizer, start):
+    """The ids of a prompt, a list. UserError where there are none, or the tokenizer doesn't have its characters."""
+    ids = tokenizer.encode(start)
+    if not ids:
+        raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
+    return ids
 
 
 def difference(run, first):

@@ -133,7 +133,6 @@ FLAGS = [
     Case(F, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
     Case(Q, '--size=tpu', "size is 'tpu'", 'auto'),
     Case(Q, '--max_iters=-1', 'max_iters', 'negative|at least'),
-    Case(Q, '--sample_tokens=0', 'sample_tokens', 'at least 1'),
     Case(Q, '--dataset=nowhere', 'no data set', PREPARE),
     Case(Q, '--size=cpu --start=a --out_dir={place}/both', 'another', '--out_dir.*--overwrite=True',
          lambda place: shutil.copytree(place / 'mha', place / 'both' / 'mha')),

@@ -25,7 +25,10 @@ def config_of(kind, seed):
     tuned = 'tuned' in kind
     iters = TUNING if tuned else ITERS
     keys = dict(seed=seed + 1000 * tuned, max_iters=iters, lr_decay_iters=iters, n_latent=size, attention='mha')
-    return keys if tuned else dict(keys, pos='rope' if 'rope' in kind else 'learned')
+    if tuned:
+        return keys
+    old = dict(latent_init='gpt2') if kind.startswith('mla') else {}
+    return dict(keys, **old, pos='rope' if 'rope' in kind else 'learned')
 
 
 def study(place, *more):
