@@ -194,6 +194,8 @@ def curves(runs):
         late = [loss for points in shown for n, loss in points if n >= points[-1][0] / 10]
         low, high = min(late), max(late)
         left.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.3 * (high - low) + 1e-3)
+        last = max(points[-1][0] for points in shown)
+        left.set_xlim(last / 30, last * 1.1)
         left.legend(fontsize=8)
     corpora = {run.numbers['corpus'] for run in runs if run.numbers}
     left.set(xlabel='iteration', ylabel='loss (nats per token)', title=' and '.join(sorted(corpora)))
