@@ -80,7 +80,7 @@ def test_the_example_in_python_generates(clone):
     """After the commands above: it loads the folder that one of them exports."""
     pytest.importorskip('transformers')
     code = re.search(r'```python\n(.*?)```', TEXT, flags=re.DOTALL).group(1)
-    code = code.replace('max_new_tokens=100', 'max_new_tokens=4')
+    code = code.replace('max_new_tokens=50', 'max_new_tokens=4')
     done = subprocess.run([sys.executable, '-c', code], cwd=clone, capture_output=True, text=True, timeout=300,
                           env=environment())  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
