@@ -92,6 +92,7 @@ BOUNDS = {
     'val_rows': '[1, 1000000000]',
     'min_period': '[1, 16777216]',
     'shard_documents': '[1, 1000000000]',
+    'shard_tokens': '[0, 1000000000000000000]',
 }
 CHOICES = {
     'attention': ('mha', 'mla'),

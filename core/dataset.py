@@ -4,6 +4,8 @@ Read a data set, and decide which windows of it make batch n.
 Notable features:
 - a data set is a folder: `train.bin` and `val.bin` contain token ids (little-endian uint16 or uint32), `meta.json` the
   tokenizer, vocabulary size, tokens per split, source and checksums. nanoGPT's folders (`meta.pkl` or no meta) work too
+- a large training split may lie in several files, `train_00000.bin`, ...: batches and windows are those of one file,
+  since a window that begins in one file goes on in the next
 - batch n is a function of (seed, n, size, data) only: a counter-based generator computes its windows directly, so the
   model, evaluation, world size and resuming can't change it
 - validation windows are fixed, evenly spaced and don't overlap
@@ -26,12 +28,17 @@ from core.tokenizer import NO_TEXT, TOKENIZERS, CharTokenizer, GPT2Tokenizer, to
 
 FORMAT = 1
 SPLITS = ('train', 'val')
-CHECKED_WHOLE = 1 << 26  # bytes; opening a file up to this size checks its SHA-256 and every id, otherwise a sample
+CHECKED_WHOLE = 1 << 26  # bytes; opening a split up to this size checks its SHA-256 and every id, otherwise a sample
 
 
 def token_dtype(vocab_size):
     """The numpy dtype of ids on disk: little-endian uint16, or uint32 if an id exceeds 65535."""
     return np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
+
+
+def token_files(split, count=1):
+    """The names of the files that hold a split: ['train.bin'], or ['train_00000.bin', ...] if there are several."""
+    return [f'{split}.bin'] if count == 1 else [f'{split}_{number:05d}.bin' for number in range(count)]
 
 
 class TokenData:
@@ -54,17 +61,24 @@ class TokenData:
         self.corpus = printable(self.meta['source'])
         self.dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.row_tokens = self.meta.get('row_tokens')
-        self.tokens = {split: self._length(f'{split}.bin', split, self.dtype) for split in SPLITS}
+        shards = {'train': self.meta.get('shards', [])}
+        self._files = {split: token_files(split, len(shards.get(split, [])) or 1) for split in SPLITS}
+        # where the tokens of each file begin in its split, and where the last ones end
+        self._bounds = {}
+        for split, names in self._files.items():
+            expected = shards.get(split) or [self.meta['tokens'].get(split)]
+            lengths = [self._length(*each, self.dtype) for each in zip(names, expected, strict=True)]
+            self._bounds[split] = np.cumsum([0, *lengths])
+        self.tokens = {split: int(bounds[-1]) for split, bounds in self._bounds.items()}
         if self.meta.get('masked'):
             for split in SPLITS:
-                self._length(f'{split}.mask.bin', split, np.dtype('u1'))
+                self._length(f'{split}.mask.bin', self.tokens[split], np.dtype('u1'))
         self.meta = {**self.meta, 'tokens': self.tokens}
         self._check_block_size()
-        self._views = {}
+        self._maps, self._views = {}, {}
         for split in SPLITS:
             self._check_ids(split)
-            self._check_sum(f'{split}.bin')
-            self._check_sum(f'{split}.mask.bin')
+            self._check_sums(split)
 
     def batch(self, seed, n, size, rows=slice(None)):
         """
@@ -92,9 +106,9 @@ class TokenData:
         starts = np.asarray(starts, dtype=np.int64)
         if len(starts) and not 0 <= starts.min() <= starts.max() < self.tokens[split] - self.block_size:
             raise ValueError(f'windows from {starts.min()} to {starts.max()} exceed {split}.bin')
-        window = self._view(f'{split}.bin', self.dtype)[starts]  # (rows, block_size + 1)
+        window = self._gather(split, starts)
         if window.size and int(window.max()) >= self.n_vocab:
-            raise self._bad_ids(split, int(window.max()))
+            raise self._bad_ids(self._files[split][0].replace('_00000', '_*'), int(window.max()))
         x, y = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         if self.meta.get('masked'):
             y[self._view(f'{split}.mask.bin', np.dtype('u1'))[starts][:, 1:] != 0] = -1
@@ -105,15 +119,47 @@ class TokenData:
             return self.tokens[split] // self.row_tokens
         return self.tokens[split] - self.block_size
 
+    def _gather(self, split, starts):
+        """The tokens of the windows of a split that begin at `starts`, (rows, block_size + 1)."""
+        names, bounds = self._files[split], self._bounds[split]
+        if len(names) == 1:
+            return self._view(names[0], self.dtype)[starts]
+        window = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
+        numbers = np.searchsorted(bounds, starts, side='right') - 1  # the file in which each window begins
+        inside = starts + self.block_size < bounds[numbers + 1]
+        for number in np.unique(numbers[inside]):
+            rows = np.flatnonzero(inside & (numbers == number))
+            window[rows] = self._view(names[number], self.dtype)[starts[rows] - bounds[number]]
+        for row in np.flatnonzero(~inside):
+            window[row] = self._across(split, int(starts[row]))
+        return window
+
+    def _across(self, split, start):
+        """The window (block_size + 1,) of a split that begins at `start` in one file and ends in a later one."""
+        stop, pieces = start + self.block_size + 1, []
+        for name, first, last in zip(self._files[split], self._bounds[split], self._bounds[split][1:], strict=False):
+            if first < stop and start < last:
+                pieces.append(self._map(name, self.dtype)[max(0, start - first) : stop - first])
+        return np.concatenate(pieces)
+
+    def _map(self, name, dtype):
+        """The read-only memory map of a file."""
+        if name not in self._maps:
+            self._maps[name] = np.memmap(self.folder / name, dtype=dtype, mode='r')
+        return self._maps[name]
+
     def _view(self, name, dtype):
         """All overlapping windows of a file as a read-only view (windows, block_size + 1) of its memory map."""
         if name not in self._views:
-            file = np.memmap(self.folder / name, dtype=dtype, mode='r')
+            file = self._map(name, dtype)
             self._views[name] = np.lib.stride_tricks.sliding_window_view(file, self.block_size + 1)
         return self._views[name]
 
-    def _length(self, name, split, dtype):
-        """The number of tokens in a file. UserError if it is missing, empty, truncated or disagrees with the meta."""
+    def _length(self, name, expected, dtype):
+        """
+        The number of tokens in a file. UserError if it is missing, empty or truncated, or has not the `expected` number
+        (None: any).
+        """
         path = self.folder / name
         try:
             size = path.stat().st_size
@@ -127,13 +173,12 @@ class TokenData:
                 f'{path} has {size:,} bytes, not a whole number of {dtype.name} tokens: it is truncated or not a token '
                 f'file; {prepare_hint(self.folder)}'
             )
-        expected = self.meta['tokens'].get(split, size // dtype.itemsize)
-        if size // dtype.itemsize != expected:
+        if expected is not None and size // dtype.itemsize != expected:
             raise UserError(
                 f'{path} has {size // dtype.itemsize:,} {dtype.name} tokens, and meta.json says {expected:,}: they '
                 f'belong to different data sets; {prepare_hint(self.folder)}'
             )
-        return expected
+        return size // dtype.itemsize
 
     def _check_block_size(self):
         if self.row_tokens and self.block_size != self.row_tokens - 1:
@@ -148,30 +193,33 @@ class TokenData:
                 )
 
     def _check_ids(self, split):
-        """UserError if an id exceeds the vocabulary: every id of a short file, an even sample of a long one."""
-        length, path = self.tokens[split], self.folder / f'{split}.bin'
-        whole = length * self.dtype.itemsize <= CHECKED_WHOLE
+        """UserError if an id exceeds the vocabulary: every id of a short split, an even sample of a long one."""
+        whole = self.tokens[split] * self.dtype.itemsize <= CHECKED_WHOLE
         piece = 1 << 22 if whole else 1 << 12
-        step = piece if whole else max(piece, length // 1024)
-        for start in range(0, length, step):
-            # not through the memory map, whose read-ahead would read much more around each piece
-            ids = np.fromfile(path, dtype=self.dtype, count=piece, offset=start * self.dtype.itemsize)
-            highest = int(ids.max())
-            if highest >= self.n_vocab:
-                raise self._bad_ids(split, highest)
+        step = piece if whole else max(piece, self.tokens[split] // 1024)
+        for name, length in zip(self._files[split], np.diff(self._bounds[split]), strict=True):
+            for start in range(0, int(length), step):
+                # not through the memory map, whose read-ahead would read much more around each piece
+                offset = start * self.dtype.itemsize
+                highest = int(np.fromfile(self.folder / name, dtype=self.dtype, count=piece, offset=offset).max())
+                if highest >= self.n_vocab:
+                    raise self._bad_ids(name, highest)
 
-    def _check_sum(self, name):
-        """UserError if a file of at most CHECKED_WHOLE bytes isn't the one whose SHA-256 meta.json recorded, if any."""
-        path, recorded = self.folder / name, self.meta.get('sha256', {}).get(name)
-        if recorded and path.stat().st_size <= CHECKED_WHOLE and (found := files.sha256(path)) != recorded:
-            raise UserError(
-                f'{path} was changed or is damaged: its SHA-256 is {found[:16]}..., and meta.json recorded '
-                f'{recorded[:16]}...; {prepare_hint(self.folder)}'
-            )
+    def _check_sums(self, split):
+        """UserError if a file of a split isn't the one whose SHA-256 meta.json recorded; large splits are not read."""
+        if self.tokens[split] * self.dtype.itemsize > CHECKED_WHOLE:
+            return
+        for name in (*self._files[split], f'{split}.mask.bin'):
+            path, recorded = self.folder / name, self.meta.get('sha256', {}).get(name)
+            if recorded and (found := files.sha256(path)) != recorded:
+                raise UserError(
+                    f'{path} was changed or is damaged: its SHA-256 is {found[:16]}..., and meta.json recorded '
+                    f'{recorded[:16]}...; {prepare_hint(self.folder)}'
+                )
 
-    def _bad_ids(self, split, highest):
+    def _bad_ids(self, name, highest):
         return UserError(
-            f'{self.folder / split}.bin has the id {highest}, beyond the vocabulary of {self.n_vocab:,}: it belongs to '
+            f'{self.folder / name} has the id {highest}, beyond the vocabulary of {self.n_vocab:,}: it belongs to '
             f'another meta.json or has another dtype; {prepare_hint(self.folder)}'
         )
 
@@ -183,20 +231,28 @@ def prepare_hint(folder):
     """The command that creates the data set in a folder, as the end of an error message."""
     if (folder / 'prepare.py').exists():
         return f'run python {folder / "prepare.py"}'
+    if any(folder.glob('train_?????.bin')):  # only this script writes several files
+        again = f'python data/hub/prepare.py --name={folder.name}'
+        return f'create it again with {again}, or check --dataset and --data_dir'
     return (
         f'create it with python data/text/prepare.py --input=FILE --name={folder.name}, or check --dataset and '
         '--data_dir'
     )
 
 
+def has_tokens(folder):
+    """True if a folder has a training split, in one file or in several."""
+    return (folder / 'train.bin').exists() or any(folder.glob('train_?????.bin'))
+
+
 def read_meta(folder):
     """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError if invalid."""
     folder = Path(folder)
     if not folder.is_dir():
-        prepared = sorted(path.parent.name for path in folder.parent.glob('*/train.bin'))
+        prepared = sorted(path.name for path in folder.parent.glob('*') if has_tokens(path))
         have = f' (there are {", ".join(prepared[:8])})' if prepared else ''
         raise UserError(f'there is no data set {folder}{have}: {prepare_hint(folder)}')
-    if not (folder / 'train.bin').exists():
+    if not has_tokens(folder):
         raise UserError(f'there is no {folder / "train.bin"}: {prepare_hint(folder)}')
     if (folder / 'meta.json').exists():
         try:
@@ -242,6 +298,11 @@ def meta_problem(meta):
     sums = meta.get('sha256', {})
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         return f'has "sha256" {sums!r}, which must be an object of strings'
+    shards = meta.get('shards', [])
+    if not isinstance(shards, list) or not all(map(is_count, shards)) or sum(shards) not in (0, counts['train']):
+        return 'has "shards" that are not the numbers of tokens in several files of the training split'
+    if len(shards) == 1 or (shards and meta.get('masked')):
+        return 'has "shards" of one file, or with masks: those have one file per split'
     if not is_count(meta.get('row_tokens', 2), 2):
         return f'has row_tokens {meta["row_tokens"]!r}, which must be an integer of at least 2'
     return None

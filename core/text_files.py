@@ -2,7 +2,7 @@
 Text files as streams: which files there are, their text in blocks, and the pieces of it that a tokenizer encodes.
 
 Notable features:
-- for the prepare scripts that read a user's own files: data/text and data/code
+- for the prepare scripts that read a user's own files: data/text and data/code; data/hub shares how they are named
 - files of any size: text is read, surveyed and cut in blocks, in bounded memory
 - text is UTF-8 whatever the locale; byte order marks are dropped and \\r\\n becomes \\n; tokenizers that read bytes get
   the bytes of the files unchanged

@@ -10,19 +10,21 @@ import collections
 import hashlib
 import itertools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from core import files
-from core.dataset import FORMAT, SPLITS, read_meta, token_dtype
+from core.dataset import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
 from core.messages import UserError, notice
 from core.runtime import available_cores
 from core.tokenizer import NO_TEXT
 
 CHUNK = 1 << 18  # characters that a worker encodes at a time
 LONGEST_RUN = 1 << 18  # characters; a longer run without white space is cut anywhere
+OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a data set's files
 
 
 # ---- encoding on all cores -------------------------------------------------------------------------------------------
@@ -66,7 +68,6 @@ def encode_stream(tokenizer, pieces, workers=0, bar=None, chunk=CHUNK):
     0 for all cores; they suffice because tiktoken and numpy release the GIL. bar: a progress bar with
     update(characters). chunk: characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
     """
-    workers = workers or available_cores()
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
 
@@ -74,17 +75,28 @@ def encode_stream(tokenizer, pieces, workers=0, bar=None, chunk=CHUNK):
         arrays = [(tokenizer.encode_array(text), end if ended else end[:0]) for text, ended in batch]
         return np.concatenate([array for pair in arrays for array in pair]).astype(dtype)
 
+    for batch, array in in_order(encode, batches(pieces, chunk), workers):
+        yield array
+        if bar is not None:
+            bar.update(sum(len(text) for text, _ in batch))
+
+
+def in_order(work, tasks, workers=0):
+    """
+    Yields (task, work(task)) for an iterable of tasks, in order, computed by threads; reads 2 * workers tasks ahead.
+
+    workers: threads, 0 for all cores. No task may be None.
+    """
+    workers = workers or available_cores()
     with ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque()
         try:
-            for batch in itertools.chain(batches(pieces, chunk), itertools.repeat(None, 2 * workers)):
-                if batch is not None:
-                    waiting.append((pool.submit(encode, batch), sum(len(text) for text, _ in batch)))
-                if waiting and (batch is None or len(waiting) >= 2 * workers):
-                    future, characters = waiting.popleft()
-                    yield future.result()
-                    if bar is not None:
-                        bar.update(characters)
+            for task in itertools.chain(tasks, itertools.repeat(None, 2 * workers)):
+                if task is not None:
+                    waiting.append((task, pool.submit(work, task)))
+                if waiting and (task is None or len(waiting) >= 2 * workers):
+                    oldest, future = waiting.popleft()
+                    yield oldest, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -114,7 +126,8 @@ def write_dataset(
 
     tokenizer: a Tokenizer, or None for ids that stand for no text (then `vocab_size` is required). splits: {'train':
     ..., 'val': ...}, each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path
-    of a finished token file, which is moved. source: one line that says which text this is. input_sha256: checksum of
+    of a finished token file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ...
+    if there are several. source: one line that says which text this is. input_sha256: checksum of
     the input. details: what else meta.json says about the source, a dict of plain values. row_tokens: R if every R
     tokens are one row. masks: like splits, 1 where a token is never a target. least: tokens that the training split
     must have.
@@ -136,9 +149,15 @@ def write_dataset(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
+            parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
+            counts = []
+            for name, part in zip(token_files(split, len(parts)), parts, strict=True):
+                new[name] = part if isinstance(part, Path) else temporary(folder / name)
+                count, meta['sha256'][name] = write_tokens(new[name], part, dtype, vocab_size)
+                counts.append(count)
+            meta['tokens'][split] = sum(counts)
+            meta |= {'shards': counts} if len(parts) > 1 else {}
             name = f'{split}.bin'
-            new[name] = splits[split] if isinstance(splits[split], Path) else temporary(folder / name)
-            meta['tokens'][split], meta['sha256'][name] = write_tokens(new[name], splits[split], dtype, vocab_size)
             if not meta['tokens'][split]:
                 raise UserError(f'{name} would be empty: the input has no text or is too short to be split')
             if split == 'train' and meta['tokens'][split] < least:
@@ -159,14 +178,75 @@ def write_dataset(
     except OSError as error:
         raise UserError(f"can't write the data set {folder}: {error.strerror or error}") from error
     finally:
-        for path in set(new.values()) - {split for split in splits.values() if isinstance(split, Path)}:
-            path.unlink(missing_ok=True)
+        for path in new.values():
+            if path.name.endswith('.tmp'):  # of `temporary`; a finished file stays until it is moved
+                path.unlink(missing_ok=True)
     return meta
 
 
 def temporary(path):
     """The temporary name of a file, different for each process: two runs at once don't overwrite each other's."""
     return path.with_name(f'{path.name}.{os.getpid()}.tmp')
+
+
+class GrowingSplit:
+    """
+    A split while it is written: `train_00000.bin.part`, `train_00001.bin.part`, ..., each with `size` tokens.
+
+    size: tokens per file, 0 for a single file; the last file may have fewer. `count` is the number of tokens so far,
+    `last` the number of the last file, `files` a tuple of the Paths. `cut` starts it, or continues one begun before.
+    """
+
+    def __init__(self, folder, split, dtype, size=0):
+        self.folder, self.split, self.dtype, self.size = folder, split, dtype, size
+        self.count, self.file, self.number = 0, None, -1
+
+    @property
+    def last(self):
+        return max(self.count - 1, 0) // self.size if self.size else 0
+
+    @property
+    def files(self):
+        return tuple(self._path(number) for number in range(self.last + 1))
+
+    def _path(self, number):
+        return self.folder / f'{self.split}_{number:05d}.bin.part'
+
+    def cut(self, count):
+        """Keep the first `count` tokens of what is there. ValueError if there are fewer."""
+        self.count = count
+        for number, path in enumerate(self.files):
+            wanted = min(count - number * self.size, self.size or count) * self.dtype.itemsize
+            if wanted and (not path.exists() or path.stat().st_size < wanted):
+                raise ValueError(f'{path.name} is missing or too short')
+            with open(path, 'ab') as file:
+                file.truncate(wanted)
+        for path in self.folder.glob(f'{self.split}_?????.bin.part'):
+            if path not in self.files:
+                path.unlink()
+
+    def append(self, ids):
+        """Write an integer array behind what is there. Raises OSError."""
+        while len(ids):
+            number, used = divmod(self.count, self.size) if self.size else (0, self.count)
+            if number != self.number:
+                self.sync()
+                self.close()
+                self.file, self.number = open(self._path(number), 'ab'), number
+            piece = ids[: self.size - used] if self.size else ids
+            self.file.write(piece.astype(self.dtype).tobytes())
+            self.count += len(piece)
+            ids = ids[len(piece) :]
+
+    def sync(self):
+        """Flush what was written to disk. Raises OSError."""
+        if self.file:
+            files.sync(self.file)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+            self.file, self.number = None, -1
 
 
 def write_tokens(path, arrays, dtype, vocab_size):
@@ -196,16 +276,16 @@ def publish(folder, new):
         marker = temporary(folder / 'replacing')
         files.write_json(marker, {'format': FORMAT, 'replacing': True})
         os.replace(marker, folder / 'meta.json')
-    for name in (f'{split}.mask.bin' for split in SPLITS):
-        if name not in new:
-            (folder / name).unlink(missing_ok=True)
+    for path in (path for split in SPLITS for path in folder.glob(f'{split}*.bin')):
+        if path.name not in new and OF_A_SPLIT.fullmatch(path.name):
+            path.unlink()
     for name in sorted(new, key=lambda name: name == 'meta.json'):
         os.replace(new[name], folder / name)
 
 
 def notice_replaced(folder, meta):
     """Print a notice if the folder contains another data set."""
-    if not (folder / 'train.bin').exists():
+    if not has_tokens(folder):
         return
     try:
         old = read_meta(folder)

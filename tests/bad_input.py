@@ -181,6 +181,7 @@ ARGUMENTS = {
     'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/openwebtext/prepare.py': {'out_dir': '{place}/out'},
+    'data/hub/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt', 'tokenizer': 'byte'},
     'data/repeats/prepare.py': {'folder': '{place}/out', 'rows': 8, 'val_rows': 8},
 }  # fmt: skip
 ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']

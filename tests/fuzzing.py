@@ -13,11 +13,16 @@ import random
 import shutil
 
 import forking
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from bad_input import ARGUMENTS, make_place
 from keys import ROOT, SCRIPTS, keys_of
 
 from core import bounds
+from core.tokenizer import CharTokenizer
+from core.write_dataset import write_dataset
 
 SECONDS, MEMORY = 60, 3 << 30
 # imported before the fork; transformers and datasets take seconds
@@ -39,10 +44,11 @@ TINY = {
     'data/text/prepare.py': {'input': '{place}/text.txt'},
     'data/code/prepare.py': {'input': '{place}/texts', 'suffixes': '.md,.py', 'val_fraction': 0.5,
                              'split_seed': 1342},  # with one file in each split
+    'data/hub/prepare.py': {'input': '{place}/pages', 'val_fraction': 0.3},
     'data/repeats/prepare.py': {'block_size': 16, 'min_period': 2},
 }  # fmt: skip
 WEIGHTS = {'train.py': 20, 'sample.py': 12, 'convert_mla.py': 10, 'train_mla.py': 8, 'data/text/prepare.py': 10,
-           'find_induction_heads.py': 8, 'sizing.py': 2}  # fmt: skip
+           'find_induction_heads.py': 8, 'sizing.py': 2, 'data/hub/prepare.py': 8}  # fmt: skip
 WRAPPED = {'train_mla.py': 'train.py', 'sample_mla.py': 'sample.py'}
 
 
@@ -68,6 +74,15 @@ def furnish(place, repository):
     (place / 'texts' / 'a.md').write_text(text)
     (place / 'texts' / 'more' / 'b.txt.gz').write_bytes(gzip.compress(text.encode(), mtime=0))
     (place / 'texts' / 'c.py').write_text('print()\n')
+    (place / 'pages').mkdir()
+    pages = [{'text': f'{n} {text[: 40 * n]}'} for n in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(pages), place / 'pages' / '0.parquet')
+    (place / 'pages.jsonl').write_text(''.join(json.dumps(page) + '\n' for page in pages))
+    ids = np.arange(1000) * 7 % 12
+    for number in range(3):
+        ids[300 * number : 300 * number + 300].astype('<u2').tofile(place / f'{number}.part')
+    splits = {'train': tuple(place / f'{number}.part' for number in range(3)), 'val': ids[900:]}
+    write_dataset(place / 'data' / 'shards', CharTokenizer('abcdefghijkl'), splits, source='three files')
     shutil.copytree(place / 'data' / 'tiny', place / 'data' / 'nano')
     (place / 'data' / 'nano' / 'meta.json').unlink()
     letters = {i: letter for i, letter in enumerate('abcdefghijkl')}
@@ -113,15 +128,16 @@ VALID = {
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
     'mode': ['compare'], 'contexts': ['4,8'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'],
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
-    'runs': ['{place}/mha', '{place}/mla,{place}/mha'],
+    'runs': ['{place}/mha', '{place}/mla,{place}/mha'], 'hub': [''], 'column': ['text'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
     'gpu': ['H100', 'l4', 'A100-80GB', 't4'], 'shape': ['', 'gpt2'], 'plot_shapes': [''], 'n_latents': ['', '8,4'],
-    'n_kv_heads': ['', '1'], 'dataset': ['tiny', 'nano'], 'sweep': ['', '4,8'], 'json': ['', '{place}/out.json'],
-    'name': ['x'], 'datasets': ['tiny', 'nano', 'tiny,wide'], 'packages': ['', 'tqdm'],
+    'n_kv_heads': ['', '1'], 'dataset': ['tiny', 'nano', 'shards'], 'sweep': ['', '4,8'],
+    'json': ['', '{place}/out.json'], 'name': ['x'], 'datasets': ['tiny', 'nano', 'tiny,wide'],
+    'packages': ['', 'tqdm'],
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
-       'checkpoint_interval', 'shard_documents', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
+       'checkpoint_interval', 'shard_documents', 'shard_tokens', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
        'n_kv_head', 'gpus', 'tokens')  # fmt: skip
 LARGEST = dict.fromkeys(ANY, math.inf) | {
     'resamples': 200, 'sequences': 16, 'length': 16, 'statistics_tokens': 1000, 'eval_tokens': 1000, 'n_embd': 64,
@@ -245,12 +261,15 @@ DATA = [with_usual('train.py'), with_usual('convert_mla.py'), MHA[0], with_usual
         with_usual('corpus_statistics.py')]  # fmt: skip
 ROWS = [with_usual('train.py', '--dataset=rows', '--block_size=10'),
         with_usual('corpus_statistics.py', '--datasets=rows', '--block_size=10')]  # fmt: skip
+SHARDS = [with_usual('train.py', '--dataset=shards'), with_usual('corpus_statistics.py', '--datasets=shards')]
 HF = [with_usual('sample.py', '--init_from={place}/hf'), with_usual('train.py', '--init_from={place}/hf'),
       with_usual('convert_mla.py', '--source={place}/hf', '--dataset=tiny'),
       with_usual('find_induction_heads.py', '--models={place}/hf')]  # fmt: skip
 TEXT = [with_usual('data/text/prepare.py', f'--input={{place}}/{name}', f'--tokenizer={kind}')
         for name in ('texts', 'text.txt') for kind in ('char', 'byte', 'bpe')]  # fmt: skip
 CODE = [with_usual('data/code/prepare.py', f'--tokenizer={kind}') for kind in ('char', 'byte', 'bpe')]
+PAGES = [with_usual('data/hub/prepare.py', f'--input={{place}}/{name}', f'--tokenizer={kind}')
+         for name in ('pages', 'pages.jsonl') for kind in ('byte', 'bpe')]  # fmt: skip
 # file of the place: the command lines that read it
 READERS = {
     'mha/ckpt.pt': MHA * 3,
@@ -261,12 +280,16 @@ READERS = {
     'data/rows/train.bin': ROWS,
     'data/rows/val.mask.bin': ROWS,
     'data/rows/meta.json': ROWS,
+    'data/shards/train_00001.bin': SHARDS,
+    'data/shards/meta.json': SHARDS * 2,
     'data/nano/meta.pkl': [with_usual('train.py', '--dataset=nano')] * 2,
     'mha/log.csv': MHA[:1] * 2,
     'config.py': [with_usual('train.py', '{place}/config.py', '--max_iters=1')] * 2,
     'prompt.txt': [with_usual('sample.py', '--start=FILE:{place}/prompt.txt'),
                    with_usual('data/shakespeare_char/prepare.py')],
     'text.txt': TEXT[3:],
+    'pages/0.parquet': PAGES[:2],
+    'pages.jsonl': PAGES[2:],
     'texts/a.md': TEXT[:3] + CODE,
     'texts/more/b.txt.gz': TEXT[:3],
     'study.json': [with_usual('studies/induction.py')] * 3,

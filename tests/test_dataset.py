@@ -118,6 +118,83 @@ def test_a_batch_of_a_huge_file_is_cheap(tmp_path):
     assert time.perf_counter() - start < 5
 
 
+def in_several_files(folder, lengths, val=200):
+    """The data set of `numbers` with a training split in files of these lengths."""
+    folder.mkdir(exist_ok=True)
+    ids, parts = np.arange(sum(lengths), dtype='<u2'), []
+    for number, (first, length) in enumerate(zip(np.cumsum([0, *lengths]), lengths, strict=False)):
+        parts.append(folder / f'{number}.part')
+        ids[first : first + length].tofile(parts[-1])
+    splits = {'train': tuple(parts), 'val': np.arange(val)}
+    write_dataset(folder, None, splits, vocab_size=1 << 16, source='numbers')
+    return folder
+
+
+@pytest.mark.parametrize('lengths', [[400, 400, 200], [1, 998, 1], [17, 16, 3, 5, 959], [10] * 100])
+def test_several_files_have_the_windows_of_one(lengths, tmp_path):
+    """Every window, those that begin in one file and end in the next, or in a later one, and their order in a batch."""
+    data, one = TokenData(in_several_files(tmp_path / 'some', lengths), 16), TokenData(numbers(tmp_path), 16)
+    assert data.tokens == one.tokens and data.meta['shards'] == lengths
+    starts = np.random.default_rng(1).permutation(1000 - 16)
+    x, y = data.windows('train', starts)
+    assert x[:, 0].tolist() == starts.tolist() and torch.equal(y, x + 1)
+    assert torch.equal(x[:, -1], x[:, 0] + 15) and x.dtype == torch.int64
+    for n in range(5):
+        assert all(map(torch.equal, data.batch(1337, n, 64), one.batch(1337, n, 64)))
+    assert np.array_equal(data.eval_windows('train', 7), one.eval_windows('train', 7))
+    assert data.windows('train', starts[:0])[0].shape == (0, 16)
+    with pytest.raises(ValueError, match='exceed train.bin'):
+        data.windows('train', np.array([984]))
+
+
+def test_a_file_of_several_that_is_missing_or_damaged_is_named(tmp_path):
+    names = ['train_00000.bin', 'train_00001.bin', 'train_00002.bin']
+    for name in names:
+        path = in_several_files(tmp_path, [400, 400, 200]) / name
+        whole = path.read_bytes()
+        for content, message in (
+            (None, f"{name} can't be read"),
+            (b'', f'{name} is empty'),
+            (whole[:-1], f'{name} has .* not a whole number'),
+            (whole[:-2], f'{name} has .* tokens, and meta.json says'),
+            (whole[:-2] + b'\0\0', f'{name} was changed or is damaged.* with python data/hub/prepare.py'),
+        ):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            with pytest.raises(UserError, match=message) as error:
+                TokenData(tmp_path, 16)
+            one_line(error)
+            path.write_bytes(whole)
+        break_meta(vocab_size=300)(tmp_path)
+        with pytest.raises(UserError, match='train_00000.bin has the id 399, beyond'):
+            TokenData(tmp_path, 16)
+    for name in names:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match='there is no .*train.bin'):
+        TokenData(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    'shards', [[400, 400], [400, 400, 200, 0], [1000], 'abc', [400, 400, '200'], {'train': [1000]}]
+)
+def test_a_meta_with_other_files_is_refused(shards, tmp_path):
+    break_meta(shards=shards)(in_several_files(tmp_path, [400, 400, 200]))
+    with pytest.raises(UserError, match='has "shards" '):
+        TokenData(tmp_path, 16)
+
+
+def test_one_file_replaces_several_and_the_reverse(tmp_path, capsys):
+    in_several_files(tmp_path, [400, 400, 200])
+    assert {path.name for path in numbers(tmp_path).iterdir()} == {'train.bin', 'val.bin', 'meta.json'}
+    (tmp_path / 'train_notes.bin').touch()
+    TokenData(in_several_files(tmp_path, [500, 500]), 16)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'train_00000.bin', 'train_00001.bin', 'train_notes.bin', 'val.bin', 'meta.json'}  # fmt: skip
+    write_dataset(tmp_path, None, {'train': np.arange(9), 'val': np.arange(9)}, vocab_size=9, source='other')
+    assert 'replacing numbers (none) with other' in capsys.readouterr().err
+
+
 # ---- a broken data set -----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,308 @@
+"""
+Prepare a text data set of the Hugging Face Hub, or Parquet and JSON Lines files of your own, of any size: in data/NAME.
+
+Ten billion tokens of FineWeb-Edu (https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu), and training on them:
+$ python data/hub/prepare.py --hub=HuggingFaceFW/fineweb-edu --subset=sample-10BT --tokens=10e9 --name=fineweb
+$ python train.py config/train_gpt2.py --dataset=fineweb
+
+Local files with a column `content`:
+$ python data/hub/prepare.py --input=FOLDER --suffixes=.parquet --column=content --name=mine
+
+The same command resumes a stopped run.
+
+Notable features:
+- the data set is streamed: nothing is kept but tokens, two bytes each in GPT-2's vocabulary; memory is bounded
+- a stopped run goes on where it last wrote progress.json: after each finished file, and at least every minute. It ends
+  with the same bytes as a run that was never stopped, and reads the same commit of the Hub
+- a document is in the split that its text and split_seed decide, whatever other documents there are, so that equal ones
+  are in the same split; the order stays, since training draws windows at random anyway
+- gpt2 and bpe insert <|endoftext|> after each document; byte has no such token; empty documents are left out
+- bpe is learned from the first 32 million characters of the training documents: the size of a stream is not known
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import contextlib
+import hashlib
+import json
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from core import text_files
+from core.dataset import SPLITS, token_dtype
+from core.files import write_json
+from core.messages import UserError, notice, output
+from core.tokenizer import load_tokenizer
+from core.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
+
+# ----------------------------------------------------------------------------------------------------------------------
+hub = ''  # a data set of the Hugging Face Hub, OWNER/NAME
+subset = ''  # one of its subsets, as its page calls them (`datasets`: configurations); '': its default
+split = 'train'  # which of its splits to read; data/NAME gets a training and a validation split of that
+revision = 'main'  # of the data set on the Hub: a branch or a commit
+input = ''  # instead of hub: Parquet or JSON Lines files or a folder of them, or several, separated by commas
+suffixes = '.parquet,.jsonl,.jsonl.gz'  # which files of a folder to read
+column = 'text'  # the column, or the JSON key, with the text of a document
+name = ''  # the data set is written to data/NAME; train with --dataset=NAME; '': the hub's NAME
+out_dir = ''  # write to this folder instead of data/NAME
+tokenizer = 'gpt2'  # gpt2, bpe or byte
+vocab_size = 0  # bpe: number of ids; 0: 4096
+tokens = 1_000_000_000_000  # stop after so many training tokens; these would be 2 TB
+shard_tokens = 2_000_000_000  # more training tokens than this are written to several files of this size; 0: one file
+val_fraction = 0.0005  # the chance of a document to be in the validation split
+split_seed = 1337  # decides which documents those are
+workers = 0  # threads; 0: all cores
+# ----------------------------------------------------------------------------------------------------------------------
+exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
+
+READ = 256  # documents per read
+SAVE_SECONDS = 60  # progress is recorded at least so often, and whenever a file of shard_tokens is finished
+MOST_FILES = 500  # training maps all of them at once
+
+
+# ---- where the documents are -----------------------------------------------------------------------------------------
+
+
+def format_of(files):
+    """The loader of `datasets` for some local files: 'parquet' or 'json'. UserError if they need several or others."""
+    formats = {'parquet' if path.suffix == '.parquet' else 'json' if '.json' in path.name else None for path in files}
+    if len(formats) > 1 or None in formats:
+        raise UserError(f'{input} must be Parquet (.parquet) or JSON Lines files (.jsonl), not both; choose some with '
+                        '--suffixes')  # fmt: skip
+    return formats.pop()
+
+
+def failure(error):
+    """The UserError for what `datasets` raised: the network, the Hub, a broken or an unknown file."""
+    cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    hint = 'check the file' if input else 'check --hub, --subset, --split and the network'
+    return UserError(f"can't read {input or hub}: {cause}; {hint}, and run the command again to go on")
+
+
+def commit_of(revision):
+    """The commit of the data set on the Hub that a branch stands for now, a str. UserError if there is none."""
+    try:
+        import huggingface_hub
+
+        return huggingface_hub.HfApi().dataset_info(hub, revision=revision).sha
+    except Exception as error:
+        raise failure(error) from error
+
+
+def opened(files, commit):
+    """The documents, a datasets.IterableDataset with one column. UserError if they are not available."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError('reading Parquet and the Hub requires Hugging Face datasets: pip install datasets') from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if input:
+            of, more = format_of(files), {'data_files': [str(path) for path in files], 'split': 'train'}
+            stream = datasets.load_dataset(of, streaming=True, **more)
+        else:
+            stream = datasets.load_dataset(hub, subset or None, split=split, revision=commit, streaming=True)
+        columns = stream.column_names or first_columns(stream)
+    except UserError:
+        raise
+    except Exception as error:
+        raise failure(error) from error
+    if not columns:
+        raise UserError(f'there are no documents in {input or hub}; choose others')
+    if column not in columns:
+        raise UserError(f"the documents of {input or hub} have no column '{column}', only {', '.join(columns)}; choose "
+                        'one with --column')  # fmt: skip
+    return stream.select_columns([column])
+
+
+def first_columns(stream):
+    """The columns of the first document, a list of str; JSON does not say before."""
+    with contextlib.closing(stream.iter(1)) as rows:
+        return [*next(rows, {})]
+
+
+def documents_of(stream):
+    """
+    Yields (texts, state): some documents as a list of str, and the position of the stream behind them.
+
+    state is None where the stream has no position to go on from. UserError if a document can't be read or isn't text.
+    """
+    # closed explicitly: Python would not end while a thread of pyarrow's reads ahead
+    with contextlib.closing(stream.iter(READ)) as rows:
+        while True:
+            try:
+                found = next(rows, None)
+            except Exception as error:
+                raise failure(error) from error
+            if found is None:
+                return
+            texts = [text for text in found[column] if text]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"the column '{column}' of {input or hub} has other values than text; choose another "
+                                '--column')  # fmt: skip
+            parts, state = list(batches(((text, True) for text in texts), CHUNK)), stream.state_dict()
+            for number, part in enumerate(parts, 1):
+                yield [text for text, _ in part], state if number == len(parts) else None
+
+
+# ---- what becomes of them --------------------------------------------------------------------------------------------
+
+
+def split_of(text):
+    """The split of a document, 'train' or 'val': a function of its text, `split_seed` and `val_fraction`."""
+    digest = hashlib.sha256(f'{split_seed} split {text}'.encode('utf-8', errors='surrogatepass')).digest()
+    return 'val' if int.from_bytes(digest[:8], 'big') < val_fraction * 2**64 else 'train'
+
+
+def encoded(task):
+    """The documents of a task as a list of (split, array of ids)."""
+    end = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    found = []
+    for text in task[0]:
+        blocks = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
+        found.append((split_of(text), np.concatenate([*map(encoder.encode_array, chunks(blocks)), end]).astype(dtype)))
+    return found
+
+
+def learning_text(stream):
+    """Yields the first training documents, text_files.LEARN_FROM characters of them."""
+    room = text_files.LEARN_FROM
+    with contextlib.closing(documents_of(stream)) as groups:
+        for text in (text for texts, _ in groups for text in texts):
+            if split_of(text) == 'train':
+                yield text[:room]
+                room -= len(text)
+            if room <= 0:
+                return
+
+
+def identity():
+    """All that determines the bytes that are written, as a dict; a stopped run is resumed only if it is unchanged."""
+    import datasets  # the form of a position in the stream depends on its version
+
+    chosen = ('hub', 'subset', 'split', 'revision', 'column', 'tokenizer', 'vocab_size', 'tokens', 'shard_tokens',
+              'val_fraction', 'split_seed')  # fmt: skip
+    local = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {key: config[key] for key in chosen} | {'files': local, 'datasets': datasets.__version__}
+
+
+def earlier():
+    """The progress.json of a stopped run with this identity, a dict; {} if there is none."""
+    try:
+        progress = json.loads(journal.read_text(encoding='utf-8'))
+        if progress['of'] == identity():
+            parts = {'commit': str, 'encoder': dict, 'documents': int, 'tokens': dict}
+            counts = [progress['tokens'][each] for each in SPLITS]
+            if any(type(progress[key]) is not form for key, form in parts.items()) or min(counts) < 0:
+                raise ValueError('an entry of another type')
+            return progress
+        notice(f'note: discarding what a stopped run left in {folder}: it has other documents or settings')
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        notice(f'note: discarding what a stopped run left in {folder}: progress.json is broken')
+    return {}
+
+
+def save(state):
+    """Record that all documents up to a position of the stream are on disk; None: all that there are."""
+    for each in growing.values():
+        each.sync()
+    counts = {each: growing[each].count for each in SPLITS}
+    write_json(journal, {'of': identity(), 'commit': commit, 'encoder': encoder.meta(), 'documents': documents,
+                         'tokens': counts, 'state': state})  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+if kind.learned_from == 'characters':
+    raise UserError(f'--tokenizer={tokenizer} would have to read all text to learn its characters; choose byte or bpe')
+if bool(hub) == bool(input):
+    raise UserError('say what to prepare: either --hub=OWNER/NAME, of the Hugging Face Hub, or --input=FILES')
+if input and {'subset', 'split', 'revision'} & given:
+    raise UserError('--subset, --split and --revision choose from a data set of the Hub; choose local files by --input')
+if 0 < shard_tokens < text_files.LEAST:
+    raise UserError(f'shard_tokens is {shard_tokens}; it must be at least {text_files.LEAST}, or 0 for one file')
+folder = text_files.output_folder(Path(__file__).resolve().parents[1], name or hub.split('/')[-1] or 'hub', out_dir)
+files = []
+if input:
+    files, ignored, copies = text_files.input_files(input, suffixes)
+    text_files.notice_ignored(ignored, suffixes)
+    text_files.check_not_overwritten(files, folder)
+
+journal = folder / 'progress.json'
+progress = earlier()
+commit = progress['commit'] if progress else '' if input else commit_of(revision)
+stream = opened(files, commit)
+documents = progress['documents'] if progress else 0
+try:
+    if progress:
+        encoder = load_tokenizer(progress['encoder'])
+    else:
+        text = learning_text(stream) if kind.learned_from else None
+        encoder = kind.learn(text and tqdm(text, desc='learning', unit=' texts', disable=None), vocab_size).load()
+    dtype = token_dtype(encoder.n_vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}
+    for each in SPLITS:
+        growing[each].cut(progress['tokens'][each] if progress else 0)
+except ValueError as error:
+    raise UserError(f'{journal} does not belong to the files beside it ({error}): delete it to start again') from error
+except OSError as error:
+    raise UserError(f"can't write to {folder}: {error.strerror or error}") from error
+if progress:
+    notice(f'resuming after {documents:,} documents, {growing["train"].count:,} training tokens')
+    if progress['state'] is not None:
+        stream.load_state_dict(progress['state'])
+
+train = growing['train']
+already = sum(each.count for each in growing.values())
+is_complete = progress and progress['state'] is None  # only the files had to be put in place
+work = in_order(encoded, () if is_complete else documents_of(stream), workers)
+start, saved, recorded = time.perf_counter(), time.monotonic(), train.last
+try:
+    with (
+        contextlib.closing(work),
+        tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar,
+    ):
+        for (_, state), found in work:
+            for each, ids in found:
+                if train.count < tokens:
+                    growing[each].append(ids[: tokens - train.count] if each == 'train' else ids)
+                    documents += 1
+            bar.update(sum(len(ids) for _, ids in found))
+            if train.count == tokens:
+                break
+            if train.last >= MOST_FILES:
+                raise UserError(f'more than {MOST_FILES} files of {shard_tokens:,} tokens: choose more --shard_tokens')
+            if state and (train.last > recorded or time.monotonic() - saved > SAVE_SECONDS):
+                save(state)
+                saved, recorded = time.monotonic(), train.last
+    save(None)
+    for each in growing.values():
+        each.close()
+except OSError as error:
+    raise UserError(
+        f"can't write to {folder}: {error.strerror or error}; fix this and run the command again"
+    ) from error
+
+if not growing['val'].count:
+    raise UserError(f'none of {documents:,} documents is in the validation split: choose a larger --val_fraction, '
+                    'another --split_seed or more documents')  # fmt: skip
+where = f'{hub}{f" ({subset})" if subset else ""}' if hub else text_files.named(input)
+details = {'hub': hub, 'subset': subset, 'split': split, 'revision': commit} if hub else {}
+details |= {'column': column, 'documents': documents, 'val_fraction': val_fraction, 'split_seed': split_seed}
+meta = write_dataset(folder, encoder, {each: growing[each].files for each in SPLITS}, source=f'{documents:,} documents '
+                     f'of {where}', details=details, least=text_files.LEAST)  # fmt: skip
+journal.unlink()
+output(summary(folder, meta, time.perf_counter() - start, already))
