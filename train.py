@@ -148,6 +148,8 @@ if resumed:
         checkpoints.restore_optimizer(optimizer, resumed['optimizer'])
     if resumed.get('scaler'):
         scaler.load_state_dict(resumed['scaler'])
+    if iter_num >= max_iters and not eval_only:
+        runtime.notice(f'the run has reached max_iters={max_iters}; to train on, give a higher --max_iters')
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
 resumed = None  # frees its tensors
 model = torch.compile(raw_model) if compile and not fsdp else raw_model

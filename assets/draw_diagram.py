@@ -12,7 +12,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-figure, panels = plt.subplots(1, 3, figsize=(18, 5.6), layout='constrained')
+figure, panels = plt.subplots(1, 3, figsize=(19.5, 5.6), layout='constrained')
 PLAIN, CACHED, WEIGHT = '#ffffff', '#f2c078', '#d9e2ef'
 
 
@@ -68,14 +68,16 @@ arrow(mla, (4.5, 1), (4.5, 2))
 
 absorbed.set(xlim=(0, 6.8), ylim=(-0.5, 6.6), title='MLA decoding, absorbed: the same outputs, no keys or values')
 absorbed.axis('off')
-box(absorbed, 1.9, 0, 'x: C, of the new token', width=3.4)
+box(absorbed, 3.4, 0, 'x: C, of the new token', width=6)
 box(absorbed, 1.9, 1, '$W_Q$: C to C', WEIGHT)
 box(absorbed, 1.9, 2, '$W_K^T$: d to r, per head', WEIGHT, width=3.4)
+box(absorbed, 5.2, 1, '$W_D$: C to r', WEIGHT, width=2.6)
 box(absorbed, 5.2, 2, 'latents c: T x r (cached)', CACHED, width=2.6)
 box(absorbed, 3.4, 3.4, 'softmax(q c$^T$ / $\\sqrt{d}$) c, per head: H x r', width=5.2)
 box(absorbed, 3.4, 4.6, '$W_V$: r to d, per head', WEIGHT, width=4.6)
 box(absorbed, 3.4, 6, '$W_O$: C to C', WEIGHT, width=4.6)
-for start, end in (((1.9, 0), (1.9, 1)), ((1.9, 1), (1.9, 2)), ((1.9, 2), (1.9, 3.4)), ((5.2, 2), (5.2, 3.4)),
+for start, end in (((1.9, 0), (1.9, 1)), ((1.9, 1), (1.9, 2)), ((1.9, 2), (1.9, 3.4)), ((5.2, 0), (5.2, 1)),
+                   ((5.2, 1), (5.2, 2)), ((5.2, 2), (5.2, 3.4)),
                    ((3.4, 3.4), (3.4, 4.6)), ((3.4, 4.6), (3.4, 6))):  # fmt: skip
     arrow(absorbed, start, end)
 path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mha_mla.png')

@@ -3,7 +3,7 @@
 #
 # $ python data/repeats/prepare.py
 # $ python train.py config/train_repeats.py
-# $ python train.py config/train_repeats_mla.py
+# $ python train_mla.py config/train_repeats_mla.py
 # $ python find_induction_heads.py --models=out-repeats,out-repeats-mla
 
 out_dir = 'out-repeats'

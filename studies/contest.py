@@ -280,7 +280,8 @@ def draw_rates():
         for number, arm in enumerate(members(group)):
             found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
             points = [(rate, mean(values)) for rate, values in found if len(values) == n_tuning]
-            axes.plot(*zip(*points, strict=True), color=DARK if 'MLA' in arm else WARM, marker='osD^vP*X<>hp'[number],
+            color = DARK if 'MLA' in arm else WARM if 'MHA' in arm else GREY
+            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp'[number],
                       linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
         axes.set_xscale('log', base=2)
         axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])
@@ -288,7 +289,8 @@ def draw_rates():
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     picture.axes[0].set_ylabel('validation loss (nats per token)')
-    title = f'Every arm on the same grid of learning rates: {setting_line}'
+    seeds = f'{n_tuning} seed{"s" * (n_tuning > 1)} each'
+    title = f'Every arm on the same grid of learning rates, {seeds}: {setting_line}'
     picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
     return picture
 
