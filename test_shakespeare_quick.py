@@ -62,7 +62,7 @@ setting.update(dataset=dataset, data_dir=data_dir, threads=threads, seed=seed, d
 setting['dtype'] = dtype = runtime.pick_dtype(dtype, device, setting['n_embd'])
 if 'lr_decay_iters' not in given:
     setting['lr_decay_iters'] = setting['max_iters']
-data = TokenData(os.path.join(data_dir, dataset), setting.get('block_size'))
+data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
 comparison.prompt_ids(load_tokenizer(data.meta), start)  # a prompt that can't be encoded is found out before training
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Notable features:
 import os
 import statistics
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -47,7 +48,12 @@ class Run:
     @property
     def done(self):
         """True for a run that has reached its last iteration."""
-        return bool(self.saved) and self.saved['iter_num'] >= self.saved['config'].get('max_iters', 0)
+        return bool(self.saved) and self.iterations >= self.saved['config'].get('max_iters', 0)
+
+    @property
+    def iterations(self):
+        """The iteration of the checkpoint; 0 where nanoGPT's or a conversion's says none."""
+        return self.saved.get('iter_num') or 0
 
 
 def read(folder):
@@ -69,9 +75,12 @@ def label(runs):
         configs = [run.saved['config'] for run in same]
         keys = [key for key in configs[0] if key not in OF_THE_RUN and len({str(c.get(key)) for c in configs}) > 1
                 ] if len(same) > 1 else []  # fmt: skip
-        for number, run in enumerate(same, 1):
-            differs = ', '.join(f'{key}={run.saved["config"].get(key)}' for key in keys)
-            run.label += f', {differs}' if differs else f' ({number})' * (len(same) > 1)
+        for run in same:
+            run.label += ''.join(f', {key}={run.saved["config"].get(key)}' for key in keys)
+    for name, count in Counter(run.label for run in runs).items():
+        if count > 1:
+            for number, run in enumerate([run for run in runs if run.label == name], 1):
+                run.label += f' ({number})'
 
 
 def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed):
@@ -84,8 +93,11 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
     if run.saved is None:
         return
     keys = run.saved['config']
-    data = TokenData(os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset']), keys['block_size'])
+    if not keys.get('dataset'):
+        raise UserError(f'{run.folder} does not say which data set it was trained on; leave it out of --runs')
     model = checkpoints.build_model(run.saved).to(device).eval()
+    folder = os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset'])
+    data = TokenData(folder, model.config.block_size)
     dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
     autocast = runtime.autocast(device, dtype)
     run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
@@ -95,11 +107,8 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
     run.numbers = dict(
         folder=run.folder,
         corpus=data.corpus,
-        iterations=run.saved['iter_num'],
-        parameters=model.get_num_params(),
-        attention_parameters=model.num_attention_params(),
-        flops_per_token=model.flops_per_token(),
-        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token,
+        iterations=run.iterations,
+        **sizes(model, dtype),
         dtype=dtype,
         tokens_per_s=statistics.median(speeds[1:] or speeds) if speeds else None,  # the first holds the warm-up
         val_loss=loss,
@@ -113,6 +122,16 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
             ids = model.generate(torch.tensor([ids], device=device), tokens, temperature=0.8, top_k=200,
                                  valid_ids=tokenizer.n_vocab)[0]  # fmt: skip
         run.numbers['sample'] = tokenizer.decode(ids.tolist())
+
+
+def sizes(model, dtype='float32'):
+    """A dict of a model's parameters, FLOPs per token of training, and bytes per token of a cache in `dtype`."""
+    return dict(
+        parameters=model.get_num_params(),
+        attention_parameters=model.num_attention_params(),
+        flops_per_token=model.flops_per_token(),
+        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token,
+    )
 
 
 def prompt_ids(tokenizer, start):
@@ -175,7 +194,7 @@ def side_by_side(runs, width):
 
 
 def curves(runs):
-    """Losses over iterations, the cache of each run and the differences to the first, a Figure."""
+    """Losses over iterations, and the cache of each run, a Figure."""
     figure = Figure(figsize=(13, 4.8), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.2))
     shown = []

@@ -8,6 +8,7 @@ Notable features:
 - sizes and special ids are known without tiktoken and without a network; vocabularies are loaded on first use
 """
 
+import abc
 import functools
 import re
 import threading
@@ -27,8 +28,8 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-class Tokenizer:
-    """What all tokenizers share. A subclass sets the attributes below and implements encode_array and decode_bytes."""
+class Tokenizer(abc.ABC):
+    """What all tokenizers share. A subclass sets the attributes below and implements the abstract methods."""
 
     name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
     n_vocab = None  # number of ids; set per instance if it depends on the text
@@ -73,9 +74,9 @@ class Tokenizer:
         ids = np.arange(self.n_vocab)
         return ids[ids != self.end_of_text] if self.end_of_text is not None else ids
 
+    @abc.abstractmethod
     def encode_array(self, text):
         """The ids of a str as an integer array. Special tokens are not recognized: their names are plain text."""
-        raise NotImplementedError
 
     def encode(self, text, special=False):
         """The ids of a str as a list of int. special: encode '<|endoftext|>' as that token, if the tokenizer has it."""
@@ -85,17 +86,17 @@ class Tokenizer:
         """The str of an iterable of ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
+    @abc.abstractmethod
     def decode_bytes(self, ids):
         """The UTF-8 bytes of an iterable of ids; characters may be incomplete. ValueError for an unknown id."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fast_tokenizer(self):
         """
         The same tokenizer as a `tokenizers.Tokenizer`, the class that Hugging Face's transformers builds on.
 
         Text is encoded to the same ids, except that special_token is recognized in it. It has an id of the vocabulary.
         """
-        raise NotImplementedError
 
 
 class CharTokenizer(Tokenizer):

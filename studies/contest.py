@@ -31,7 +31,7 @@ import textwrap
 import torch
 from matplotlib.figure import Figure
 
-from analysis import report, stats
+from analysis import comparison, report, stats
 from core import checkpoint as checkpoints
 from core import files, messages, scripts
 from core.dataset import TokenData
@@ -143,12 +143,8 @@ def finished(item, ckpt):
 def measured(ckpt):
     """Sizes of the model in a checkpoint and its loss on the validation windows, in nats per token: a dict."""
     model = checkpoints.build_model(checkpoints.load(ckpt)).eval()
-    return dict(
-        val_loss=mean_and_stderr(window_losses(model, data, 'val', WINDOWS, batch_size=64))[0],
-        parameters=model.get_num_params(),
-        flops_per_token=model.flops_per_token(),
-        cache_bytes_per_token=model.init_cache(1).bytes_per_token,
-    )
+    losses = window_losses(model, data, 'val', WINDOWS, batch_size=64)
+    return dict(val_loss=mean_and_stderr(losses)[0], **comparison.sizes(model))
 
 
 def convert(item):

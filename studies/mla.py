@@ -30,7 +30,7 @@ import os
 import torch
 from matplotlib.figure import Figure
 
-from analysis import report
+from analysis import comparison, report
 from core import checkpoint as checkpoints
 from core import files, messages, scripts
 from core.dataset import TokenData
@@ -129,12 +129,7 @@ def measured(folder):
     """Sizes of the model in `folder` and its loss on all validation windows, in nats per token: a dict."""
     model = checkpoints.build_model(checkpoints.load(folder)).eval()
     losses = window_losses(model, data, 'val', 10**9, batch_size=64)
-    return dict(
-        val_loss=mean_and_stderr(losses)[0],
-        parameters=model.get_num_params(),
-        attention_parameters=model.num_attention_params(),
-        cache_bytes_per_token=model.init_cache(1).bytes_per_token,
-    )
+    return dict(val_loss=mean_and_stderr(losses)[0], **comparison.sizes(model))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_input import make_place
+from training import write_characters
 
 from core.tokenizer import CharTokenizer
 from core.write_dataset import write_dataset
@@ -45,11 +46,8 @@ def gpt2_cache(shared_data, monkeypatch):
 @pytest.fixture
 def char_data(tmp_path):
     """The folder of a small data set of characters (data_dir tmp_path/data, dataset tiny): 3600 and 400 tokens."""
-    text = 'the cat sat on the mat; a rat sat on that. ' * 100
-    tokenizer = CharTokenizer.learn(text)
-    ids = tokenizer.encode_array(text)[:4000]
     folder = tmp_path / 'data' / 'tiny'
-    write_dataset(folder, tokenizer, {'train': ids[:3600], 'val': ids[3600:]}, source='a test text')
+    write_characters(folder, 3600, 4000)
     return folder
 
 

@@ -69,6 +69,23 @@ def test_a_run_that_still_trains_is_shown_as_it_is(runs, data_dir):
     assert '4 of 100' in done.stdout and 'begun (nothing saved yet)' in done.stdout
 
 
+def test_a_checkpoint_that_names_no_data_set_is_named(runs):
+    """nanoGPT's config may lack what ours has."""
+    (runs / 'bare').mkdir()
+    saved = torch.load(runs / 'mha' / 'ckpt.pt')
+    torch.save({key: saved[key] for key in ('model', 'model_args')}, runs / 'bare' / 'ckpt.pt')
+    done = compare(runs, ['mha', 'bare'])
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert 'bare does not say which data set it was trained on; leave it out of --runs' in done.stderr
+
+
+def test_every_run_has_a_label_of_its_own(runs):
+    found = [comparison.read(str(runs / name)) for name in ('mha', 'slow', 'mha', 'mla')]
+    comparison.label(found)
+    assert [run.label for run in found] == ['MHA, learning_rate=0.01 (1)', 'MHA, learning_rate=0.002',
+                                            'MHA, learning_rate=0.01 (2)', 'MLA, r=16']  # fmt: skip
+
+
 def test_following_ends_when_all_are_finished(runs):
     done = compare(runs, ['mha', 'mla'], '--follow=1')
     assert done.returncode == 0 and done.stdout.count('val loss: mean') == 1

@@ -6,9 +6,7 @@ import shutil
 import forking
 import pytest
 import torch
-
-from core.tokenizer import CharTokenizer
-from core.write_dataset import write_dataset
+from training import write_characters
 
 SCRIPT = 'test_shakespeare_quick.py'
 
@@ -24,11 +22,7 @@ def compare(place, *flags):
 def finished(tmp_path_factory):
     """A finished comparison, with nothing said about dtype."""
     place = tmp_path_factory.mktemp('quick')
-    text = 'the cat sat on the mat; a rat sat on that. ' * 200
-    chars = CharTokenizer.learn(text)
-    ids = chars.encode_array(text)
-    splits = {'train': ids[:7000], 'val': ids[7000:]}
-    write_dataset(place / 'data' / 'shakespeare_char', chars, splits, source='a test text')
+    write_characters(place / 'data' / 'shakespeare_char', 7000)
     done = compare(place)
     assert done.returncode == 0, done.stderr
     return place, done

@@ -9,10 +9,7 @@ import sys
 import forking
 import pytest
 from keys import ROOT
-from training import environment
-
-from core.tokenizer import CharTokenizer
-from core.write_dataset import write_dataset
+from training import environment, write_characters
 
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 # how each script is made short; a command's own flags come before these
@@ -47,10 +44,7 @@ def clone(tmp_path_factory):
     ignored = shutil.ignore_patterns('.*', 'out*', 'hf-*', '*.bin', 'input.txt', '__pycache__', 'tests', 'wandb')
     shutil.copytree(ROOT, folder, ignore=ignored)
     text = 'ROMEO: the cat sat on the mat;\n a rat sat on that. ' * 200
-    chars = CharTokenizer.learn(text)
-    ids = chars.encode_array(text)
-    splits = {'train': ids[:7000], 'val': ids[7000:]}
-    write_dataset(folder / 'data' / 'shakespeare_char', chars, splits, source='a test text')
+    write_characters(folder / 'data' / 'shakespeare_char', 7000, text=text)
     return folder
 
 

@@ -5,9 +5,7 @@ import json
 import forking
 import pytest
 import torch
-
-from core import tokenizer
-from core.write_dataset import write_dataset
+from training import write_characters
 
 ITERS = 4
 RATES = (4e-3, 1.6e-2)  # of the short form
@@ -35,11 +33,7 @@ def plant(place, arm, rate, seed, loss, **changes):
 @pytest.fixture
 def place(tmp_path):
     """A data set, and a finished tuning: MLA's best rate is the lower one, the others' the higher one."""
-    text = 'the cat sat on the mat; a rat sat on that. ' * 100
-    chars = tokenizer.CharTokenizer.learn(text)
-    ids = chars.encode_array(text)
-    splits = {'train': ids[:4000], 'val': ids[4000:]}
-    write_dataset(tmp_path / 'data' / 'shakespeare_char', chars, splits, source='a test text')
+    write_characters(tmp_path / 'data' / 'shakespeare_char', 4000, 4300)
     for arm in ARMS:
         for rate in RATES:
             best = rate == RATES[0] if arm.startswith('MLA') else rate == RATES[1]

@@ -9,6 +9,9 @@ from pathlib import Path
 import forking
 import torch
 
+from core.tokenizer import CharTokenizer
+from core.write_dataset import write_dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = dict(
     dataset='tiny',
@@ -32,6 +35,13 @@ COMMON = dict(
     threads=1,
 )
 SCRIPTS = {'mha': 'train.py', 'mla': 'train_mla.py'}
+
+
+def write_characters(folder, train, end=None, text='the cat sat on the mat; a rat sat on that. ' * 200):
+    """Write a small data set of characters: the first `train` of a text, and for validation those up to `end`."""
+    chars = CharTokenizer.learn(text)
+    ids = chars.encode_array(text)
+    write_dataset(folder, chars, {'train': ids[:train], 'val': ids[train:end]}, source='a test text')
 
 
 def environment():
