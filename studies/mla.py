@@ -186,12 +186,20 @@ def draw_comparison(axes):
     kinds = ('MHA', f'MLA r={WIDTH // 2}', 'MLA, as many\nparameters as MHA')
     for pos, shift, color, marker in (('learned', -0.1, DARK, 'o'), ('rope', 0.1, MIDDLE, 's')):
         for x, name in enumerate((f'mha-{pos}', f'mla-{pos}-{WIDTH // 2}', f'mla-{pos}-{MATCHED[pos]}')):
-            axes.errorbar(x + shift, *losses(name), color=color, marker=marker, capsize=4, label=None if x else pos)
+            axes.errorbar(
+                x + shift,
+                *losses(name),
+                color=color,
+                marker=marker,
+                capsize=4,
+                label=None if x else {'rope': 'RoPE'}.get(pos, pos),
+            )
             each = [result['val_loss'] for result in results[name]]
             axes.plot([x + shift + 0.06] * seeds, each, '.', color=color, alpha=0.5)
     axes.set_xticks(range(len(kinds)), kinds)
-    title = f'{max_iters} iterations: mean ± standard error; dots: seeds'
-    axes.set(ylabel='validation loss (nats per token)', title=title)
+    title = f'{max_iters} iterations at 1e-3, initial values of 0.1.0: mean ± standard error; dots: seeds'
+    axes.set(ylabel='validation loss (nats per token)', xlim=(-0.5, 2.5))
+    axes.set_title(title, fontsize='medium')
     axes.legend(title='positions')
 
 
@@ -212,7 +220,11 @@ def draw_conversion(axes):
     axes.errorbar(whole, *losses('mha-learned'), label='MHA', **look)
     axes.errorbar(whole, *losses('mha-tuned'), fillstyle='none', label=f'MHA, {tuning_iters} more', **look)
     axes.set_xscale('log', base=2)
-    axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)', title=data.corpus)
+    ticks = [*x, whole]
+    axes.set_xticks(ticks, [f'{tick:,}' for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)')
+    axes.set_title(f'{data.corpus}, learned positions, the same setting', fontsize='medium')
     axes.legend()
 
 
