@@ -29,6 +29,7 @@ from core import signals
 signals.exit_at_once()  # for the time of the slow imports
 
 import contextlib
+import gc
 import hashlib
 import json
 import time
@@ -126,8 +127,20 @@ def opened(files, commit):
 
 def first_columns(stream):
     """The columns of the first document, a list of str; JSON does not say before."""
-    with contextlib.closing(stream.iter(1)) as rows:
+    with reading(stream, 1) as rows:
         return [*next(rows, {})]
+
+
+@contextlib.contextmanager
+def reading(stream, count):
+    """The stream as an iterator over `count` documents at a time, within this context."""
+    try:
+        with contextlib.closing(stream.iter(count)) as rows:
+            yield rows
+    finally:
+        # What `datasets` still refers to in cycles keeps threads of PyArrow reading. Were these alive when Python ends,
+        # they would abort it, or keep it from ending: apache/arrow#45214, huggingface/datasets#7566.
+        gc.collect()
 
 
 def documents_of(stream):
@@ -136,8 +149,7 @@ def documents_of(stream):
 
     state is None where the stream has no position to go on from. UserError if a document can't be read or isn't text.
     """
-    # closed explicitly: Python would not end while a thread of pyarrow's reads ahead
-    with contextlib.closing(stream.iter(READ)) as rows:
+    with reading(stream, READ) as rows:
         while True:
             try:
                 found = next(rows, None)
