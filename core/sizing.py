@@ -12,6 +12,7 @@ arXiv:2211.05102 (what bounds decoding); Rajbhandari et al. 2019, arXiv:1910.020
 
 import contextlib
 import functools
+import logging
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from core import runtime
 from core.checkpoint import arm_of
@@ -164,9 +164,17 @@ def facts(model_class, config):
     return found
 
 
+def flop_counter():
+    """PyTorch's counter of FLOPs, silent. Its import warns in torch 2.11 where Triton is missing, which is no news."""
+    logging.getLogger('torch.utils.flop_counter').setLevel(logging.ERROR)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
+
+
 def decoding_flops(model_class, config, context):
     """FLOPs of decoding the `context`-th token of a sequence, those of matrix multiplications: {'step': number}."""
-    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device('meta'), torch.no_grad(), flop_counter() as counter:
         model = model_class(config).eval()
         cache = model.init_cache(1, context, torch.float32)
         cache.length = context - 1
