@@ -1,6 +1,7 @@
 # make quickstart    everything from an empty machine to the comparison of MHA and MLA
 # make test          the tests
 # make test-oldest   the tests with the oldest versions that pyproject.toml allows, in a virtual environment of its own
+# make gpu           on a machine with a GPU: all tests and measurements that need one (ARGS=--rehearse: on a CPU)
 # make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
 #
 # PYTHON=...   the Python (3.11 or later) that .venv and .venv-oldest are made with
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest study lint clean
+.PHONY: help quickstart test test-oldest gpu study lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +30,10 @@ test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=
 
 test-oldest: $(OLDEST)/.installed ## install the oldest versions that pyproject.toml allows and run the tests (ARGS=...)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python $(PYTEST) $(ARGS)
+
+# with the Python that has PyTorch there already: a CUDA image is often without a network
+gpu: ## everything that needs a GPU, with $(PYTHON)'s own packages unless there is .venv (ARGS=--rehearse: on a CPU)
+	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) studies/gpu.py $(ARGS)
 
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
 	$(BIN)/python studies/induction.py $(ARGS)

@@ -13,8 +13,11 @@ Decoding with MHA's cache, with MLA's latent cache and without a cache, over con
 $ python bench.py --mode=sample
 $ python bench.py --mode=sample --contexts=128,256,512,1024,2048,4096 --plot=assets/decode.png --json=sample.json
 
-The same, and whole texts compared with nanoGPT's generate and Hugging Face's, with the same random weights:
+The same, compared with Hugging Face's steps, and whole texts with nanoGPT's generate and Hugging Face's:
 $ python bench.py --mode=sample --nanogpt=../nanoGPT --huggingface=True
+
+The largest batch that a training step has memory for:
+$ python bench.py --mode=memory
 
 Compare two measurements; exit code 1 if something became slower:
 $ python bench.py --mode=compare --files=before.json,after.json
@@ -26,7 +29,9 @@ from core import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
+import contextlib
 import functools
+import gc
 import itertools
 import os
 import subprocess
@@ -54,7 +59,7 @@ from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
-mode = 'sample'  # what to measure: 'train', 'sample' or 'data'; 'compare' compares two measurements
+mode = 'sample'  # what to measure: 'train', 'memory', 'sample' or 'data'; 'compare' compares two measurements
 json = ''  # write all numbers to this file
 rounds = 9  # timed rounds, after one round of warm-up
 nanogpt = ''  # train, sample: folder of a nanoGPT checkout to compare with
@@ -72,6 +77,7 @@ uncached_tokens = 4096  # steps without a cache are slow: time them up to this m
 new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
+eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
 # train
 batch_size = 12
@@ -81,6 +87,8 @@ bias = False
 compile = 'auto'  # torch.compile: True, False, or on GPUs only
 without = ''  # also measure MHA without each of these: 'memory,fused,loss'
 profile = ''  # profile one step of each model; prefix of the files' names
+# memory
+most = 4096  # the largest batch to try
 # data
 text = ''  # a text file to tokenize; '': generated words
 megabytes = 64  # size of the generated words
@@ -202,8 +210,42 @@ def bench_train():
             path = f'{profile}-{name.replace(", ", "-").replace("=", "")}.json'
             shares = timing.profile(contenders[name].run, path, device)[:8]
             longest = ', '.join(f'{operation} {share:.0%}' for operation, share in shares)
-            runtime.notice(f'{name}: {longest}; trace written to {path}')
+            print(f'{name}, one step: {longest}; trace written to {path}')
     return {'steps': rows, 'peak_flops': peak}
+
+
+# ---- mode=memory ----------------------------------------------------------------------------------------------------
+
+
+def step_peak(model, batch, folder):
+    """Peak memory of a training step with `batch` sequences, in bytes; None where it doesn't fit."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        training = Training(model, Setting(folder, batch, block_size, seed, device, dtype, compile=False))
+        training.run()  # makes the optimizer's state, which is held from then on
+        return training.peak_bytes()
+    model.zero_grad(set_to_none=True)
+    gc.collect()  # the frames that the exception held
+    torch.cuda.empty_cache()
+    return None
+
+
+def bench_memory():
+    """Find the largest batches that can be trained, and print a table. Returns the numbers as a dict."""
+    rows = []
+    print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}; {n_layer} layers, C={n_embd}, T={block_size}\n')
+    with tempfile.TemporaryDirectory() as folder:
+        random_data(folder)
+        for name, model in build_all((2,)).items():
+            fits, bytes_ = timing.largest(functools.partial(step_peak, model, folder=folder), most)
+            rows.append({'name': name, 'largest_batch': fits, 'peak_bytes': bytes_})
+            model.to('meta')  # frees it
+    columns = {
+        'model': lambda row: row['name'],
+        'largest batch': lambda row: f'{row["largest_batch"]:,}' + ' or more' * (row['largest_batch'] == most),
+        'peak MiB of a step': lambda row: shown(row, 'peak_bytes', ',.0f', 2**-20) if row['peak_bytes'] else '',
+    }
+    print_table(rows, columns)
+    return {'largest': rows}
 
 
 # ---- mode=sample -----------------------------------------------------------------------------------------------------
@@ -212,12 +254,14 @@ def bench_train():
 class Decoding:
     """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
 
-    def __init__(self, model, batch_size, context):
+    def __init__(self, model, batch_size, context, captured=True):
+        """captured: on a GPU, as a CUDA graph."""
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.step = functools.partial(model, cache=self.cache)
-        if device.startswith('cuda'):
+        self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
+        if captured and device.startswith('cuda'):
             self.cache.length = context - 1
             self.step = FixedStep(model, self.cache)
 
@@ -238,42 +282,108 @@ class Decoding:
         return times
 
 
-def measure_steps(models, batch_size, context):
-    """One row per model, and one for MHA without a cache, at one batch size and context length."""
-    decodings = {name: Decoding(model, batch_size, context) for name, model in models.items()}
+class HuggingFaceDecoding:
+    """The same steps of transformers' GPT-2 with its DynamicCache, which grows by the token and is cut back."""
+
+    def __init__(self, model, batch_size, context):
+        from transformers import DynamicCache
+
+        self.model, self.context, self.cache = model, context, DynamicCache()
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        filled = (batch_size, n_head, context - 1, n_embd // n_head)
+        for layer in range(n_layer):
+            parts = (torch.zeros(filled, device=device, dtype=cache_dtype()) for _ in range(2))
+            self.cache.update(*parts, layer)
+        per_token = 2 * n_layer * n_embd * cache_dtype().itemsize
+        self.sizes = {'bytes_per_token': per_token, 'cache_bytes': per_token * batch_size * context}
+
+    def run(self, times=4):
+        """Take `times` steps. Returns `times`."""
+        for _ in range(times):
+            self.model(self.token, past_key_values=self.cache, use_cache=True)
+            self.cache.crop(-1)  # removes one token
+        return times
+
+
+def cache_dtype():
+    """The dtype of the caches, that of the matrix multiplications."""
+    return runtime.DTYPES[dtype]
+
+
+def time_together(makers):
+    """A row for each of {name: function that makes its Decoding}, timed in turns: times, sizes and peak memory."""
+    decodings = {name: make() for name, make in makers.items()}
     seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds)
-    attention = alternate({name: decoding.run_attention for name, decoding in decodings.items()}, rounds)
-    rows = []
-    for name, decoding in decodings.items():
-        sizes = {'bytes_per_token': decoding.cache.bytes_per_token, 'cache_bytes': decoding.cache.nbytes}
-        rows.append({'name': name, **spread(seconds[name]), 'attention': spread(attention[name]), **sizes})
-    del decodings, decoding  # frees the caches
+    own = {name: decoding for name, decoding in decodings.items() if isinstance(decoding, Decoding)}
+    attention = alternate({name: decoding.run_attention for name, decoding in own.items()}, rounds)
+    rows = [{'name': name, **spread(seconds[name]), **decoding.sizes} for name, decoding in decodings.items()]
+    decodings.clear(), own.clear()  # frees the caches
     for row in rows:
-        row['peak_bytes'] = peak_bytes(lambda name=row['name']: Decoding(models[name], batch_size, context).run(1))
+        if row['name'] in attention:
+            row['attention'] = spread(attention[row['name']])
+        row['peak_bytes'] = peak_bytes(lambda name=row['name']: makers[name]().run(1))
+    return rows
+
+
+def time_steps(makers):
+    """The rows of `time_together`; of each model alone where memory ends, and without times if it ends even then."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return time_together(makers)
+    gc.collect()  # the frames that the exception held
+    torch.cuda.empty_cache()
+    if len(makers) == 1:
+        return [{'name': name, 'out_of_memory': True} for name in makers]
+    return [row for name, make in makers.items() for row in time_steps({name: make})]
+
+
+def measure_steps(models, hf_model, batch_size, context):
+    """One row per model, and one for MHA without a cache, at one batch size and context length."""
+    makers = {name: functools.partial(Decoding, model, batch_size, context) for name, model in models.items()}
+    if eager and device.startswith('cuda'):
+        makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
+    if hf_model:
+        makers['Hugging Face'] = functools.partial(HuggingFaceDecoding, hf_model, batch_size, context)
+    rows = time_steps(makers)
     if batch_size * context <= uncached_tokens:
         idx = torch.zeros(batch_size, context, dtype=torch.int64, device=device)
         times = alternate({'uncached': lambda: models['MHA'](idx) and None}, min(3, rounds))['uncached']
         row = {'name': 'MHA, no cache', **spread(times), 'bytes_per_token': 0, 'cache_bytes': 0}
         rows.append(row | {'peak_bytes': peak_bytes(lambda: models['MHA'](idx))})
     for row in rows:
-        if 'attention' in row:
+        row |= {'batch_size': batch_size, 'context': context}
+        if 'ms' not in row:
+            continue
+        row['tokens_per_s'] = 1e3 * batch_size / row['ms']
+        if 'ms' in rows[0]:
+            row['of_mha'] = row['ms'] / rows[0]['ms']
+        if 'attention' in row and 'attention' in rows[0]:
             row['attention']['of_mha'] = row['attention']['ms'] / rows[0]['attention']['ms']
-        row |= {'batch_size': batch_size, 'context': context, 'tokens_per_s': 1e3 * batch_size / row['ms']}
-        row['of_mha'] = row['ms'] / rows[0]['ms']
+        if row['cache_bytes']:
+            weights = weight_bytes(models.get(row['name'].removesuffix(', eager'), models['MHA']))
+            row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
     return rows
 
 
-def measure_texts(models):
-    """One row per model and per peer: generating a text of `new_tokens` tokens."""
+def weight_bytes(model):
+    """Bytes of the weights that a step needs, in the dtype of the multiplications: all but the positions' table."""
+    return model.get_num_params() * cache_dtype().itemsize  # get_num_params leaves the positions out
+
+
+def random_prompt():
+    """Token ids (1, prompt_tokens)."""
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=generator).to(device)
+    return torch.randint(vocab_size, (1, prompt_tokens), generator=generator).to(device)
+
+
+def measure_texts(models, hf_model):
+    """One row per model and per peer: generating a text of `new_tokens` tokens."""
+    prompt = random_prompt()
     rules = dict(temperature=1.0, top_k=200)  # the same for all
     contenders = {name: lambda m=m: m.generate(prompt, new_tokens, **rules) for name, m in models.items()}
     if nanogpt:
         nanogpt_model = peers.nanogpt_model(nanogpt, models['MHA'], prompt)
         contenders['nanoGPT'] = lambda: nanogpt_model.generate(prompt, new_tokens, **rules)
-    if huggingface:
-        hf_model = peers.huggingface_model(models['MHA'], prompt)
+    if hf_model:
         mask = torch.ones_like(prompt)
         lengths = dict(max_new_tokens=new_tokens, pad_token_id=0, use_cache=True)
         contenders['Hugging Face, cached'] = lambda: hf_model.generate(
@@ -293,7 +403,8 @@ def draw_plot(rows, file):
 
     from analysis import report
 
-    names = [name for name in dict.fromkeys(row['name'] for row in rows) if name != 'MHA, no cache']
+    rows = [row for row in rows if 'ms' in row and row['name'] != 'MHA, no cache']
+    names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
     lines = zip(names, 'os^Dv*' * len(names), ['-', '--', '-.', ':'] * len(names), strict=False)
     looks = {
@@ -305,12 +416,14 @@ def draw_plot(rows, file):
     for name in names:
         for axis, size in zip(axes, sizes, strict=False):
             own = [row for row in rows if row['name'] == name and row['batch_size'] == size]
+            if not own:
+                continue
             x, low, high = [r['context'] for r in own], *zip(*(r['ms_quartiles'] for r in own), strict=True)
             axis.plot(x, [row['ms'] for row in own], label=name, **looks[name])
             axis.fill_between(x, low, high, color=looks[name]['color'], alpha=0.15, linewidth=0)
             axis.set(title=f'batch size {size}', ylabel='time per step (ms)')
-        own = [row for row in rows if row['name'] == name and row['batch_size'] == sizes[0]]
-        axes[-1].plot([r['context'] for r in own], [r['cache_bytes'] / sizes[0] / 2**20 for r in own], **looks[name])
+        own = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
+        axes[-1].plot(list(own), list(own.values()), **looks[name])
     axes[-1].set(title='cache of one sequence', ylabel='memory (MiB)')
     for axis in axes:
         axis.set(xlabel='context (tokens)', ylim=(0, None), xlim=(0, None))
@@ -322,6 +435,11 @@ def draw_plot(rows, file):
     report.save_figure(file, figure, dpi=120)
 
 
+def shown(row, key, form, factor=1):
+    """row[key] * factor as text; '' where there is none."""
+    return f'{row[key] * factor:{form}}' if row and key in row else ''
+
+
 def bench_sample():
     """Time decoding steps, then whole texts, and print a table of each. Returns the numbers as a dict."""
     lengths, sizes = whole_numbers(contexts, 'contexts'), whole_numbers(batch_sizes, 'batch_sizes')
@@ -331,27 +449,35 @@ def bench_sample():
     print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}\n')
     steps, texts = [], []
     with torch.no_grad(), runtime.autocast(device, dtype):
+        hf_model = huggingface and peers.huggingface_model(models['MHA'], random_prompt())
         for batch_size in sizes:
             for context in lengths:
                 runtime.notice(f'timing steps at batch size {batch_size}, context {context}')
-                steps += measure_steps(models, batch_size, context)
+                steps += measure_steps(models, hf_model, batch_size, context)
+        bandwidth = gpu.bandwidth if (gpu := runtime.gpu_of(device)) else None
         step_columns = {
             'B': lambda row: str(row['batch_size']),
             'T': lambda row: str(row['context']),
             'model': lambda row: row['name'],
-            'ms per step (quartiles)': ms_text,
-            'time / MHA': lambda row: f'{row["of_mha"]:.2f}',
+            'ms per step (quartiles)': lambda row: ms_text(row) if 'ms' in row else 'out of memory',
+            'time / MHA': lambda row: f'{row["of_mha"]:.2f}' if 'of_mha' in row else '',
             'attention only (ms)': lambda row: ms_text(row['attention']) if 'attention' in row else '',
-            'attention / MHA': lambda row: f'{row["attention"]["of_mha"]:.2f}' if 'attention' in row else '',
-            'tokens/s': lambda row: f'{row["tokens_per_s"]:.1f}',
-            'cache bytes per token': lambda row: f'{row["bytes_per_token"]:,}',
-            'cache MiB': lambda row: f'{row["cache_bytes"] / 2**20:.1f}',
-            'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:.1f}',
+            'attention / MHA': lambda row: shown(row.get('attention'), 'of_mha', '.2f'),
+            'tokens/s': lambda row: shown(row, 'tokens_per_s', ',.1f'),
+            'GB/s': lambda row: shown(row, 'bytes_per_s', ',.1f', 1e-9),
+            'cache bytes per token': lambda row: shown(row, 'bytes_per_token', ','),
+            'cache MiB': lambda row: shown(row, 'cache_bytes', '.1f', 2**-20),
+            'peak MiB': lambda row: shown(row, 'peak_bytes', ',.1f', 2**-20),
         }
+        if bandwidth:
+            step_columns['GB/s'] = lambda row: (
+                f'{row["bytes_per_s"] / 1e9:,.0f} ({row["bytes_per_s"] / 1e7 / bandwidth:.0f} %)'
+                if 'bytes_per_s' in row else ''
+            )  # fmt: skip
         print_table(steps, step_columns)
         if new_tokens > 0:
             runtime.notice(f'timing texts of {new_tokens} tokens')
-            texts = measure_texts(models)
+            texts = measure_texts(models, hf_model)
             text_columns = {
                 f'generate {new_tokens} tokens': lambda row: row['name'],
                 'tokens/s': lambda row: f'{row["tokens_per_s"]:.1f}',
@@ -453,7 +579,8 @@ def rows_of(path):
         with open(path, encoding='utf-8') as file:
             found = load(file)
         rows = [row for part in found.values() if isinstance(part, list) for row in part]
-        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows}
+        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows
+                if 'out_of_memory' not in row}  # fmt: skip
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} can't be read as a measurement ({error}); name a file written by --json") from error
 
@@ -481,7 +608,7 @@ def compare():
 
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
-modes = {'train': bench_train, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
+modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
 if mode not in modes:
     raise UserError(f"mode is '{mode}'; it must be {', '.join(list(modes)[:-1])} or {list(modes)[-1]}")
 results = {'mode': mode, 'machine': machine, 'config': config, **modes[mode]()}

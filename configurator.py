@@ -101,15 +101,19 @@ class _Configurator:
     # ---- flags
 
     def read_flag(self, flag, rest):
-        """Apply '--key=value', or '--key' and the first of `rest`, which is removed from it; returns the key."""
+        """
+        Apply '--key=value', or '--key' and the first of `rest`, which is removed from it; returns the key.
+
+        A boolean key without a value is True.
+        """
         key, equals, text = flag[2:].partition('=')
         if key not in self.values:
             raise self.error(f'unknown key --{key}: {self.suggestion(key)}')
         if not equals:
-            if not rest or rest[0].startswith('--') or rest[0] == '-h':
-                example = 'True' if isinstance(self.defaults[key], bool) else self.defaults[key]
-                raise self.error(f'--{key} needs a value, for example --{key}={example!s}')
-            text = rest.pop(0)
+            alone = not rest or rest[0].startswith('--') or rest[0] == '-h'
+            if alone and not isinstance(self.defaults[key], bool):
+                raise self.error(f'--{key} needs a value, for example --{key}={self.defaults[key]!s}')
+            text = 'true' if alone else rest.pop(0)
         self.values[key] = self.checked(key, self.parsed(key, text), f'--{key}')
         self.given.add(key)
         return key

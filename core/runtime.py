@@ -193,15 +193,18 @@ GPUS = (
 )
 
 
-def peak_flops(device, dtype):
-    """Peak FLOP/s of a GPU for matrix multiplications in `dtype`, or None where it is unknown, as for CPUs."""
+def gpu_of(device):
+    """The entry of GPUS for a device, or None where there is none, as for CPUs."""
     if not device.startswith('cuda'):
         return None
     words = torch.cuda.get_device_name(device).replace('-', ' ').split()
-    for gpu in GPUS:
-        if all(part in words for part in gpu.name.split()):
-            return 1e12 * (gpu.single if dtype == 'float32' else gpu.half)
-    return None
+    return next((gpu for gpu in GPUS if all(part in words for part in gpu.name.split())), None)
+
+
+def peak_flops(device, dtype):
+    """Peak FLOP/s of a GPU for matrix multiplications in `dtype`, or None where it is unknown, as for CPUs."""
+    gpu = gpu_of(device)
+    return 1e12 * (gpu.single if dtype == 'float32' else gpu.half) if gpu else None
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

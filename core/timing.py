@@ -125,6 +125,23 @@ def most_memory(process):
     return most
 
 
+def largest(peak, most):
+    """
+    The largest size from 1 to `most` for which peak(size) isn't None, and that value; (0, None) where there is none.
+
+    Sizes are doubled, then bisected: what doesn't fit is tried log2(most) times at most.
+    """
+    fits, found, fails, size = 0, None, most + 1, 1
+    while fits + 1 < fails:
+        measured = peak(size)
+        if measured is None:
+            fails = size
+        else:
+            fits, found = size, measured
+        size = min(2 * fits, most) if fails > most else (fits + fails) // 2
+    return fits, found
+
+
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 

@@ -185,8 +185,6 @@ def test_values_out_of_bounds_are_refused_wherever_they_come_from(configure):
         (['--dropout=1' + '0' * 400], ['a number (float)']),
         (['--eval_only=maybe'], ['--eval_only', 'True or False (bool)', "'maybe'"]),
         (['--eval_only=2'], ['True or False (bool)', "'2'"]),
-        (['--eval_only'], ['--eval_only needs a value', '--eval_only=True']),
-        (['--eval_only', '--dropout=0.1'], ['--eval_only needs a value']),
         (['--dropout=0.1', '--batch_size'], ['--batch_size needs a value', '--batch_size=12']),
         (['-x'], ["'-x'", '--key=value']),
         (['-5'], ["'-5'", '--key=value']),
@@ -341,6 +339,12 @@ def test_help_lists_every_key_with_value_and_comment(configure, capsys, flag):
     assert table['--wandb_run_name'].split(None, 1) == ["'gpt2'", "the run's name"]
     values = [len(line) - len(line.split(None, 1)[1]) for line in out.splitlines() if line.startswith('  --')]
     assert len(set(values)) == 1
+
+
+def test_a_boolean_key_without_a_value_is_true(configure):
+    assert configure('--eval_only')['eval_only'] is True
+    assert configure('--eval_only', '--dropout=0.5')['eval_only'] is True
+    assert configure('--eval_only', 'False')['eval_only'] is False
 
 
 def test_help_after_a_key_is_not_its_value(configure):

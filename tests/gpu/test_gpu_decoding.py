@@ -19,27 +19,32 @@ def text(model, idx, **settings):
     return model.generate(idx, 70, generator=generator, **settings).cpu()
 
 
+@pytest.mark.parametrize('samples', [1, 3])
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_a_captured_step_gives_the_same_text(variant):
-    model, idx = make(variant).cuda(), tokens(3, 9).cuda()
+def test_a_captured_step_gives_the_same_text(variant, samples, device):
+    """70 tokens of a context of 32: the cache becomes full, and is filled again."""
+    model, idx = make(variant).to(device), tokens(samples, 9).to(device)
     assert torch.equal(text(model, idx, fixed=True), text(model, idx, fixed=False))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 @torch.no_grad()
-def test_captured_steps_under_autocast(variant):
-    model, idx = make(variant, torch.float32).cuda(), tokens(3, BLOCK).cuda()
+def test_captured_steps_under_autocast(variant, device):
+    """Until the cache is full."""
+    model, idx = make(variant, torch.float32).to(device), tokens(3, BLOCK).to(device)
     expected = model(idx, idx)[0]
-    with runtime.autocast('cuda', runtime.pick_dtype('auto', 'cuda')):
+    with runtime.autocast(device, 'bfloat16'):
         cache = model.init_cache(3)
         model(idx[:, :9], cache=cache)
         step = FixedStep(model, cache)
         for t in range(9, BLOCK):
             difference = (step(idx[:, t : t + 1]) - expected[:, t : t + 1]).abs().max()
             assert difference <= 0.1 * expected.abs().max()
+    assert cache.length == BLOCK
     assert {t.dtype.itemsize for layer in cache.layers for t in layer} == {2}
 
 
+@pytest.mark.cuda
 @two_gpus
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_is_captured_on_the_gpu_of_its_cache(variant):
@@ -50,7 +55,6 @@ def test_a_step_is_captured_on_the_gpu_of_its_cache(variant):
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize('device', ['cuda:0', pytest.param('cuda:1', marks=two_gpus)])
 def test_sampling(device, data_dir, tmp_path):
     """sample.py prints the text that it prints without a CUDA graph."""
     assert run('train_mla.py', data_dir, tmp_path, max_iters=10).returncode == 0
