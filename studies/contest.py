@@ -47,6 +47,7 @@ data_dir = 'data'
 max_iters = 0  # iterations of each training; 0: 2000, in the short form 100
 tuning_seeds = 0  # seeds per learning rate; 0: 3, in the short form 1
 final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
+control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
 arms = ''  # names of ARMS separated by semicolons; '': all
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
@@ -314,10 +315,11 @@ def draw_cache():
                       label=label, **fill)  # fmt: skip
         if kind == 'scratch':
             for text, *place in zip(texts, x, y, strict=True):
-                axes.annotate(text, place, (6, 4), textcoords='offset points', fontsize=8, color=color)
+                axes.annotate(text, place, (6, 7), textcoords='offset points', fontsize=8, color=color)
     axes.set_xscale('log', base=2)
     axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
     axes.minorticks_off()
+    axes.margins(x=0.1)
     axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)')
     axes.set_title(f'Loss against cache, each arm at its best learning rate: mean and 95 % interval\n{setting_line}',
                    fontsize='medium')  # fmt: skip
@@ -355,7 +357,8 @@ if conversions and {'MHA', 'MLA, r=C/2'} <= set(chosen):
     converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
     starts = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
                   f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
-              for seed, source in sources.items() for arm, keys in CONTROLS.items() for start in STARTS
+              for seed, source in list(sources.items())[: control_seeds or n_final]
+              for arm, keys in CONTROLS.items() for start in STARTS
               if start < iterations]  # fmt: skip
     controls = in_order(make, starts)
 
