@@ -63,6 +63,34 @@ def test_decoding_is_timed(tmp_path):
     assert (tmp_path / 'a.png').stat().st_size > 10000
 
 
+LIMITED = (*forking.MODULES, 'tests.limited_memory')
+
+
+def test_a_model_whose_cache_does_not_fit_is_named_and_the_others_are_timed(tmp_path):
+    keys = ['--contexts=8,16', '--batch_sizes=1,2', '--n_latents=16', '--new_tokens=0', '--uncached_tokens=0']
+    arguments = [*TINY, '--mode=sample', *keys, f'--json={tmp_path}/a.json', f'--plot={tmp_path}/a.png']
+    done = forking.run('bench.py', arguments, modules=LIMITED)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / 'a.json').read_text())['steps']
+    lacking = {(row['name'], row['batch_size'], row['context']) for row in rows if 'out_of_memory' in row}
+    assert lacking == {('MHA', 2, 16)}
+    assert len(rows) == 8 and sum(row.get('ms', 0) > 0 for row in rows) == 7
+    assert done.stdout.count('| out of memory |') == 1
+    again = forking.run('bench.py', ['--mode=compare', f'--files={tmp_path}/a.json,{tmp_path}/a.json'])
+    assert again.returncode == 0 and again.stdout.count('1.000') == 7
+
+
+def test_the_largest_batch_is_found(tmp_path):
+    keys = ['--mode=memory', '--block_size=16', '--n_kv_heads=1', '--most=100', f'--json={tmp_path}/a.json']
+    done = forking.run('bench.py', [*TINY, *keys], modules=LIMITED)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / 'a.json').read_text())['largest']
+    assert [(row['name'], row['largest_batch']) for row in rows] == [('MHA', 3), ('MQA', 3), ('MLA, r=16', 3)]
+    assert all(row['peak_bytes'] > 0 for row in rows) and 'or more' not in done.stdout
+    some = bench('--mode=memory', '--block_size=16', '--most=2')
+    assert some.stdout.count('| 2 or more |') == 2
+
+
 def test_texts_are_timed_with_nanogpt_and_hugging_face(tmp_path):
     (tmp_path / 'model.py').write_text(TWIN)
     keys = ['--contexts=8', '--batch_sizes=1', '--uncached_tokens=1', '--n_latents=8', '--new_tokens=4']
