@@ -5,6 +5,10 @@ $ python find_induction_heads.py --models=out-shakespeare,out-shakespeare-mla
 $ python find_induction_heads.py --models=gpt2 --ablate=False
 $ python find_induction_heads.py --sweep=out-repeats,out-repeats-mla
 
+Which heads do it on a text of your own, and which heads attend to the previous token?
+$ python find_induction_heads.py --models=out-shakespeare --text=notes.txt
+$ python find_induction_heads.py --models=out-shakespeare --sort=previous
+
 A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl) or a Hugging Face folder. It reads a
 block of random tokens twice; an induction head attends from a token's second occurrence to the token that followed its
 first. Heads are ranked on one half of the sequences and reported on the other, with 95 % intervals over sequences. A
@@ -51,9 +55,11 @@ controls = 3  # randomly initialized models of the same shape
 resamples = 2000  # of the bootstrap
 ablate = True  # measure the loss without each head: one forward pass per head
 ablate_sequences = 32  # sequences for the ablations and for the latent's directions
-text_windows = 32  # windows of the run's own validation data for the in-context score
+text_windows = 32  # windows of the run's own validation data for the in-context score, and of --text
 html = True  # write patterns.html
 show = 10  # heads in the table
+sort = 'induction'  # the score that ranks them: 'induction', 'previous', 'duplicate' or 'copying'
+text = ''  # a text file: score the heads on it too, and show their patterns on its beginning
 data_dir = 'data'  # folder of the checkpoints' data sets, for the in-context score
 device = 'auto'
 threads = 0  # CPU threads; 0: the cores that this process may use
@@ -122,9 +128,9 @@ def drawable_ids(tokenizer, meta, config, dataset):
     ids, bos = ids[ids < config.vocab_size], bos if bos is not None and bos < config.vocab_size else None
     # an encoding learned from other text, GPT-2's, has most ids from there
     learned_elsewhere = tokenizer.byte_pair and not tokenizer.learned_from
-    text = None if learned_elsewhere else validation_text(dataset, config, 1024)
-    if text is not None:
-        seen = text[0].numpy()  # other ids, for example most of the 256 bytes, were never trained
+    windows = None if learned_elsewhere else validation_text(dataset, config, 1024)
+    if windows is not None:
+        seen = windows[0].numpy()  # other ids, for example most of the 256 bytes, were never trained
         ids, bos = np.intersect1d(ids, seen), bos if bos in seen else None
     return ids, bos
 
@@ -177,13 +183,15 @@ def scores_of(model, repeats):
 
 
 def random_controls(loaded, layout):
-    """Induction scores (controls, L, H) of randomly initialized models of the same shape."""
+    """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
     fresh = type(loaded.model)(loaded.model.config).eval().to(device)
     for number in range(controls):
         fresh.init_weights(10_000 * (seed + 1) + number)
-        found.append(induction.head_scores(fresh, repeats, losses=False)['induction'].mean(0))
-    return np.stack(found)
+        scores = induction.head_scores(fresh, repeats, losses=False)
+        found.append({name: scores[name].mean(0) for name in induction.SCORES})
+        found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)
+    return {name: np.stack([model[name] for model in found]) for name in found[0]}
 
 
 def measure(loaded):
@@ -195,8 +203,9 @@ def measure(loaded):
     out['chance'] = induction.chance(repeats)
     shuffled = repeats_for(loaded, layouts['main'], count=as_reported, shuffled=True)
     out['shuffled'] = summary(induction.head_scores(model, shuffled, losses=False)['induction'])
-    out['random_init'] = random_controls(loaded, layouts['main'])
-    out['random_null'] = float(out['random_init'].max())
+    random = random_controls(loaded, layouts['main'])
+    out['random_init'], out['random_null'] = random['induction'], float(random['induction'].max())
+    out['nulls'] = {name: float(values.max()) for name, values in random.items()}
     for name, layout in layouts.items():
         if name != 'main':
             other = repeats_for(loaded, layout, count=as_reported)
@@ -214,7 +223,10 @@ def measure(loaded):
     out['called'] = induction.verdict(
         out['induction']['low'], out['random_null'], out['shuffled']['high'], out['copying_eigenvalues']
     )
+    out['calls'] = induction.calls(out)
     out['ranking'] = induction.ranked(out['induction']['ranking'])
+    if text:
+        out['text'] = measure_text(loaded)
     if ablate:
         out['ablation'] = measure_ablation(loaded, repeats[-ablate_sequences:], out['ranking'])
     return out
@@ -222,12 +234,39 @@ def measure(loaded):
 
 def in_context(loaded):
     """The in-context score on the run's own validation data; None without data or with too short windows."""
-    text = validation_text(loaded.dataset, loaded.model.config, text_windows)
-    positions = None if text is None else induction.in_context_positions(text[1])
+    windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
+    positions = None if windows is None else induction.in_context_positions(windows[1])
     if positions is None:
         return None
-    score = induction.in_context_score(forward.text_losses(loaded.model, text[0], positions), *positions)
+    score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
     return dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
+
+
+def own_text(loaded):
+    """Windows of --text for a model, (N, T) with T up to block_size. UserError where it can't be encoded."""
+    if loaded.tokenizer is None:
+        raise UserError(f'{loaded.facts["name"]} has no tokenizer, so --text can not be encoded; leave it out')
+    try:
+        with open(text, encoding='utf-8') as file:
+            ids = loaded.tokenizer.encode(file.read(32 * text_windows * loaded.model.config.block_size))
+    except UnicodeDecodeError:
+        raise UserError(f'{text} is not UTF-8; --text must be a text file') from None
+    T = min(loaded.model.config.block_size, len(ids))
+    if T < 8:
+        raise UserError(f'{text} has {len(ids)} tokens; 8 are needed at least')
+    windows = min(text_windows, len(ids) // T)
+    return torch.tensor(ids[: windows * T]).view(windows, T)
+
+
+def measure_text(loaded):
+    """Scores on --text with intervals over its windows, and what uniform attention scores."""
+    windows = own_text(loaded)
+    scores, chances = induction.text_scores(loaded.model, windows)
+    whole = ~np.isnan(chances['induction'])
+    if not whole.any():
+        raise UserError(f'no token of {text} occurs twice within {windows.size(1)} tokens; choose a longer one')
+    found = {name: dict(summary(values[whole]), chance=chances[name][whole].mean()) for name, values in scores.items()}
+    return dict(found, file=text, windows=int(whole.sum()), tokens=windows.size(1))
 
 
 def measure_latent(loaded, repeats):
@@ -280,8 +319,10 @@ def page_entry(loaded, result):
     """One model's data for patterns.html: a repeated sequence and, if the data is there, the start of its text."""
     shown = [('random tokens, twice', repeats_for(loaded, layouts_for(loaded)['main']).tokens[-1:])]
     if result['in_context']:
-        text, _ = validation_text(loaded.dataset, loaded.model.config, 1)
-        shown.append(('validation data', text[:, :96]))
+        tokens, _ = validation_text(loaded.dataset, loaded.model.config, 1)
+        shown.append(('validation data', tokens[:, :96]))
+    if text:
+        shown.append((os.path.basename(text), own_text(loaded)[:1, :96]))
     entries = []
     for title, tokens in shown:
         pattern = forward.patterns(loaded.model, tokens.to(device))[:, 0]  # (L, H, T, T)
@@ -325,7 +366,7 @@ def formation(folder):
             row[name] = dict(head=at, **{key: scores[name][key][at] for key in ('mean', 'low', 'high')})
         row['repeat_loss'] = {key: float(value) for key, value in scores['repeat_loss'].items()}
         rows.append(row)
-    null = float(random_controls(loaded, layout).max())
+    null = float(random_controls(loaded, layout)['induction'].max())
     chance = induction.chance(repeats_for(loaded, layout))
     return dict(folder=folder, name=os.path.basename(os.path.normpath(folder)), attention=loaded.facts['attention'],
                 random_null=null, chance=chance, checkpoints=rows)  # fmt: skip
@@ -335,6 +376,10 @@ def formation(folder):
 
 if not models and not sweep:
     raise UserError('nothing to measure: name trained models with --models=out,out-mla, or one run with --sweep=FOLDER')
+if sort not in report.SORTS:
+    raise UserError(f"sort is '{sort}'; it must be {', '.join(list(report.SORTS)[:-1])} or {list(report.SORTS)[-1]}")
+if text and not os.path.isfile(text):
+    raise UserError(f'{text} is missing; --text must be a text file')
 specs, folders = messages.names(models, 'models'), messages.names(sweep, 'sweep')
 messages.check_folder(out_dir)
 induction.self_test()
@@ -351,18 +396,22 @@ if folders:
     report.save_figure(os.path.join(out_dir, 'formation.png'), report.formation_curves(runs))
 
 for spec in specs:
-    load(spec)  # before the first measurement, so that a wrong name doesn't show after it
+    loaded = load(spec)  # before the first measurement, so that a wrong name or text doesn't show after it
+    if text:
+        own_text(loaded)
+    del loaded
 results, entries = [], []
 for spec in specs:
     started, loaded = time.perf_counter(), load(spec)
     messages.output(report.describe(loaded.facts))
     result = dict(loaded.facts, **measure(loaded))
     results.append(dict(result, seconds=time.perf_counter() - started))
-    messages.output(report.head_table(result, show) + '\n')
+    messages.output(report.head_table(result, show, sort) + '\n')
     if html:
         entries.append(page_entry(loaded, result))
     del loaded  # before the next model is loaded
 if results:
+    messages.output(report.LEGEND)
     os.makedirs(out_dir, exist_ok=True)
     report.save_json(os.path.join(out_dir, 'induction.json'), report.plain(dict(about, models=results)))
     report.save_figure(os.path.join(out_dir, 'induction_heads.png'), report.heat_maps(results))

@@ -172,6 +172,50 @@ def pattern_scores(pattern, repeats):
     }
 
 
+def natural_scores(pattern, tokens):
+    """
+    Scores of one layer's heads on text (B, T) from their patterns (B, H, T, T), and what uniform attention would score.
+
+    Over the positions i whose token occurred before in the window, with j all its earlier positions:
+      induction        mean_i sum_j A[i, j + 1]
+      duplicate_token  mean_i sum_j A[i, j]
+      previous_token   mean over all i >= 1 of A[i, i - 1]
+
+    Returns two dicts, of tensors (B, H) and of tensors (B,); NaN for a window without a token that occurs twice.
+    """
+    T = tokens.size(1)
+    same = (tokens[:, :, None] == tokens[:, None]).tril(-1)  # (B, i, j)
+    follows = torch.nn.functional.pad(same, (1, -1))  # (B, i, j + 1)
+    queries = same.any(-1)
+    uniform = torch.ones(T, T, device=pattern.device).tril() / torch.arange(1, T + 1, device=pattern.device)[:, None]
+
+    def score(attention):  # (B, H, T, T)
+        count = queries.sum(-1, keepdim=True)
+        found = {
+            name: (attention * where[:, None]).sum((-1, -2)) / count  # rows that are no query have no such j
+            for name, where in (('induction', follows), ('duplicate_token', same))
+        }
+        return found | {'previous_token': attention.diagonal(-1, 2, 3).mean(-1).expand(len(tokens), -1)}
+
+    return score(pattern), {name: value[:, 0] for name, value in score(uniform[None, None]).items()}
+
+
+@torch.no_grad()
+def text_scores(model, tokens):
+    """`natural_scores` of all heads on windows of text (N, T): {name: (N, L, H)} and {name: (N,)}, float32 arrays."""
+    found, chances = [], []
+    for window in tokens.to(device_of(model)).split(1):
+        layers = []
+
+        def score(layer, attention, window=window, layers=layers):
+            layers.append(natural_scores(attention.pattern, window))
+
+        run(model, embed(model, window), visit=score, finish=False)
+        found.append({name: torch.stack([own[name] for own, _ in layers], dim=1).cpu() for name in layers[0][0]})
+        chances.append({name: value.cpu() for name, value in layers[0][1].items()})
+    return joined(found), joined(chances)
+
+
 def score_layers(model, repeats, score, finish=True):
     """
     One forward pass over a batch: (hidden (B, T, C), {name: (B, L, H)}); hidden is None with finish=False.
@@ -223,6 +267,19 @@ def verdict(low, random_null, shuffled_high, copying):
     shuffled second copy. copying: its eigenvalue copying score. All but random_null are arrays (L, H).
     """
     return (low > random_null) & (low > shuffled_high) & (copying > 0)
+
+
+def calls(measured):
+    """
+    Which heads are called what, by the name of a score: {name: bool (L, H)}. measured: of one model, as in `verdict`.
+
+    An induction head is one by `verdict`. Of the other scores, the interval must lie above the highest score of any
+    head of randomly initialized models; of copying, which has no interval, the score itself.
+    """
+    found = {'induction': measured['called']}
+    for name in ('previous_token', 'duplicate_token'):
+        found[name] = measured[name]['low'] > measured['nulls'][name]
+    return found | {'copying': measured['copying_eigenvalues'] > measured['nulls']['copying']}
 
 
 def is_untrained(model):

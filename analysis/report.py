@@ -14,6 +14,7 @@ from matplotlib.axis import Axis, Tick
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from analysis.induction import ranked
 from analysis.latent import READINGS
 from core import runtime
 from core.files import replacing, write_json
@@ -88,33 +89,87 @@ def describe(facts):
             f'{facts["parameters"]:,} parameters, sha256 {facts["sha256"][:12]}')  # fmt: skip
 
 
-def head_table(result, show=10):
-    """The `show` highest-ranked heads of one model with their scores, and its totals: a str without final newline."""
+SORTS = {'induction': 'induction', 'previous': 'previous_token', 'duplicate': 'duplicate_token', 'copying': 'copying'}
+CALLED = {'induction': 'induction heads', 'previous': 'previous-token heads', 'duplicate': 'duplicate-token heads',
+          'copying': 'copying heads'}  # fmt: skip
+LEGEND = """columns:
+  head       layer.head; * is called what the table is sorted by: above the highest score of any head of untrained
+             models, and for induction also above a shuffled copy, with copying > 0
+  induction  attention from a token's second occurrence to what followed its first, on held-out sequences
+  gap        the same with other tokens between the copies; prefix: with four copies, to all earlier successors
+  dupl.      attention to the token's earlier occurrence; prev.: to the previous token
+  copying    -1 to 1: does the head raise the logits of what it attends to? top-5: how often it is among the top 5
+  K-lift     how strongly the keys read the output of an earlier head, over chance, and which head that is (from)
+  ablation   rise of the loss on repeated tokens without the head, in nats per token
+"""
+
+
+def sorted_heads(result, sort):
+    """Heads as (layer, head) by a name in SORTS, chosen on other sequences than those that are reported."""
+    scores = result['copying_eigenvalues'] if sort == 'copying' else result[SORTS[sort]]['ranking']
+    return ranked(scores)
+
+
+def head_table(result, show=10, sort='induction'):
+    """The `show` first heads of one model by `sort` with their scores, and its totals: a str without final newline."""
     score, lift = result['induction'], result['composition_lift']['k']
     gap = result.get('random gap', result['short'])['induction']['mean']
-    ablation = result.get('ablation')
+    ablation, called = result.get('ablation'), result['calls'][SORTS[sort]]
     heading = 'head    induction [95 %]        gap    prefix dupl.  prev.  copying  top-5  K-lift  from'
     lines = [heading + ('     ablation' if ablation else '')]
-    for layer, head in result['ranking'][:show]:
+    for layer, head in sorted_heads(result, sort)[:show]:
         at = (layer, head)
         source, best = '', float('nan')
         if layer:
             source_at = np.unravel_index(np.nanargmax(lift[:, :, layer, head]), lift.shape[:2])
             source, best = f'{source_at[0]}.{source_at[1]}', lift[(*source_at, *at)]
         values = [result['four copies']['prefix_matching'], result['duplicate_token'], result['previous_token']]
-        line = (f'{layer}.{head:<3}{"*" if result["called"][at] else " "}  {score["mean"][at]:.3f} '
+        line = (f'{layer}.{head:<3}{"*" if called[at] else " "}  {score["mean"][at]:.3f} '
                 f'[{score["low"][at]:.3f}, {score["high"][at]:.3f}]  {gap[at]:.3f}  '
                 + '  '.join(f'{value["mean"][at]:.3f}' for value in values)
                 + f'  {result["copying_eigenvalues"][at]:+7.2f} {result["copying_top5"][at]:6.2f}'
                 f' {best:7.2f}  {source:<6}')  # fmt: skip
         lines.append(line + (f' {ablation["rise"][at]:+9.3f}' if ablation else ''))
+    lines += text_lines(result['text'], show, sort) if 'text' in result else []
     lines += summary_lines(result)
     if 'latent' in result:
         lines += latent_lines(result['latent'], result['model_args']['n_latent'])
-    called, strong = result['called'], result['called'] & (score['mean'] > CUSTOMARY)
-    lines.append(f'{result["name"]}: {called.sum()} of {called.size} heads are induction heads, '
-                 f'{strong.sum()} of them above the customary threshold {CUSTOMARY}')  # fmt: skip
+    lines.append(verdict_line(result, sort))
     return '\n'.join(lines)
+
+
+def verdict_line(result, sort):
+    """How many heads of a model are called what the table is sorted by, and by how far."""
+    called, null = result['calls'][SORTS[sort]], result['nulls'][SORTS[sort]]
+    line = f'{result["name"]}: {called.sum()} of {called.size} heads are {CALLED[sort]}'
+    if sort == 'induction':
+        strong = called & (result['induction']['mean'] > CUSTOMARY)
+        line += f', {strong.sum()} of them above the customary threshold {CUSTOMARY}'
+    scores = result['copying_eigenvalues'] if sort == 'copying' else result[SORTS[sort]]['mean']
+    if sort in ('previous', 'duplicate'):
+        line += f', {(called & (scores > 2 * null)).sum()} of them with twice the score of any untrained head'
+    if called.any():
+        best, of = (
+            scores[called].max(),
+            '' if sort == 'copying' else f' of all attention (untrained heads: up to {null:.3f})',
+        )
+        weak = ': a weak effect' if sort != 'copying' and best < 2 * null else ''
+        line += f'; the strongest scores {best:.3f}{of}{weak}'
+    return line
+
+
+def text_lines(found, show, sort):
+    """The first heads on a text of the user's own, by `sort` (copying is no matter of text: by induction)."""
+    names = ('induction', 'duplicate_token', 'previous_token')
+    name = SORTS[sort] if SORTS[sort] in names else 'induction'
+    windows = f'{found["windows"]} windows of {found["tokens"]} tokens'
+    headings = '  '.join(f'{heading + " [95 %]":<22}' for heading in ('induction', 'duplicate', 'previous'))
+    lines = [f'on {found["file"]}, {windows}, by {name.replace("_", " ")}:', f'head   {headings}']
+    for at in ranked(found[name]['mean'])[:show]:
+        cells = (f'{found[n]["mean"][at]:.3f} [{found[n]["low"][at]:.3f}, {found[n]["high"][at]:.3f}]' for n in names)
+        lines.append(f'{at[0]}.{at[1]:<4} ' + '  '.join(f'{cell:<22}' for cell in cells))
+    lines.append('chance ' + '  '.join(f'{found[n]["chance"]:<22.3f}' for n in names))
+    return [line.rstrip() for line in lines]
 
 
 def summary_lines(result):

@@ -137,3 +137,47 @@ def test_published_weights_are_read_from_a_hugging_face_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'published: ' in done.stdout and 'published weights' in done.stdout
     assert not (tmp_path / 'found' / 'patterns.html').exists()
+
+
+@pytest.mark.parametrize(
+    'sort, first, called', [('previous', '0.0', 'previous-token'), ('copying', '1.1', 'copying'), ('duplicate', '', '')]
+)
+def test_a_table_is_sorted_by_a_score_with_a_call_of_its_own(sort, first, called, tmp_path):
+    folder = save(tmp_path / 'out', planted('mha'))
+    done = find(f'--models={folder}', f'--out_dir={tmp_path}/found', f'--sort={sort}', '--ablate=False')
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line[:3] in ('0.0', '0.1', '1.0', '1.1')]
+    assert len(rows) == 4 and done.stdout.count('columns:') == 1
+    model = json.loads((tmp_path / 'found' / 'induction.json').read_text())['models'][0]
+    if first:
+        assert rows[0][0] == first and rows[0][1] == '*'
+        assert f'heads are {called} heads' in done.stdout and '; the strongest scores' in done.stdout
+    else:
+        assert model['nulls']['duplicate_token'] > 0
+        assert 'out: 0 of 4 heads are duplicate-token heads, 0 of them with twice' in done.stdout
+
+
+def test_heads_are_scored_and_drawn_on_a_text_of_ones_own(tmp_path):
+    (tmp_path / 'in.txt').write_text('abcdef' * 40 + 'fedcba')
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    model = trained(27)
+    meta = dict(tokenizer.CharTokenizer.learn(letters + '\n').meta())
+    folder = save(tmp_path / 'out', model, tokenizer=meta)
+    keys = (f'--models={folder}', f'--out_dir={tmp_path}/found', '--ablate=False')
+    done = find(*keys, f'--text={tmp_path}/in.txt')
+    assert done.returncode == 0, done.stderr
+    assert f'on {tmp_path}/in.txt, 7 windows of 32 tokens, by induction:' in done.stdout
+    found = json.loads((tmp_path / 'found' / 'induction.json').read_text())['models'][0]['text']
+    assert found['windows'] == 7 and np.array(found['induction']['mean']).shape == (1, 2)
+    assert 0 < found['induction']['chance'] < 0.3 and found['previous_token']['low'] <= found['previous_token']['mean']
+    shown = page_of(tmp_path / 'found')[0]['sequences'][-1]
+    assert shown['title'] == 'in.txt' and ''.join(shown['tokens'])[:12] == 'abcdefabcdef'
+    for text, expected in (('ab', 'has 2 tokens'), (letters[:20], 'occurs twice'), ('a?' * 30, "'?'")):
+        (tmp_path / 'in.txt').write_text(text)
+        done = find(*keys, f'--text={tmp_path}/in.txt')
+        assert done.returncode == 2 and expected in done.stderr.splitlines()[-1]
+    (tmp_path / 'in.txt').write_bytes(b'\xff\xfe' * 40)
+    done = find(*keys, f'--text={tmp_path}/in.txt')
+    assert done.returncode == 2 and 'is not UTF-8' in done.stderr.splitlines()[-1]
+    done = find(*keys, '--text=nowhere.txt')
+    assert done.returncode == 2 and 'nowhere.txt is missing' in done.stderr.splitlines()[-1]

@@ -184,3 +184,30 @@ def test_the_loss_on_repeats_counts_predictable_tokens_only():
     # [BOS] x x: the first token of the second copy is not predictable, the other seven are
     np.testing.assert_allclose(losses, forward.text_losses(model, these.tokens)[:, 9:], rtol=1e-5)
     np.testing.assert_allclose(losses.mean(1), induction.head_scores(model, these)['repeat_loss'], rtol=1e-5)
+
+
+def test_scores_on_text_are_one_for_perfect_heads_and_chance_for_uniform_ones():
+    """Positions whose token occurred before are counted, and all its earlier positions: a b a c b a."""
+    tokens = torch.tensor([[0, 1, 0, 2, 1, 0]])
+    follow, same, before = torch.zeros(6, 6), torch.zeros(6, 6), torch.zeros(6, 6)
+    follow[2, 1] = follow[4, 2] = 1
+    follow[5, 1] = follow[5, 3] = 0.5  # after both earlier a
+    same[2, 0] = same[4, 1] = 1
+    same[5, 0], same[5, 2] = 0.25, 0.75
+    before[1:] = torch.eye(6)[:-1]
+    scores, chance = induction.natural_scores(torch.stack([follow, same, before])[None], tokens)
+    found = {name: [round(x, 6) for x in value[0].tolist()] for name, value in scores.items()}
+    assert found['induction'][:2] == [1, 0] and found['duplicate_token'][:2] == [0, 1]
+    # the previous token follows an earlier a at positions 2 (its b); it is no earlier a anywhere
+    assert found['induction'][2] == round(1 / 3, 6) and found['duplicate_token'][2] == 0
+    assert found['previous_token'][2] == 1 and found['previous_token'][0] < 1
+    expected = (1 / 3 + 1 / 5 + 2 / 6) / 3  # of uniform attention
+    assert chance['induction'].item() == pytest.approx(expected) == chance['duplicate_token'].item()
+    assert chance['previous_token'].item() == pytest.approx(sum(1 / (i + 1) for i in range(1, 6)) / 5)
+
+
+def test_a_text_without_repetition_has_no_score():
+    uniform = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
+    scores, chance = induction.natural_scores(uniform[None, None], torch.arange(4)[None])
+    assert scores['induction'].isnan().all() and chance['induction'].isnan().all()
+    assert not scores['previous_token'].isnan().any()
