@@ -49,6 +49,9 @@ BOUNDS = {
     'seeds': '[0, 1000]',
     'tuning_seeds': '[0, 1000]',
     'final_seeds': '[0, 1000]',
+    'control_seeds': '[0, 1000]',
+    'iterations': '[0, 1000000000]',
+    'minutes': '(0, 100000]',
     # sampling
     'num_samples': '[1, 100000]',
     'max_new_tokens': '[1, 1000000000]',
@@ -73,6 +76,7 @@ BOUNDS = {
     'show': '[1, 1000000]',
     # measuring speed
     'rounds': '[1, 1000000]',
+    'most': '[1, 1000000]',
     'contexts': '[1, 16777216]',
     'batch_sizes': '[1, 1000000]',
     'uncached_tokens': '[0, 1000000000]',

@@ -41,6 +41,7 @@ TINY = {
     'sizing.py': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 64, 'block_size': 16, 'contexts': '16'},
     'studies/induction.py': {'reuse': '{place}/study.json'},
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
+    'studies/gpu.py': {'out_dir': '{place}/out', 'nanogpt': '{place}/nowhere', 'parts': 'memory'},  # as above
     'data/text/prepare.py': {'input': '{place}/text.txt'},
     'data/code/prepare.py': {'input': '{place}/texts', 'suffixes': '.md,.py', 'val_fraction': 0.5,
                              'split_seed': 1342},  # with one file in each split
