@@ -403,7 +403,7 @@ def draw_plot(rows, file):
 
     from analysis import report
 
-    rows = [row for row in rows if 'ms' in row and row['name'] != 'MHA, no cache']
+    rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
     names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
     lines = zip(names, 'os^Dv*' * len(names), ['-', '--', '-.', ':'] * len(names), strict=False)

@@ -282,12 +282,15 @@ def goals():
     return [*found, (goal, text, (only_mla or gain >= 4) if gain or only_mla else None)]
 
 
-STEPS = {'train': 'compiled', 'train_eager': 'not compiled'}
+STEPS = ('train', 'train_eager')
 
 
 def draw_steps():
     """Tokens/s and peak memory of the training steps at 124M, as bars."""
-    rows = [(f'{r["name"]}, {how}', r) for part, how in STEPS.items() for r in (measured(part) or {}).get('steps', [])]
+    found = [result for part in STEPS if (result := measured(part))]
+    rows = [(r['name'] + ', compiled' * bool(result['config']['compile']), r)
+            for result in found for r in result['steps']]  # fmt: skip
+    rows = [(f'{name} ({number})' if rehearse else name, r) for number, (name, r) in enumerate(rows)]
     names = [name for name, _ in rows][::-1]
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(rows)), layout='constrained')
     for axes, (key, factor, label) in zip(figure.subplots(1, 2, sharey=True), (
