@@ -223,6 +223,7 @@ def step_peak(model, batch, folder):
         training = Training(model, Setting(folder, batch, block_size, seed, device, dtype, compile=False))
         training.run()  # makes the optimizer's state, which is held from then on
         return training.peak_bytes()
+    training = None  # with the optimizer's state
     model.zero_grad(set_to_none=True)
     gc.collect()  # the frames that the exception held
     torch.cuda.empty_cache()
@@ -426,7 +427,11 @@ def draw_plot(rows, file):
         axes[-1].plot(list(own), list(own.values()), **looks[name])
     axes[-1].set(title='cache of one sequence', ylabel='memory (MiB)')
     for axis in axes:
-        axis.set(xlabel='context (tokens)', ylim=(0, None), xlim=(0, None))
+        axis.set(xlabel='context (tokens)', ylim=(0, None))
+        if max(row['context'] for row in rows) > 64 * min(row['context'] for row in rows):
+            axis.set_xscale('log', base=2)
+        else:
+            axis.set_xlim(0, None)
         axis.grid(color='0.9')
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].legend(frameon=False)

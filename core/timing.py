@@ -71,10 +71,15 @@ def profile(function, path, device='cpu'):
         function()
         synchronize(device)
     trace.export_chrome_trace(path)
-    by = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
-    events = sorted(trace.key_averages(), key=lambda event: -getattr(event, by))
-    total = sum(getattr(event, by) for event in events)
-    return [(event.key.removeprefix('aten::'), getattr(event, by) / total) for event in events]
+    events = trace.key_averages()
+    if device.startswith('cuda'):  # an operator's row repeats the time of its kernels, which have rows of their own
+        kernels = torch.autograd.DeviceType.CUDA
+        events = [e for e in events if e.device_type == kernels and not getattr(e, 'is_user_annotation', False)]
+        times = {event.key: event.self_device_time_total for event in events}
+    else:
+        times = {event.key.removeprefix('aten::'): event.self_cpu_time_total for event in events}
+    total = sum(times.values()) or 1  # without the driver's profiling there are no kernels
+    return [(name, time / total) for name, time in sorted(times.items(), key=lambda item: -item[1])]
 
 
 def quiet_profiler():

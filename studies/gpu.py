@@ -9,8 +9,10 @@ Needs what a CUDA image with PyTorch, transformers, datasets, tiktoken and matpl
 the tests are left out, and without a nanoGPT checkout its rows are.
 
 Every part is a few commands of this repository with a time limit of its own. After each one gpu.json and gpu.md in
-out_dir hold what has been measured until then, and pictures lie beside them. A part that is done is kept: repeat the
-command to continue. The last part trains for whatever time is left. Run it from the repository root.
+out_dir hold what has been measured until then, and pictures lie beside them; where $OUT is a folder, these are copied
+there too. A part that is done is kept, and so is each command that wrote its .json: repeat the command to continue, or
+delete a part's .json and gpu.json to measure again. The last part trains for whatever time is left. Run it from the
+repository root.
 """
 
 import sys
@@ -21,9 +23,12 @@ from core import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
+import contextlib
+import glob
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -37,11 +42,11 @@ from core import messages, runtime, timing
 from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
-out_dir = ''  # '': $OUT, or out-gpu
+out_dir = 'out-gpu'
 parts = ''  # the parts to run, separated by commas; '': all
 rehearse = False  # on a CPU, in miniature
 nanogpt = ''  # folder of a nanoGPT checkout; '': ../nanoGPT where that is one
-minutes = 25.0  # for all parts together
+minutes = 30.0  # for all parts together
 iterations = 0  # of the last part's trainings, if the time suffices; 0: a million, in a rehearsal 20
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,8 +107,8 @@ def all_parts():
     medium = dict(n_layer=24, n_head=16, n_embd=1024)
     small_step = dict(batch_size=2, block_size=32) if rehearse else dict(batch_size=batch, block_size=1024)
     half_step = small_step if rehearse else dict(small_step, batch_size=max(1, batch // 2))
-    grid = dict(contexts='8,32', batch_sizes='1,2') if rehearse else dict(
-        contexts='128,1024,4096,16384', batch_sizes='1,8,64,256' if memory > 70e9 else '1,8,64')  # fmt: skip
+    contexts = '8,32' if rehearse else '128,1024,4096,16384'
+    sizes = (1, 2) if rehearse else (1, 8, 64, 256) if memory > 70e9 else (1, 8, 64)
     texts = dict(new_tokens=8, prompt_tokens=4) if rehearse else dict(new_tokens=256, prompt_tokens=16)
     shakespeare = [path(f'shakespeare-{arm}') for arm in ('mha', 'mla')]
     code = [path(f'code-{arm}') for arm in ('mha', 'mla')]
@@ -111,47 +116,60 @@ def all_parts():
     is_prepared = (ROOT / 'data' / 'shakespeare_char' / 'meta.json').is_file()
     plays = str(ROOT / 'data') if is_prepared else data
     characters = [PYTHON, 'data/shakespeare_char/prepare.py', *keys(out_dir=os.path.join(data, 'shakespeare_char'))]
-    prepared = dict(out_dir=os.path.join(data, 'code'))
     thin = dict(n_latent=16) if rehearse else {}
     left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3,
                 warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500,
-                eval_iters=2, keep_checkpoints='250,500,1000,2000,4000')  # fmt: skip
-    name = gpu.name if gpu else 'this device'
+                eval_iters=2, log_interval=100)  # fmt: skip
+    where, small = ('a CPU', 'a miniature') if rehearse else (gpu.name if gpu else 'this device', '124M')
+    text = '' if is_prepared else ', on the text that could be had (see below)'
     return {
-        'tests': Part('Tests', 300, [[PYTHON, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/gpu']], 'pytest'),
-        'train': Part(f'Training steps, 124M, compiled, {name}', 420, [
-            bench('train', mode='train', **small_step, **arms, **latents, **theirs, compile=not rehearse, rounds=5,
-                  profile=path('profile'))]),
-        'train_eager': Part(f'Training steps, 124M, not compiled, {name}', 150, [
-            bench('train_eager', mode='train', **small_step, **arms, **latents, **theirs, compile=False)]),
-        'train_350m': Part(f'Training steps, 350M, not compiled, {name}', 150, [
-            bench('train_350m', mode='train', **half_step, **medium, **theirs, compile=False)]),
-        'memory': Part(f'Largest batch, 124M, T = 1024, not compiled, {name}', 120, [
-            bench('memory', mode='memory', **latents, block_size=32 if rehearse else 1024, most=4 if rehearse else 1024,
-                  compile=False)]),
-        'decode': Part(f'Decoding steps, 124M, {name}', 300, [
-            bench('decode', mode='sample', **grid, **arms, **latents, new_tokens=0, uncached_tokens=0, huggingface=True,
-                  eager=True, plot=path('decode.png'))]),
-        'texts': Part(f'Texts, 124M, {name}', 120, [
+        'tests': Part('Tests', 600, [[PYTHON, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']], 'pytest'),
+        'train': Part(f'Training steps, {small}, compiled, {where}', 480, [
+            bench('train', mode='train', **small_step, **arms, **latents, **theirs, compile=not rehearse, rounds=5)]),
+        'decode': Part(f'Decoding steps, {small}, {where}', 420, [
+            bench(f'decode-B{size}', mode='sample', contexts=contexts, batch_sizes=size, **arms, **latents,
+                  new_tokens=0, uncached_tokens=0, huggingface=True, eager=True, plot=path(f'decode-B{size}.png'))
+            for size in sizes]),
+        'texts': Part(f'Texts, {small}, {where}', 120, [
             bench('texts', mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, **arms, **theirs, **texts,
                   huggingface=True)]),
-        'shakespeare': Part('Shakespeare, the baby GPT at its full setting', 480, [
+        'train_eager': Part(f'Training steps, {small}, not compiled, {where}', 150, [
+            bench('train_eager', mode='train', **small_step, **arms, **latents, **theirs, compile=False)]),
+        'memory': Part(f'Largest batch, {small}, not compiled, {where}', 120, [
+            bench('memory', mode='memory', **latents, block_size=32 if rehearse else 1024, most=4 if rehearse else 1024,
+                  compile=False)]),
+        'profile': Part(f'Kernels of a training step, {small}, {where}', 300, [
+            bench('profile', mode='train', **small_step, n_latents=LATENTS[0], compile=not rehearse, rounds=1,
+                  profile=path('trace'))]),
+        'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, [
             *([] if is_prepared else [characters]),
             train('train.py', 'config/train_shakespeare_char.py', out_dir=shakespeare[0], data_dir=plays),
             train('train_mla.py', 'config/train_shakespeare_char_mla.py', out_dir=shakespeare[1], data_dir=plays,
                   **thin),
             compare(shakespeare, data_dir=plays)]),
+        'train_350m': Part(f'Training steps, {"a miniature" if rehearse else "350M"}, not compiled, {where}', 150, [
+            bench('train_350m', mode='train', **half_step, **medium, **theirs, compile=False)]),
         'data': Part('The data path', 120, [
             bench('data', mode='data', megabytes=1 if rehearse else 64, batch_size=4 if rehearse else 32)]),
         'pair': Part('A pair on source code, for the time that is left', 0, [
-            [PYTHON, 'data/code/prepare.py', *keys(**prepared, tokenizer='bpe', vocab_size=512 if rehearse else 8192,
-                                                   megabytes=1 if rehearse else 100)],
+            *([] if os.path.exists(os.path.join(data, 'code', 'meta.json')) else [[
+                PYTHON, 'data/code/prepare.py', *keys(
+                    out_dir=os.path.join(data, 'code'), packages=','.join(['stdlib', *filter(is_here, PACKAGES)]),
+                    tokenizer='bpe', vocab_size=512 if rehearse else 8192, megabytes=1 if rehearse else 100)]]),
             train('train.py', out_dir=code[0], **left),
             train('train_mla.py', out_dir=code[1], **left, **thin),
             compare(code, data_dir=data),
             [PYTHON, 'find_induction_heads.py', *keys(models=','.join(code), out_dir=path('induction'), data_dir=data,
                                                       **miniature_analysis())]]),
     }  # fmt: skip
+
+
+PACKAGES = ('torch', 'numpy', 'transformers', 'datasets', 'matplotlib', 'tqdm')
+
+
+def is_here(package):
+    """True if a package is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 def compare(folders, **settings):
@@ -180,6 +198,9 @@ def run(name, part, until):
     deadline = min(until, began + part.seconds) if part.seconds else until
     trainings = sum('train' in os.path.basename(command[1]) for command in part.commands)
     for command in part.commands:
+        written = next((key.removeprefix('--json=') for key in command if key.startswith('--json=')), '')
+        if os.path.exists(written):  # by an earlier call that had no time for the rest
+            continue
         messages.notice('$ ' + ' '.join(command[1:]))
         is_training = os.path.basename(command[1]) in ('train.py', 'train_mla.py') and not part.seconds
         ends = deadline
@@ -190,18 +211,19 @@ def run(name, part, until):
         code, text, said = call(command, ends - time.monotonic())
         with open(path(f'{name}.log'), 'a', encoding='utf-8') as log:
             log.write('$ ' + ' '.join(command[1:]) + f'\n{text}\n{said}\n')
-        texts.append(text)
+        texts.append(as_markdown(command, text))
         if code is None and not is_training:
             status = 'out of time'
             break
         if code:
-            status = f'failed: {last_line(said)}'
+            status = f'failed: {last_line(said.strip() or text)}'
             break
     return dict(title=part.title, status=status, seconds=time.monotonic() - began, output=texts, rehearsed=rehearse,
                 commands=[' '.join(command[1:]) for command in part.commands])  # fmt: skip
 
 
-AFTERWARDS = 60  # seconds of the last part for what follows its trainings
+AFTERWARDS = 20 if rehearse else 180  # seconds of the last part for what follows its trainings
+LEAST = 0 if rehearse else 360  # seconds without which the last part isn't worth its start
 
 
 def call(command, seconds):
@@ -215,34 +237,50 @@ def call(command, seconds):
             out, err = process.communicate(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
             stopped = True
-            os.killpg(process.pid, signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)  # not to its children: a training that is compiling would fail
             try:
                 out, err = process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, err = process.communicate()
     except SystemExit:  # this script was told to stop: so are its children
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         raise
     return None if stopped else process.returncode, out, err
+
+
+def as_markdown(command, text):
+    """A command's output for gpu.md: the tables of bench.py, and the end of others' without the lines of iterations."""
+    if os.path.basename(command[1]) == 'bench.py':
+        return text
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith('iter ')]
+    return '```\n' + '\n'.join(lines[-40:]) + '\n```\n'
 
 
 def last_line(text):
     """The last line of a text that isn't empty, or what to say where there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else 'nothing was written to stderr'
+    return lines[-1] if lines else 'nothing was printed'
 
 
 # ---- what is reported ------------------------------------------------------------------------------------------------
 
 
 def measured(name):
-    """What a part's bench.py wrote to NAME.json, or None."""
-    if not os.path.exists(path(f'{name}.json')):
+    """What a part's bench.py wrote to NAME.json, or to NAME-*.json, whose lists are joined; None where nothing was."""
+    paths = [p for p in (path(f'{name}.json'), *sorted(glob.glob(path(f'{name}-*.json')))) if os.path.exists(p)]
+    found = []
+    for file_path in paths:
+        with open(file_path, encoding='utf-8') as file:
+            found.append(json.load(file))
+    if not found:
         return None
-    with open(path(f'{name}.json'), encoding='utf-8') as file:
-        return json.load(file)
+    lists = {key: [item for part in found for item in part[key]] for key in found[0] if isinstance(found[0][key], list)}
+    return found[0] | lists
 
 
 def row(name, part, key, **where):
@@ -321,7 +359,12 @@ def write(records, machine):
         text += f'\n## {record["title"]}\n\n`{name}`: {record["status"]}, {record["seconds"]:.0f} s\n\n'
         text += ''.join(f'```sh\npython {command}\n```\n\n' for command in record['commands'])
         text += '\n'.join(record['output']).strip() + '\n'
+    for picture in sorted(glob.glob(path('*.png'))):
+        text += f'\n![{Path(picture).stem}]({os.path.basename(picture)})\n'
     report.save_text(path('gpu.md'), text)
+    if os.path.isdir(os.environ.get('OUT', '')):
+        for file in ('gpu.md', 'gpu.json', *map(os.path.basename, glob.glob(path('*.png')))):
+            shutil.copy(path(file), os.environ['OUT'])
 
 
 def start():
@@ -340,7 +383,6 @@ def start():
     return earlier['parts'], machine
 
 
-out_dir = out_dir or os.environ.get('OUT') or 'out-gpu'
 messages.check_folder(out_dir)
 os.makedirs(out_dir, exist_ok=True)
 beside = ROOT.parent / 'nanoGPT'
@@ -360,7 +402,7 @@ for name in available:
     if part.needs and not importlib.util.find_spec(part.needs):
         messages.notice(f'{name}: left out, {part.needs} is not installed')
         continue
-    if time.monotonic() > until - 5:
+    if time.monotonic() > until - (5 if part.seconds else max(5, LEAST)):
         messages.notice(f'{name}: no time left; repeat the command to continue')
         continue
     records[name] = run(name, part, until)

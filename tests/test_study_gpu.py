@@ -8,7 +8,8 @@ import pytest
 
 from core import timing
 
-PARTS = ['tests', 'train', 'train_eager', 'train_350m', 'memory', 'decode', 'texts', 'shakespeare', 'data', 'pair']
+PARTS = ['tests', 'train', 'decode', 'texts', 'train_eager', 'memory', 'profile', 'shakespeare', 'train_350m', 'data',
+         'pair']  # fmt: skip
 TWIN = Path(__file__).with_name('nanogpt_twin.py').read_text(encoding='utf-8')
 
 
@@ -28,12 +29,13 @@ def test_every_part_runs_once(tmp_path):
     assert all(value and met is not None for _, value, met in written['goals']), 'every goal finds its figures'
     assert done.stdout.count('\n') == 8 and 'not measured' not in done.stdout
     report = (out / 'gpu.md').read_text()
+    assert 'iter 10:' not in report and '![decode-B2](decode-B2.png)' in report
     assert all(f'\n`{name}`: done' in report for name in PARTS) and 'rehearsal' in report.splitlines()[0]
     steps = {row['name'] for row in written['results']['decode']['steps']}
     assert steps == {'MHA', 'GQA-2', 'MQA', 'MLA, r=32', 'MLA, r=16', 'Hugging Face'}
-    for picture in ('train.png', 'decode.png'):
+    for picture in ('train.png', 'decode-B1.png', 'decode-B2.png'):
         assert (out / picture).read_bytes().startswith(b'\x89PNG')
-    for file in ('shakespeare-mla/ckpt.pt', 'code-mla/ckpt.pt', 'profile-MHA.json', 'induction'):
+    for file in ('shakespeare-mla/ckpt.pt', 'code-mla/ckpt.pt', 'trace-MHA.json', 'induction'):
         assert (out / file).exists(), file
     again = rehearse(out)
     assert again.stdout == done.stdout and '$ ' not in again.stderr
@@ -59,7 +61,7 @@ def test_trainings_of_the_last_part_share_its_time(tmp_path):
 @pytest.mark.parametrize(
     'arguments, expected',
     [
-        (['--rehearse', '--parts=x,data'], 'unknown parts: x; choose from tests, train'),
+        (['--rehearse', '--parts=x,data'], 'unknown parts: x; choose from tests, train, decode'),
         (['--rehearse', '--nanogpt=nowhere'], 'has no model.py; --nanogpt must be the folder of a nanoGPT checkout'),
         (['--device=cpu'], 'unknown key --device'),
     ],

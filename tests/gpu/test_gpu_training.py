@@ -10,7 +10,7 @@ from training import ROOT, SCRIPTS, assert_same_curve, environment, log_of, torc
 from training import run as run_training
 
 KEYS = {'mha': dict(bias=True), 'mla': dict(bias=True, pos='rope', n_latent_q=12, latent_norm=True)}
-TOLERANCE = {'float32': 2e-3, 'bfloat16': 0.03}  # float32 multiplies in TF32
+TOLERANCE = {'float32': 1e-2, 'bfloat16': 0.03}  # float32 multiplies in TF32
 DTYPES = [*TOLERANCE, pytest.param('float16', marks=pytest.mark.cuda)]
 
 
@@ -64,11 +64,10 @@ def assert_same_curve_after(whole, stopped, iteration):
     for number in range(iteration, max(rows[0]) + 1):
         for name in ('loss', 'val_loss'):
             one, other = (found[number][name] for found in rows)
-            assert bool(one) == bool(other) and (not one or abs(float(one) - float(other)) <= 2e-3), (number, name)
+            assert bool(one) == bool(other) and (not one or abs(float(one) - float(other)) <= 1e-2), (number, name)
 
 
 def test_one_process_of_torchrun_learns_as_a_cpu_does(on_cpu, data_dir, tmp_path):
-    """Over NCCL on a GPU."""
     attention, folder = on_cpu
     keys = dict(KEYS[attention], device='auto' if torch.cuda.is_available() else 'cpu', dtype='bfloat16', fsdp=True)
     done = run(SCRIPTS[attention], data_dir, tmp_path, torchrun(1), **keys)
