@@ -32,7 +32,7 @@ test-oldest: $(OLDEST)/.installed ## install the oldest versions that pyproject.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
 # with the Python that has PyTorch there already: a CUDA image is often without a network
-gpu: ## everything that needs a GPU, with $(PYTHON)'s own packages unless there is .venv (ARGS=--rehearse: on a CPU)
+gpu: ## everything that needs a GPU, in .venv or else with the packages that are there (ARGS=--rehearse: on a CPU)
 	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) studies/gpu.py $(ARGS)
 
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')

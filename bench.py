@@ -48,9 +48,8 @@ import torch
 
 from core import checkpoint as checkpoints
 from core import messages, peers, runtime, timing
-from core.contenders import WITHOUT, SeparateTraining, Setting, Training
+from core.contenders import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.dataset import TokenData, read_meta
-from core.decoding import FixedStep
 from core.files import write_json
 from core.messages import UserError, whole_numbers
 from core.timing import ms_text, print_table, spread
@@ -252,65 +251,6 @@ def bench_memory():
 # ---- mode=sample -----------------------------------------------------------------------------------------------------
 
 
-class Decoding:
-    """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
-
-    def __init__(self, model, batch_size, context, captured=True):
-        """captured: on a GPU, as a CUDA graph."""
-        self.model, self.context = model, context
-        self.cache = model.init_cache(batch_size, context)
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.step = functools.partial(model, cache=self.cache)
-        self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
-        if captured and device.startswith('cuda'):
-            self.cache.length = context - 1
-            self.step = FixedStep(model, self.cache)
-
-    def run(self, times=4):
-        """Take `times` steps. Returns `times`."""
-        for _ in range(times):
-            self.cache.length = self.context - 1
-            self.step(self.token)
-        return times
-
-    def run_attention(self, times=4):
-        """The attention layers alone, `times` times, projections included. Returns `times`. Never a CUDA graph."""
-        self.cache.length = self.context - 1
-        x = torch.ones(self.token.size(0), 1, n_embd, device=device)
-        for _ in range(times):
-            for block in self.model.transformer.h:
-                block.attn(x, cache=self.cache)
-        return times
-
-
-class HuggingFaceDecoding:
-    """The same steps of transformers' GPT-2 with its DynamicCache, which grows by the token and is cut back."""
-
-    def __init__(self, model, batch_size, context):
-        from transformers import DynamicCache
-
-        self.model, self.context, self.cache = model, context, DynamicCache()
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        filled = (batch_size, n_head, context - 1, n_embd // n_head)
-        for layer in range(n_layer):
-            parts = (torch.zeros(filled, device=device, dtype=cache_dtype()) for _ in range(2))
-            self.cache.update(*parts, layer)
-        per_token = 2 * n_layer * n_embd * cache_dtype().itemsize
-        self.sizes = {'bytes_per_token': per_token, 'cache_bytes': per_token * batch_size * context}
-
-    def run(self, times=4):
-        """Take `times` steps. Returns `times`."""
-        for _ in range(times):
-            self.model(self.token, past_key_values=self.cache, use_cache=True)
-            self.cache.crop(-1)  # removes one token
-        return times
-
-
-def cache_dtype():
-    """The dtype of the caches, that of the matrix multiplications."""
-    return runtime.DTYPES[dtype]
-
-
 def time_together(makers):
     """A row for each of {name: function that makes its Decoding}, timed in turns: times, sizes and peak memory."""
     decodings = {name: make() for name, make in makers.items()}
@@ -343,7 +283,7 @@ def measure_steps(models, hf_model, batch_size, context):
     if eager and device.startswith('cuda'):
         makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
     if hf_model:
-        makers['Hugging Face'] = functools.partial(HuggingFaceDecoding, hf_model, batch_size, context)
+        makers['Hugging Face'] = functools.partial(HuggingFaceDecoding, hf_model, batch_size, context, dtype)
     rows = time_steps(makers)
     if batch_size * context <= uncached_tokens:
         idx = torch.zeros(batch_size, context, dtype=torch.int64, device=device)
@@ -367,7 +307,7 @@ def measure_steps(models, hf_model, batch_size, context):
 
 def weight_bytes(model):
     """Bytes of the weights that a step needs, in the dtype of the multiplications: all but the positions' table."""
-    return model.get_num_params() * cache_dtype().itemsize  # get_num_params leaves the positions out
+    return model.get_num_params() * runtime.DTYPES[dtype].itemsize  # get_num_params leaves the positions out
 
 
 def random_prompt():

@@ -174,55 +174,52 @@ def pattern_scores(pattern, repeats):
 
 def natural_scores(pattern, tokens):
     """
-    Scores of one layer's heads on text (B, T) from their patterns (B, H, T, T), and what uniform attention would score.
+    The scores of one layer's heads on text (B, T), from their patterns (B, H, T, T): a dict of tensors (B, H).
 
     Over the positions i whose token occurred before in the window, with j all its earlier positions:
       induction        mean_i sum_j A[i, j + 1]
       duplicate_token  mean_i sum_j A[i, j]
       previous_token   mean over all i >= 1 of A[i, i - 1]
-
-    Returns two dicts, of tensors (B, H) and of tensors (B,); NaN for a window without a token that occurs twice.
+    The first two are NaN for a window without a token that occurs twice.
     """
-    T = tokens.size(1)
     same = (tokens[:, :, None] == tokens[:, None]).tril(-1)  # (B, i, j)
-    follows = torch.nn.functional.pad(same, (1, -1))  # (B, i, j + 1)
-    queries = same.any(-1)
-    uniform = torch.ones(T, T, device=pattern.device).tril() / torch.arange(1, T + 1, device=pattern.device)[:, None]
+    follows = F.pad(same, (1, -1))  # (B, i, j + 1)
+    queries = same.any(-1).sum(-1, keepdim=True)  # other rows add nothing to the sums
+    return {
+        'induction': (pattern * follows[:, None]).sum((-1, -2)) / queries,
+        'duplicate_token': (pattern * same[:, None]).sum((-1, -2)) / queries,
+        'previous_token': pattern.diagonal(-1, 2, 3).mean(-1),
+    }
 
-    def score(attention):  # (B, H, T, T)
-        count = queries.sum(-1, keepdim=True)
-        found = {
-            name: (attention * where[:, None]).sum((-1, -2)) / count  # rows that are no query have no such j
-            for name, where in (('induction', follows), ('duplicate_token', same))
-        }
-        return found | {'previous_token': attention.diagonal(-1, 2, 3).mean(-1).expand(len(tokens), -1)}
 
-    return score(pattern), {name: value[:, 0] for name, value in score(uniform[None, None]).items()}
+def uniform_pattern(T):
+    """Uniform attention over T tokens: (T, T)."""
+    return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
 
 
 @torch.no_grad()
 def text_scores(model, tokens):
-    """`natural_scores` of all heads on windows of text (N, T): {name: (N, L, H)} and {name: (N,)}, float32 arrays."""
+    """
+    `natural_scores` of all heads on windows of text (N, T), and those of uniform attention: two dicts of arrays.
+
+    The first has (N, L, H) under each name, the second (N,).
+    """
     found, chances = [], []
-    for window in tokens.to(device_of(model)).split(1):
-        layers = []
-
-        def score(layer, attention, window=window, layers=layers):
-            layers.append(natural_scores(attention.pattern, window))
-
-        run(model, embed(model, window), visit=score, finish=False)
-        found.append({name: torch.stack([own[name] for own, _ in layers], dim=1).cpu() for name in layers[0][0]})
-        chances.append({name: value.cpu() for name, value in layers[0][1].items()})
+    for window in tokens.split(1):
+        on_device = window.to(device_of(model))
+        found.append(score_layers(model, on_device, lambda _, a, t=on_device: natural_scores(a.pattern, t), False)[1])
+        uniform = uniform_pattern(tokens.size(1))[None, None]
+        chances.append({name: value[:, 0] for name, value in natural_scores(uniform, window).items()})
     return joined(found), joined(chances)
 
 
-def score_layers(model, repeats, score, finish=True):
+def score_layers(model, tokens, score, finish=True):
     """
-    One forward pass over a batch: (hidden (B, T, C), {name: (B, L, H)}); hidden is None with finish=False.
+    One forward pass over token ids (B, T): (hidden (B, T, C), {name: (B, L, H)}); hidden is None with finish=False.
 
     score(layer, Attention) -> dict of tensors (B, H). A layer's pattern is freed as soon as it is scored.
     """
-    layers, x = [], embed(model, repeats.tokens)
+    layers, x = [], embed(model, tokens)
     hidden = run(model, x, visit=lambda layer, a: layers.append(score(layer, a)), finish=finish)
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
 
@@ -243,7 +240,7 @@ def head_scores(model, repeats, batch_size=16, losses=True):
     found = []
     for part in repeats.batches(batch_size, device_of(model)):
         hidden, scores = score_layers(
-            model, part, lambda layer, a, part=part: pattern_scores(a.pattern, part), finish=losses
+            model, part.tokens, lambda layer, a, part=part: pattern_scores(a.pattern, part), finish=losses
         )
         if losses:
             targets = part.tokens[:, 1:]
@@ -383,7 +380,7 @@ def self_test(score=pattern_scores):
         perfect[sequence, 0, repeats.query] = F.one_hot(repeats.match + 1, T).float()
         perfect[sequence, 1, repeats.query] = F.one_hot(repeats.match, T).float()
         perfect[:, 2, 1:] = torch.eye(T)[:-1]
-        uniform = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+        uniform = uniform_pattern(T)
         scores = score(perfect, repeats)
         flat = score(uniform.expand(N, 1, T, T), repeats)
         expected = [

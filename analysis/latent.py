@@ -162,6 +162,6 @@ def logit_parts(model, repeats, batch_size=16):
         return parts
 
     return joined([
-        score_layers(model, part, lambda layer, a, part=part: split_logits(layer, a, part), finish=False)[1]
+        score_layers(model, part.tokens, lambda layer, a, part=part: split_logits(layer, a, part), finish=False)[1]
         for part in repeats.batches(batch_size, device_of(model))
     ])  # fmt: skip

@@ -139,22 +139,22 @@ def head_table(result, show=10, sort='induction'):
 
 
 def verdict_line(result, sort):
-    """How many heads of a model are called what the table is sorted by, and by how far."""
-    called, null = result['calls'][SORTS[sort]], result['nulls'][SORTS[sort]]
+    """How many heads of a model are called what the table is sorted by, and how strong the strongest is."""
+    name = SORTS[sort]
+    called, null = result['calls'][name], result['nulls'][name]
     line = f'{result["name"]}: {called.sum()} of {called.size} heads are {CALLED[sort]}'
+    if sort == 'copying':
+        best = f'; the strongest scores {result["copying_eigenvalues"][called].max():.3f}' if called.any() else ''
+        return line + best
+    scores = result[name]['mean']
     if sort == 'induction':
-        strong = called & (result['induction']['mean'] > CUSTOMARY)
-        line += f', {strong.sum()} of them above the customary threshold {CUSTOMARY}'
-    scores = result['copying_eigenvalues'] if sort == 'copying' else result[SORTS[sort]]['mean']
-    if sort in ('previous', 'duplicate'):
+        line += f', {(called & (scores > CUSTOMARY)).sum()} of them above the customary threshold {CUSTOMARY}'
+    else:
         line += f', {(called & (scores > 2 * null)).sum()} of them with twice the score of any untrained head'
     if called.any():
-        best, of = (
-            scores[called].max(),
-            '' if sort == 'copying' else f' of all attention (untrained heads: up to {null:.3f})',
-        )
-        weak = ': a weak effect' if sort != 'copying' and best < 2 * null else ''
-        line += f'; the strongest scores {best:.3f}{of}{weak}'
+        best = scores[called].max()
+        line += f'; the strongest scores {best:.3f} of all attention (untrained heads: up to {null:.3f})'
+        line += ': a weak effect' if best < 2 * null else ''
     return line
 
 

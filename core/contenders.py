@@ -1,5 +1,6 @@
 """
-Training steps to be timed: ours, ours without one optimisation, and nanoGPT's, on random tokens.
+Steps to be timed. Of training: ours, ours without one optimisation, and nanoGPT's, on random tokens. Of decoding: ours,
+and Hugging Face's.
 
 Contenders that change the allocator or a library's state run in a separate process, which is this file as a program:
 
@@ -10,6 +11,7 @@ what is wrong. SeparateTraining starts it and is the only one that talks to it.
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ import torch
 
 from core import runtime, timing
 from core.dataset import TokenData
+from core.decoding import FixedStep
 from core.messages import UserError, report_user_errors
 from core.peers import nanogpt_batch, nanogpt_model
 from model import GPT, GPTConfig
@@ -146,6 +149,62 @@ class SeparateTraining:
     def peak_bytes(self):
         """Peak memory of one step, in bytes."""
         return self.ask('peak')
+
+
+class Decoding:
+    """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
+
+    def __init__(self, model, batch_size, context, captured=True):
+        """captured: on a GPU, as a CUDA graph."""
+        self.model, self.context = model, context
+        self.cache = model.init_cache(batch_size, context)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        self.step = functools.partial(model, cache=self.cache)
+        self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
+        if captured and self.token.is_cuda:
+            self.cache.length = context - 1
+            self.step = FixedStep(model, self.cache)
+
+    def run(self, times=4):
+        """Take `times` steps. Returns `times`."""
+        for _ in range(times):
+            self.cache.length = self.context - 1
+            self.step(self.token)
+        return times
+
+    def run_attention(self, times=4):
+        """The attention layers alone, `times` times, projections included. Returns `times`. Never a CUDA graph."""
+        self.cache.length = self.context - 1
+        x = torch.ones(self.token.size(0), 1, self.model.config.n_embd, device=self.token.device)
+        for _ in range(times):
+            for block in self.model.transformer.h:
+                block.attn(x, cache=self.cache)
+        return times
+
+
+class HuggingFaceDecoding:
+    """The same steps of transformers' GPT-2 with its DynamicCache, which grows by the token and is cut back."""
+
+    def __init__(self, model, batch_size, context, dtype):
+        """model: a GPT2LMHeadModel. dtype: of the cache, a name in runtime.DTYPES."""
+        from transformers import DynamicCache
+
+        self.model, self.context, self.cache = model, context, DynamicCache()
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        config, dtype = model.config, runtime.DTYPES[dtype]
+        filled = (batch_size, config.n_head, context - 1, config.n_embd // config.n_head)
+        for layer in range(config.n_layer):
+            parts = (torch.zeros(filled, device=self.token.device, dtype=dtype) for _ in range(2))
+            self.cache.update(*parts, layer)
+        per_token = 2 * config.n_layer * config.n_embd * dtype.itemsize
+        self.sizes = {'bytes_per_token': per_token, 'cache_bytes': per_token * batch_size * context}
+
+    def run(self, times=4):
+        """Take `times` steps. Returns `times`."""
+        for _ in range(times):
+            self.model(self.token, past_key_values=self.cache, use_cache=True)
+            self.cache.crop(-1)  # removes one token
+        return times
 
 
 def training_of(task):

@@ -1,7 +1,7 @@
 """
 Everything that needs a GPU, in one command: the tests, then speed, memory and short trainings, beside nanoGPT's.
 
-$ python studies/gpu.py                        # about 20 minutes on an H100; sizes follow the GPU's memory
+$ python studies/gpu.py                        # 20 to 30 minutes on an H100; sizes follow the GPU's memory
 $ python studies/gpu.py --rehearse             # every part on a CPU, in miniature: shows that the parts run
 $ python studies/gpu.py --parts=decode,texts   # some of them
 
@@ -11,7 +11,7 @@ the tests are left out, and without a nanoGPT checkout its rows are.
 Every part is a few commands of this repository with a time limit of its own. After each one gpu.json and gpu.md in
 out_dir hold what has been measured until then, and pictures lie beside them; where $OUT is a folder, these are copied
 there too. A part that is done is kept, and so is each command that wrote its .json: repeat the command to continue, or
-delete a part's .json and gpu.json to measure again. The last part trains for whatever time is left. Run it from the
+delete gpu.json to measure again. The last part trains for whatever time is left. Run it from the
 repository root.
 """
 
@@ -119,7 +119,7 @@ def all_parts():
     thin = dict(n_latent=16) if rehearse else {}
     left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3,
                 warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500,
-                eval_iters=2, log_interval=100)  # fmt: skip
+                eval_iters=2, log_interval=100, keep_checkpoints='10' if rehearse else '500,1000,2000')  # fmt: skip
     where, small = ('a CPU', 'a miniature') if rehearse else (gpu.name if gpu else 'this device', '124M')
     text = '' if is_prepared else ', on the text that could be had (see below)'
     return {
@@ -139,7 +139,7 @@ def all_parts():
             bench('memory', mode='memory', **latents, block_size=32 if rehearse else 1024, most=4 if rehearse else 1024,
                   compile=False)]),
         'profile': Part(f'Kernels of a training step, {small}, {where}', 300, [
-            bench('profile', mode='train', **small_step, n_latents=LATENTS[0], compile=not rehearse, rounds=1,
+            bench('profile', mode='train', **small_step, **arms, **latents, compile=not rehearse, rounds=1,
                   profile=path('trace'))]),
         'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, [
             *([] if is_prepared else [characters]),
@@ -159,8 +159,9 @@ def all_parts():
             train('train.py', out_dir=code[0], **left),
             train('train_mla.py', out_dir=code[1], **left, **thin),
             compare(code, data_dir=data),
-            [PYTHON, 'find_induction_heads.py', *keys(models=','.join(code), out_dir=path('induction'), data_dir=data,
-                                                      **miniature_analysis())]]),
+            [PYTHON, 'find_induction_heads.py', *keys(
+                models=','.join(code), sweep=','.join(code), out_dir=path('induction'), data_dir=data,
+                **miniature_analysis())]]),
     }  # fmt: skip
 
 
@@ -190,39 +191,44 @@ def miniature_analysis():
 
 def run(name, part, until):
     """
-    Run a part, unless that is done. until: time.monotonic() at which it must end. Returns its record, a dict.
+    Run a part. until: time.monotonic() at which it must end. Returns its record, a dict.
 
     Training commands of the last part share the time: one that is told to stop saves, and counts as done.
     """
-    began, texts, status = time.monotonic(), [], 'done'
+    began, output, status = time.monotonic(), dict(records.get(name, {}).get('output', {})), 'done'
     deadline = min(until, began + part.seconds) if part.seconds else until
-    trainings = sum('train' in os.path.basename(command[1]) for command in part.commands)
+    trainings = 0 if part.seconds else sum(is_training(command) for command in part.commands)
     for command in part.commands:
+        line = ' '.join(command[1:])
         written = next((key.removeprefix('--json=') for key in command if key.startswith('--json=')), '')
-        if os.path.exists(written):  # by an earlier call that had no time for the rest
+        if line in output and os.path.exists(written):  # by an earlier call that had no time for the rest
             continue
-        messages.notice('$ ' + ' '.join(command[1:]))
-        is_training = os.path.basename(command[1]) in ('train.py', 'train_mla.py') and not part.seconds
-        ends = deadline
-        if is_training:
+        messages.notice(f'$ {line}')
+        ends, may_be_stopped = deadline, trainings > 0 and is_training(command)
+        if may_be_stopped:
             now = time.monotonic()
             ends = now + max(1.0, (deadline - AFTERWARDS - now) / trainings)
             trainings -= 1
         code, text, said = call(command, ends - time.monotonic())
         with open(path(f'{name}.log'), 'a', encoding='utf-8') as log:
-            log.write('$ ' + ' '.join(command[1:]) + f'\n{text}\n{said}\n')
-        texts.append(as_markdown(command, text))
-        if code is None and not is_training:
+            log.write(f'$ {line}\n{text}\n{said}\n')
+        output[line] = as_markdown(command, text)
+        if code is None and not may_be_stopped:
             status = 'out of time'
             break
         if code:
             status = f'failed: {last_line(said.strip() or text)}'
             break
-    return dict(title=part.title, status=status, seconds=time.monotonic() - began, output=texts, rehearsed=rehearse,
-                commands=[' '.join(command[1:]) for command in part.commands])  # fmt: skip
+    return dict(title=part.title, status=status, seconds=time.monotonic() - began, output=output)
 
 
-AFTERWARDS = 20 if rehearse else 180  # seconds of the last part for what follows its trainings
+def is_training(command):
+    """True if a command is one of train.py or train_mla.py."""
+    return os.path.basename(command[1]) in TRAININGS
+
+
+TRAININGS = ('train.py', 'train_mla.py')
+AFTERWARDS = 20 if rehearse else 240  # seconds of the last part for what follows its trainings
 LEAST = 0 if rehearse else 360  # seconds without which the last part isn't worth its start
 
 
@@ -357,8 +363,8 @@ def write(records, machine):
     text = f'# {title}\n\n' + report.markdown_table(('goal', 'measured', 'met'), rows)
     for name, record in records.items():
         text += f'\n## {record["title"]}\n\n`{name}`: {record["status"]}, {record["seconds"]:.0f} s\n\n'
-        text += ''.join(f'```sh\npython {command}\n```\n\n' for command in record['commands'])
-        text += '\n'.join(record['output']).strip() + '\n'
+        for command, output in record['output'].items():
+            text += f'```sh\npython {command}\n```\n\n{output.strip()}\n\n'
     for picture in sorted(glob.glob(path('*.png'))):
         text += f'\n![{Path(picture).stem}]({os.path.basename(picture)})\n'
     report.save_text(path('gpu.md'), text)

@@ -195,7 +195,8 @@ def test_scores_on_text_are_one_for_perfect_heads_and_chance_for_uniform_ones():
     same[2, 0] = same[4, 1] = 1
     same[5, 0], same[5, 2] = 0.25, 0.75
     before[1:] = torch.eye(6)[:-1]
-    scores, chance = induction.natural_scores(torch.stack([follow, same, before])[None], tokens)
+    scores = induction.natural_scores(torch.stack([follow, same, before])[None], tokens)
+    chance = induction.natural_scores(induction.uniform_pattern(6)[None, None], tokens)
     found = {name: [round(x, 6) for x in value[0].tolist()] for name, value in scores.items()}
     assert found['induction'][:2] == [1, 0] and found['duplicate_token'][:2] == [0, 1]
     # the previous token follows an earlier a at positions 2 (its b); it is no earlier a anywhere
@@ -207,7 +208,6 @@ def test_scores_on_text_are_one_for_perfect_heads_and_chance_for_uniform_ones():
 
 
 def test_a_text_without_repetition_has_no_score():
-    uniform = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
-    scores, chance = induction.natural_scores(uniform[None, None], torch.arange(4)[None])
-    assert scores['induction'].isnan().all() and chance['induction'].isnan().all()
+    scores = induction.natural_scores(induction.uniform_pattern(4)[None, None], torch.arange(4)[None])
+    assert scores['induction'].isnan().all() and scores['duplicate_token'].isnan().all()
     assert not scores['previous_token'].isnan().any()

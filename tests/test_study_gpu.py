@@ -35,10 +35,18 @@ def test_every_part_runs_once(tmp_path):
     assert steps == {'MHA', 'GQA-2', 'MQA', 'MLA, r=32', 'MLA, r=16', 'Hugging Face'}
     for picture in ('train.png', 'decode-B1.png', 'decode-B2.png'):
         assert (out / picture).read_bytes().startswith(b'\x89PNG')
-    for file in ('shakespeare-mla/ckpt.pt', 'code-mla/ckpt.pt', 'trace-MHA.json', 'induction'):
+    for file in ('shakespeare-mla/ckpt.pt', 'code-mla/ckpt.pt', 'trace-MHA.json', 'induction/formation.json'):
         assert (out / file).exists(), file
     again = rehearse(out)
     assert again.stdout == done.stdout and '$ ' not in again.stderr
+    # as if the time had ended between two commands of a part: the first one's figures stay
+    written['parts']['decode']['status'] = 'out of time'
+    (out / 'gpu.json').write_text(json.dumps(written))
+    (out / 'decode-B2.json').unlink()
+    again = rehearse(out)
+    assert again.stderr.count('$ ') == 1 and '--batch_sizes=2' in again.stderr
+    text = (out / 'gpu.md').read_text().split('## Decoding steps')[1].split('\n## ')[0]
+    assert '| 1 | 32 | MHA |' in text and '| 2 | 32 | MHA |' in text
 
 
 def test_a_part_without_time_is_run_again_by_the_next_call(tmp_path):

@@ -10,7 +10,7 @@ from training import ROOT, SCRIPTS, assert_same_curve, environment, log_of, torc
 from training import run as run_training
 
 KEYS = {'mha': dict(bias=True), 'mla': dict(bias=True, pos='rope', n_latent_q=12, latent_norm=True)}
-TOLERANCE = {'float32': 1e-2, 'bfloat16': 0.03}  # float32 multiplies in TF32
+TOLERANCE = {'float32': 1e-2, 'bfloat16': 0.03}  # float32 multiplies in TF32, which alone moves these losses by .002
 DTYPES = [*TOLERANCE, pytest.param('float16', marks=pytest.mark.cuda)]
 
 
