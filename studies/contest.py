@@ -288,6 +288,7 @@ def draw_rates():
     picture.axes[0].set_ylabel('validation loss (nats per token)')
     seeds = f'{n_tuning} seed{"s" * (n_tuning > 1)} each'
     title = f'Every arm on the same grid of learning rates, {seeds}: {setting_line}'
+    title = title.replace('C = ', 'C\xa0=\xa0')  # not to be broken there
     picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
     return picture
 
