@@ -415,6 +415,8 @@ for name in available:
     write(records, machine)
     messages.notice(f'{name}: {records[name]["status"]} ({records[name]["seconds"]:.0f} s)')
 
+if rehearse:
+    messages.notice('a rehearsal in miniature: these figures show that the parts run, and nothing about speed')
 for goal, value, met in goals():
     print(f'{"yes" if met else "no " if met is False else "-  "} {goal}: {value or "not measured"}')
 if failed := [name for name, record in records.items() if record['status'] != 'done']:
