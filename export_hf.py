@@ -70,7 +70,8 @@ def gpt2_config():
 
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
-    without = (*checkpoints.NOT_THE_MODEL, 'latent_init', 'n_kv_head')  # in MLA all heads share one latent
+    # in MLA all heads share one latent, and how the weights began is of no use
+    without = (*checkpoints.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')

@@ -217,7 +217,7 @@ def measure(loaded):
     out['copying_eigenvalues_raw'] = circuits.copying_eigenvalues(model, loaded.ids, effective=False)
     out['copying_top5'] = circuits.copying_tokens(model, sample)
     out['composition_lift'] = circuits.composition(model)
-    out['in_context'] = in_context(loaded)
+    out['in_context'], out['bigrams'] = in_context(loaded), bigrams(loaded)
     if loaded.facts['attention'] == 'mla':
         out['latent'] = measure_latent(loaded, repeats)
     out['called'] = induction.verdict(
@@ -229,6 +229,10 @@ def measure(loaded):
         out['text'] = measure_text(loaded)
     if ablate:
         out['ablation'] = measure_ablation(loaded, repeats[-ablate_sequences:], out['ranking'])
+        if out['bigrams']:
+            windows, _ = validation_text(loaded.dataset, loaded.model.config, text_windows)
+            counts = out['ablation']['counts']
+            out['ablation']['on_text'] = induction.ablate_on_text(model, windows, out['ranking'], counts, seed=seed)
     return out
 
 
@@ -240,6 +244,14 @@ def in_context(loaded):
         return None
     score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
     return dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
+
+
+def bigrams(loaded):
+    """Losses at repeated bigrams and elsewhere in the run's own validation data; None without data."""
+    windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
+    if windows is None or bool((windows[1] == -1).any()):  # masked targets: tokens that were never trained on
+        return None
+    return induction.bigram_losses(forward.text_losses(loaded.model, windows[0]), windows[0])
 
 
 def own_text(loaded):
@@ -361,6 +373,8 @@ def formation(folder):
         layout = layouts_for(loaded)['main']
         scores = scores_of(loaded.model, repeats_for(loaded, layout))
         row = dict(iteration=iteration, file=file, val_loss=loaded.facts['val_loss'], in_context=in_context(loaded))
+        row['bigrams'] = bigrams(loaded)
+        row['bigram_gain'] = row['bigrams'] and row['bigrams']['gain']
         for name in ('induction', 'previous_token'):
             at = induction.ranked(scores[name]['ranking'])[0]
             row[name] = dict(head=at, **{key: scores[name][key][at] for key in ('mean', 'low', 'high')})

@@ -49,6 +49,9 @@ class GPTConfig:
     gelu: str = 'exact'  # 'exact' as in nanoGPT, 'tanh' as in OpenAI's GPT-2
     pos: str = 'learned'  # 'learned' position embeddings, or 'rope' on queries and keys
     n_kv_head: int = 0  # heads of keys and values; 0: n_head (MHA), 1: MQA, between: GQA
+    init_std: float = (
+        0.02  # standard deviation of initial weights; GPT-2's for any width, 1/sqrt(n_embd) is customary too
+    )
     flash: bool = True  # the fastest attention; False: the plain formula (same results, other dropout masks)
     recompute: bool = False  # keep only each block's input for the backward pass: less memory, slower
 
@@ -254,7 +257,8 @@ class GPT(nn.Module):
 
     def init_std(self, name):
         """Standard deviation of weight `name` at the start; GPT-2 shrinks what writes to the residual stream."""
-        return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 0.02
+        std = self.config.init_std
+        return std / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else std
 
     @torch.no_grad()
     def init_weights(self, seed):

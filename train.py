@@ -66,6 +66,7 @@ n_latent = 0  # MLA: size of the latent; 0: half of n_embd
 n_latent_q = 0  # MLA: size of the queries' latent; 0: queries are not compressed
 n_rope = 0  # MLA: dimensions per head that RoPE rotates; 0 with pos='rope': half of the head size
 latent_norm = False  # MLA: RMSNorm on the latents
+init_std = 0.02  # of initial weights; GPT-2's. Small models may learn faster with 1/sqrt(n_embd)
 latent_init = 'fan_in'  # MLA: initial values of the latents' projections; 'gpt2': as in version 0.1.0
 pos = 'learned'  # 'learned' or 'rope'
 dropout = 0.0  # 0 for pretraining; try 0.1 or more where the data is seen many times

@@ -46,6 +46,16 @@ def copied(x):
     return np.where(found < 0, -1, np.take_along_axis(x, np.minimum(found + 1, x.shape[1] - 1), axis=1))
 
 
+def repeated_pairs(x, y):
+    """
+    Where the pair of a token and the next one occurred earlier in the window: bool (N, T) for tokens x, y (N, T).
+
+    These are the positions where induction, from any earlier occurrence, can be right. False where y is -1.
+    """
+    pairs = x.astype(np.int64) << 32 | (y.astype(np.int64) & 0xFFFFFFFF)
+    return (latest_earlier(pairs) >= 0) & (y >= 0)
+
+
 def pair_probabilities(first, second, corpus, vocab_size):
     """
     The probability of `second` after `first` in a corpus, for arrays of ids of one shape: float64 of this shape.

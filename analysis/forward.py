@@ -108,18 +108,49 @@ def token_losses(model, hidden, targets, max_logits=2**24):
 
 
 @torch.no_grad()
-def text_losses(model, tokens, positions=None, batch_size=8):
+def text_losses(model, tokens, positions=None, batch_size=8, edit=None):
     """
     Loss of predicting each token but the first of token ids (N, T): float32 array (N, T-1), in nats.
 
-    positions: compute only these tokens, counted from 1, and leave nan elsewhere.
+    positions: compute only these tokens, counted from 1, and leave nan elsewhere. edit: see `run`.
     """
     index = torch.arange(tokens.size(1) - 1) if positions is None else torch.tensor(positions) - 2
     out = torch.full((len(tokens), tokens.size(1) - 1), float('nan'))
     for first in range(0, len(tokens), batch_size):
         part = tokens[first : first + batch_size].to(device_of(model))
-        hidden = run(model, embed(model, part))[:, index]
+        hidden = run(model, embed(model, part), edit=edit)[:, index]
         targets = part[:, index + 1]
         losses = token_losses(model, hidden.flatten(0, 1), targets.flatten())
         out[first : first + len(part), index] = losses.view(targets.shape).float().cpu()
     return out.numpy()
+
+
+@torch.no_grad()
+def head_means(model, tokens, batch_size=8):
+    """The mean output of every head at each position over token ids (N, T): a tensor (L, H, T, d)."""
+    total = 0
+
+    def add(layer, z):
+        sums.append(z.sum(0))
+        return z
+
+    for part in tokens.split(batch_size):
+        sums = []
+        run(model, embed(model, part.to(device_of(model))), edit=add)
+        total = total + torch.stack(sums)
+    return total / len(tokens)
+
+
+def replacing_heads(means, heads):
+    """An `edit` for `run` that replaces the outputs of `heads`, pairs (layer, head), by means (L, H, T, d)."""
+    chosen = {}
+    for layer, head in heads:
+        chosen.setdefault(layer, []).append(head)
+
+    def edit(layer, z):
+        if layer in chosen:
+            z = z.clone()
+            z[:, chosen[layer]] = means[layer, chosen[layer]]
+        return z
+
+    return edit

@@ -21,7 +21,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from analysis.forward import device_of, embed, finish_block, rope_of, run, token_losses
+from analysis import stats
+from analysis.corpus import repeated_pairs
+from analysis.forward import (
+    device_of,
+    embed,
+    finish_block,
+    head_means,
+    replacing_heads,
+    rope_of,
+    run,
+    text_losses,
+    token_losses,
+)
 from core.kernels import attend
 
 SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
@@ -358,6 +370,51 @@ def ablate_cumulatively(model, repeats, ranking, counts, draws=4, seed=0):
             'control': np.stack([ablate_together(model, repeats, control) for control in controls]),
             'control_heads': len(controls[0]),
         })  # fmt: skip
+    return out
+
+
+# ---- natural text ----------------------------------------------------------------------------------------------------
+
+
+def bigram_losses(losses, tokens):
+    """
+    Losses (N, T-1) on tokens (N, T), where the bigram occurred earlier in the window and elsewhere: a dict of dicts.
+
+    'repeated' and 'others' are mean losses, 'gain' is what repeating saves, others - repeated: each a dict of mean, low
+    and high, the 95 % interval over windows. 'share' is the share of repeated positions. The gain isn't all induction:
+    bigrams that repeat are common ones too. What it is before heads form is the measure of that.
+    """
+    again = repeated_pairs(tokens[:, :-1].numpy(), tokens[:, 1:].numpy())
+    parts = [((losses * where).sum(1, dtype=float), where.sum(1)) for where in (again, ~again)]
+    repeated, others = parts
+    found = dict(repeated=stats.ratio(*repeated), others=stats.ratio(*others),
+                 gain=stats.ratio_difference(*others, *repeated))  # fmt: skip
+    around = {name: dict(mean=m, low=m - 1.96 * e, high=m + 1.96 * e) for name, (m, e) in found.items()}
+    return around | dict(share=float(again.mean()))
+
+
+@torch.no_grad()
+def ablate_on_text(model, tokens, ranking, counts, draws=4, seed=0):
+    """
+    What the first k heads of `ranking` are worth on windows of text (N, T), for each k of `counts`: a list of dicts.
+
+    Each has heads (k), 'repeated' and 'others' (rises of `bigram_losses` with these heads mean-ablated, dicts of mean,
+    low and high over windows), 'control_repeated' and 'control_others' (the mean rise with the same number of random
+    other heads of the same layers) and control_heads, their number, which is below k if a layer has too few others.
+    """
+    means, rng = head_means(model, tokens), np.random.default_rng(seed)
+    base, out = text_losses(model, tokens), []
+
+    def rise(heads):
+        return bigram_losses(text_losses(model, tokens, edit=replacing_heads(means, heads)) - base, tokens)
+
+    for k in counts:
+        controls = [matched_heads(ranking[:k], model.config.n_head, rng) for _ in range(draws)]
+        mine, theirs = rise(ranking[:k]), [rise(heads) for heads in controls]
+        row = dict(heads=k, control_heads=len(controls[0]), **{name: mine[name] for name in ('repeated', 'others')})
+        for name in ('repeated', 'others'):
+            row[f'control_{name}'] = float(np.mean([found[name]['mean'] for found in theirs]))
+        out.append(row)
     return out
 
 

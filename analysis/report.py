@@ -186,11 +186,28 @@ def summary_lines(result):
             f'in-context score {context["mean"]:+.3f} [{context["low"]:+.3f}, {context["high"]:+.3f}]: '
             f'loss at token {context["late"]} minus token {context["early"]}, {context["windows"]} windows'
         )
+    if result.get('bigrams'):
+        lines.append(bigram_line(result['bigrams']))
     for step in result.get('ablation', {}).get('together', []):
         control = f'{step["control_heads"]} random other heads of the same layers: {step["control_rise"]:+.3f}'
         control = control if step['control_heads'] else 'the same layers have no other heads'
         lines.append(f'top {step["heads"]} ablated: {step["rise"]:+.3f}; {control}')
+    for step in result.get('ablation', {}).get('on_text', []):
+        line = (f'top {step["heads"]} ablated, on text: {step["repeated"]["mean"]:+.3f} at repeated bigrams, '
+                f'{step["others"]["mean"]:+.3f} elsewhere')  # fmt: skip
+        if step['control_heads']:
+            line += (f'; {step["control_heads"]} random others: {step["control_repeated"]:+.3f}, '
+                     f'{step["control_others"]:+.3f}')  # fmt: skip
+        lines.append(line)
     return lines
+
+
+def bigram_line(found):
+    """The losses of a model on its validation data where the bigram occurred before in the window, and elsewhere."""
+    cells = {name: f'{found[name]["mean"]:.3f} [{found[name]["low"]:.3f}, {found[name]["high"]:.3f}]'
+             for name in ('repeated', 'others')}  # fmt: skip
+    return (f'validation loss where the bigram occurred before in the window ({found["share"]:.0%} of positions) '
+            f'{cells["repeated"]}, elsewhere {cells["others"]}')  # fmt: skip
 
 
 def latent_lines(latent, r):
@@ -257,16 +274,18 @@ PANELS = (
     ('previous_token', 'best previous-token score'),
     ('repeat_loss', 'loss on repeated tokens (nats)'),
     ('in_context', 'in-context score (nats)'),
+    ('bigram_gain', 'what a repeated bigram saves (nats)'),
 )
 
 
 def formation_curves(runs):
     """Best scores and losses over training, one line per run, shaded by their intervals."""
-    figure = Figure(figsize=(15, 3.6), layout='constrained')
-    axes = figure.subplots(1, 4)
+    shown = [panel for panel in PANELS if any(row[panel[0]] for run in runs for row in run['checkpoints'])]
+    figure = Figure(figsize=(3.75 * len(shown), 3.6), layout='constrained')
+    axes = figure.subplots(1, len(shown))
     styles = ('-o', '--s', '-.^', ':D')
     for number, run in enumerate(runs):
-        for axis, (name, title) in zip(axes, PANELS, strict=True):
+        for axis, (name, title) in zip(axes, shown, strict=True):
             rows = [row for row in run['checkpoints'] if row[name]]
             x, mean = [row['iteration'] for row in rows], [row[name]['mean'] for row in rows]
             axis.plot(x, mean, styles[number % 4], label=run['name'], markersize=3)

@@ -43,9 +43,25 @@ def ratio(parts, wholes):
     The error is that of a ratio of two random sums, linearized (Cochran, Sampling Techniques, 1977, chapter 6). Where
     all wholes are equal, it is the ordinary standard error of a mean.
     """
+    found, influence = ratio_influence(parts, wholes)
+    return found, standard_error(influence)
+
+
+def ratio_difference(parts, wholes, other_parts, other_wholes):
+    """The difference of two ratios over the same N (see `ratio`), and its standard error: floats."""
+    (one, mine), (other, theirs) = ratio_influence(parts, wholes), ratio_influence(other_parts, other_wholes)
+    return one - other, standard_error(mine - theirs)
+
+
+def ratio_influence(parts, wholes):
+    """sum(parts) / sum(wholes), and what each of the N contributes to its deviation, times N: a float and (N,)."""
     whole = wholes.sum()
     if not whole:
-        return float('nan'), float('nan')
-    found = parts.sum() / whole
-    residuals = (parts - found * wholes) / wholes.mean()
-    return float(found), float(np.std(residuals, ddof=1) / len(residuals) ** 0.5)
+        return float('nan'), np.full(len(wholes), np.nan)
+    found = float(parts.sum() / whole)
+    return found, (parts - found * wholes) / wholes.mean()
+
+
+def standard_error(values):
+    """The standard error of the mean of values (N,), a float."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)

@@ -23,6 +23,7 @@ BOUNDS = {
     'n_latents': '[1, 65536]',
     'n_kv_heads': '[1, 65536]',
     'dropout': '[0, 1)',
+    'init_std': '(0, 10]',
     # training
     'batch_size': '[1, 1000000]',
     'gradient_accumulation_steps': '[1, 1000000]',

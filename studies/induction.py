@@ -48,6 +48,8 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 FORMED = 0.5  # an induction head has formed when the best induction score exceeds this
 STYLES = [dict(linestyle=line, marker=mark) for line, mark in (('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D'))]
 STYLES.append(dict(linestyle=(0, (5, 1, 1, 1, 1, 1)), marker='v'))
+COLORS = ('#c4622d', '#0d1b3d', '#2f5aa8', '#6fa3d8', '#a9a9a9')  # MHA, then MLA from wide to narrow, fading
+TUNING = 200  # iterations of fine-tuning after a conversion
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
 
 
@@ -70,6 +72,14 @@ def planned():
         run['name'] = f'{run["n_layer"]}l-{run["pos"]}-{label(run)}-s{run["seed"]}'.replace('=', '').replace(' ', '-')
         run['folder'] = os.path.join(out_dir, run['name'])
     return runs
+
+
+def conversions(runs):
+    """The conversions of the two-layer MHA models among `runs`: dicts of name, folder, source, n_latent, seed."""
+    sources = [run for run in runs if (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)]
+    found = [dict(name=f'converted-r{r}-s{run["seed"]}', source=run['folder'], n_latent=r, seed=run['seed'])
+             for r in ((32, 16, 8) if full else (16,)) for run in sources]  # fmt: skip
+    return [dict(run, folder=os.path.join(out_dir, run['name'])) for run in found]
 
 
 def label(run):
@@ -97,17 +107,16 @@ def train(run):
     keys = dict(out_dir=run['folder'], data_dir=data_dir, init_from='auto', max_iters=steps[-1], threads=1,
                 keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
     keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
-    keys |= dict(latent_init='gpt2')  # with which the figures of RESULTS.md were measured
     scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
 
 
-def measure(folder, sweep):
+def measure(folder, sweep=False, **more):
     """Measure the model in `folder` into `folder`/induction, unless that is done. sweep: all of its checkpoints."""
     to = os.path.join(folder, 'induction')
     if scripts.is_current(os.path.join(to, 'induction.json'), os.path.join(folder, 'ckpt.pt')):
         return
     keys = dict(models=folder, out_dir=to, data_dir=data_dir)
-    keys |= dict(sweep=folder, html=False, threads=1) if sweep else dict(text_windows=1024)
+    keys |= dict(sweep=folder, html=False, threads=1) if sweep else more
     scripts.run_script('find_induction_heads.py', [keys], folder)
 
 
@@ -118,6 +127,39 @@ def train_and_measure(run):
     return outcome(run)
 
 
+def convert_and_measure(run):
+    """Convert an MHA model, measure the result, fine-tune it briefly and measure again; returns the run's numbers."""
+    folder, tuned = run['folder'], run['folder'] + '-tuned'
+    if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        keys = dict(source=run['source'], out_dir=folder, n_latent=run['n_latent'], dataset='repeats',
+                    data_dir=data_dir, threads=1)  # fmt: skip
+        scripts.run_script('convert_mla.py', [keys], folder)
+    if not os.path.exists(os.path.join(tuned, f'ckpt_{TUNING:06}.pt')):
+        keys = dict(out_dir=tuned, data_dir=data_dir, init_from=folder, resume='auto', max_iters=TUNING,
+                    lr_decay_iters=TUNING, eval_interval=TUNING, warmup_iters=10, keep_checkpoints=TUNING, threads=1,
+                    seed=run['seed'])  # fmt: skip
+        scripts.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
+    head = measurement(run['source'])['ranking'][0]
+    out = dict(run, mha=head_numbers(run['source'], head))
+    for name, of in (('converted', folder), ('tuned', tuned)):
+        measure(of, html=False, threads=1)
+        out[name] = head_numbers(of, head)
+    return out
+
+
+def measurement(folder):
+    """What find_induction_heads.py found in the model of a run."""
+    return read_json(folder, 'induction', 'induction.json')['models'][0]
+
+
+def head_numbers(folder, head):
+    """The score of one head of a measured model, that of its best head, and its loss on repeated tokens: a dict."""
+    found = measurement(folder)
+    scores, best = found['induction']['mean'], found['ranking'][0]
+    return dict(same=scores[head[0]][head[1]], best=scores[best[0]][best[1]], heads=int(np.sum(found['called'])),
+                repeat_loss=found['repeat_loss']['mean'])  # fmt: skip
+
+
 def prepare_data():
     """Make data_dir/repeats if it is missing."""
     folder = os.path.join(data_dir, 'repeats')
@@ -126,10 +168,11 @@ def prepare_data():
 
 
 def earlier_study(path):
-    """Settings and outcomes from the study.json of an earlier study. UserError if it isn't one."""
+    """Settings, outcomes and conversions from the study.json of an earlier study. UserError if it isn't one."""
     try:
         found = read_json(path)
-        return {key: found['config'][key] for key in ('full', 'max_iters')}, [dict(run) for run in found['runs']]
+        settings = {key: found['config'][key] for key in ('full', 'max_iters')}
+        return settings, [dict(run) for run in found['runs']], found['conversions']
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} can't be read as a study ({error}); name the study.json of another") from error
 
@@ -145,7 +188,7 @@ def read_json(*path):
 
 def outcome(run):
     """A run and the numbers that the tables show of it: a dict."""
-    found = read_json(run['folder'], 'induction', 'induction.json')['models'][0]
+    found = measurement(run['folder'])
     steps = read_json(run['folder'], 'induction', 'formation.json')['runs'][0]['checkpoints']
     layer, head = best = tuple(found['ranking'][0])
     previous = np.array(found['previous_token']['mean'])
@@ -316,13 +359,26 @@ def latent_table(outcomes):
     return report.markdown_table(heading, rows)
 
 
+def conversion_table(converted):
+    """MHA models converted, before and after fine-tuning: does the best induction head stay one?"""
+    heading = ('converted to', 'its score in MHA', 'converted', 'fine-tuned', 'best score, fine-tuned',
+               'loss on repeats, MHA', 'converted', 'fine-tuned')  # fmt: skip
+    rows, stages = [], ('mha', 'converted', 'tuned')
+    for r in dict.fromkeys(run['n_latent'] for run in converted):
+        group = [run for run in converted if run['n_latent'] == r]
+        cells = {key: [cell([run[stage] for run in group], key) for stage in stages]
+                 for key in ('same', 'best', 'repeat_loss')}  # fmt: skip
+        rows.append((f'MLA r={r} (C/{WIDTH // r})', *cells['same'], cells['best'][-1], *cells['repeat_loss']))
+    return report.markdown_table(heading, rows)
+
+
 def text_table(folders):
     """The models trained on real text, one row each."""
     heading = ('model', 'attention', 'iteration', 'val loss', 'best head', 'induction score [95 %]', 'random init',
                'shuffled copy', 'induction heads', 'copying', 'loss on repeats', 'in-context score')  # fmt: skip
     rows = []
     for folder in folders:
-        found = read_json(folder, 'induction', 'induction.json')['models'][0]
+        found = measurement(folder)
         layer, head = found['ranking'][0]
         score, low, high = (found['induction'][key][layer][head] for key in ('mean', 'low', 'high'))
         context = found['in_context']
@@ -353,7 +409,7 @@ def around_marks(path):
         raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part for the tables; add them') from error
 
 
-def tables(outcomes):
+def tables(outcomes, converted):
     """(title, table) of each part of RESULTS.md."""
     return [
         (f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})', formation_table(outcomes)),
@@ -364,6 +420,10 @@ def tables(outcomes):
         ('MLA minus MHA, paired by seed', paired_table(outcomes)),
         (f'Depth ({DEEP} layers, learned positions)', depth_table(outcomes)),
         (f'The latent in the layer of the best head, of runs with a score > {FORMED}', latent_table(outcomes)),
+        (
+            f'The best head of MHA (learned positions), converted, and {TUNING} iterations later',
+            conversion_table(converted),
+        ),
     ]
 
 
@@ -371,25 +431,27 @@ def tables(outcomes):
 
 
 def formation_figure(outcomes):
-    """Best induction score over iterations: one line per seed, one panel per kind of positions."""
-    figure = Figure(figsize=(11, 5.2), layout='constrained')
+    """Best induction score over iterations: the mean over seeds with the seeds thin, a panel per kind of positions."""
+    figure = Figure(figsize=(11, 5.4), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     for axis, pos in zip(axes, ('learned', 'rope'), strict=True):
         chosen = [(name, group) for (of, name), group in groups(outcomes, LAYERS).items() if of == pos]
         for number, (name, group) in enumerate(chosen):
             formed = sum(o['score'] > FORMED for o in group)
-            for o in group:
-                title = f'{name}: {formed} of {len(group)} end above' if o is group[0] else None
-                x, y = zip(*o['curve'], strict=True)
-                axis.plot(x, y, **STYLES[number], color=f'C{number}', linewidth=1, markersize=3, label=title)
+            look = dict(color=COLORS[number], linestyle=STYLES[number]['linestyle'])
+            curves = np.array([[score for _, score in o['curve']] for o in group])
+            iterations = [iteration for iteration, _ in group[0]['curve']]
+            axis.plot(iterations, curves.T, **look, linewidth=0.6, alpha=0.45)
+            axis.plot(iterations, curves.mean(0), **look, marker=STYLES[number]['marker'], markersize=4, linewidth=2,
+                      label=f'{name}: {formed} of {len(group)} end above {FORMED}')  # fmt: skip
         axis.axhline(FORMED, color='grey', linewidth=0.6)
-        axis.annotate(
-            f'{FORMED}', (1.0, FORMED), xycoords=('axes fraction', 'data'), fontsize=8, va='bottom', ha='right'
-        )
         positions = 'RoPE' if pos == 'rope' else 'learned positions'
-        axis.set(xlabel='iteration', title=f'{positions}, {LAYERS} layers, C = {WIDTH}', ylim=(0, 1))
+        axis.set(xlabel='iteration', title=positions, ylim=(0, 1))
         axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
-    axes[0].set_ylabel('best induction score (a line per seed)')
+    axes[0].set_ylabel('best induction score (mean, and thin: each seed)')
+    figure.suptitle(
+        f'When induction heads form on repeated random tokens: {LAYERS} layers, C = {WIDTH}', fontsize='medium'
+    )
     return figure
 
 
@@ -427,13 +489,14 @@ folders = messages.names(text_models, 'text_models')
 for folder in folders:
     checkpoints.find(folder)
 if reuse:
-    earlier, outcomes = earlier_study(reuse)
+    earlier, outcomes, converted = earlier_study(reuse)
     full, max_iters = earlier['full'], earlier['max_iters']
 else:
     prepare_data()
     outcomes = scripts.run_all(train_and_measure, planned(), jobs)
+    converted = scripts.run_all(convert_and_measure, conversions(planned()), jobs)
 for folder in folders:
-    measure(folder, sweep=False)
+    measure(folder, text_windows=1024)
 
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python studies/induction.py' + (' --full=True' if full else '')
@@ -443,7 +506,7 @@ intro = (f'Made by `{command}`: {len(outcomes)} runs of {steps[-1]} iterations, 
          + '. If only some runs form heads, the mean and its interval describe neither kind: see the column by seed. '
          'Iterations are medians [range] over the runs that formed heads. Losses are in nats.\n')  # fmt: skip
 try:
-    parts, picture = tables(outcomes), formation_figure(outcomes)
+    parts, picture = tables(outcomes, converted), formation_figure(outcomes)
 except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
     if not reuse:
         raise
@@ -454,7 +517,7 @@ text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts)]
 os.makedirs(out_dir, exist_ok=True)
 report.save_text(os.path.join(out_dir, 'tables.md'), text)
 settings = dict(config, full=full, max_iters=max_iters)
-report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes))
+report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes, conversions=converted))
 report.save_figure(os.path.join(out_dir, 'formation.png'), picture)
 if folders:
     report.save_figure(os.path.join(out_dir, 'full_run.png'), loss_figure(folders))

@@ -97,7 +97,7 @@ def planted(kind, sharpness=100.0, by_position=False):
 
 def repeats(count=32, **changes):
     """Sequences for the planted models: [BOS] x x."""
-    return induction.repeated_sequences(count, L, IDS, **{**dict(bos=BOS, seed=5), **changes})
+    return induction.repeated_sequences(count, L, **{**dict(ids=IDS, bos=BOS, seed=5), **changes})
 
 
 def save(folder, model, **changes):

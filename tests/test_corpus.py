@@ -136,3 +136,14 @@ def test_windows_inside_documents():
     assert (np.diff(starts) >= 8).all() and (document[starts] == document[starts + 8]).all()
     assert np.bincount(document[starts], minlength=50).tolist() == [(length - 1) // 8 for length in lengths]
     assert corpus.starts_inside([], 8).tolist() == [] and corpus.starts_inside([7], 8).tolist() == []
+
+
+def test_pairs_that_occurred_before_in_the_window():
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(0, 5, (2, 6, 30))
+    y[:, 20:24] = -1
+    found = corpus.repeated_pairs(x, y)
+    for row in range(6):
+        pairs = list(zip(x[row], y[row], strict=True))
+        assert found[row].tolist() == [pair[1] >= 0 and pair in pairs[:i] for i, pair in enumerate(pairs)]
+    assert found.any() and not found.all()

@@ -91,3 +91,23 @@ def test_patterns_and_scores_equal_transformer_lens(tmp_path):
     for name, ends in pairs.items():
         wanted = torch.stack([theirs[..., i, j] for i, j in ends]).mean(0).transpose(0, 1)
         np.testing.assert_allclose(scores[name], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_heads_are_replaced_by_their_mean_over_sequences(variant):
+    model, tokens = random_model(variant), torch.randint(0, 40, (5, 12), generator=torch.Generator().manual_seed(1))
+    means = forward.head_means(model, tokens, batch_size=2)
+    assert means.shape[:3] == (2, 4, 12)
+    edit = forward.replacing_heads(means, [(1, 2), (1, 0)])
+
+    def by_hand(layer, z):
+        z = z.clone()
+        if layer == 1:
+            z[:, 0], z[:, 2] = z[:, 0].mean(0), z[:, 2].mean(0)
+        return z
+
+    x = forward.embed(model, tokens)
+    got, wanted = (forward.run(model, x, edit=change) for change in (edit, by_hand))
+    assert (got - wanted).abs().max() < 1e-12 and (got - forward.run(model, x)).abs().max() > 1e-3
+    losses = forward.text_losses(model, tokens, batch_size=2, edit=edit)
+    assert not np.allclose(losses, forward.text_losses(model, tokens))

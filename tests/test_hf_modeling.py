@@ -49,7 +49,7 @@ def largest_difference(a, b):
 def test_config_has_the_fields_and_defaults_of_the_training_config():
     parameters = inspect.signature(MLAGPTConfig.__init__).parameters
     ours = {field.name: field.default for field in dataclasses.fields(MLAConfig)}
-    for name in (*checkpoints.NOT_THE_MODEL, 'n_kv_head', 'latent_init'):
+    for name in (*checkpoints.NOT_THE_MODEL, 'n_kv_head', 'init_std', 'latent_init'):
         assert ours.pop(name) is not None and name not in parameters
     assert ours == {name: parameters[name].default for name in parameters if name in ours}
     of_transformers = {'initializer_range', 'use_cache', 'tie_word_embeddings', 'bos_token_id', 'eos_token_id',

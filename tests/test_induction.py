@@ -211,3 +211,27 @@ def test_a_text_without_repetition_has_no_score():
     scores = induction.natural_scores(induction.uniform_pattern(4)[None, None], torch.arange(4)[None])
     assert scores['induction'].isnan().all() and scores['duplicate_token'].isnan().all()
     assert not scores['previous_token'].isnan().any()
+
+
+# ---- natural text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_an_induction_head_is_worth_what_repeated_bigrams_save(kind):
+    model, tokens = planted(kind), repeats(24).tokens
+    losses = forward.text_losses(model, tokens)
+    found = induction.bigram_losses(losses, tokens)
+    second = slice(1 + L, None)  # predicted from the second copy: all of its bigrams but the first occurred before
+    assert found['share'] == pytest.approx((L - 1) / (2 * L))
+    assert found['repeated']['mean'] == pytest.approx(losses[:, second].mean(), rel=1e-5)
+    assert found['gain']['mean'] == pytest.approx(found['others']['mean'] - found['repeated']['mean'])
+    assert found['gain']['low'] > 1 and found['gain']['low'] < found['gain']['mean'] < found['gain']['high']
+    first, both = induction.ablate_on_text(model, tokens, [(1, 1), (0, 0), (1, 0), (0, 1)], [1, 2])
+    assert first['repeated']['low'] > 1 > first['others']['mean'] and first['control_heads'] == 1
+    assert abs(first['control_repeated']) < 0.3 and both['heads'] == 2
+
+
+def test_without_induction_a_repeated_bigram_saves_nothing():
+    model, tokens = random_model('mha'), repeats(64, ids=np.arange(39), bos=39).tokens
+    found = induction.bigram_losses(forward.text_losses(model, tokens), tokens)
+    assert abs(found['gain']['mean']) < 0.1 and found['gain']['high'] - found['gain']['low'] < 0.3

@@ -49,3 +49,14 @@ def test_a_ratio_to_equal_wholes_is_a_mean():
     parts = np.array([1.0, 2.0, 6.0])
     assert stats.ratio(parts, np.full(3, 4)) == pytest.approx((0.75, parts.std(ddof=1) / 4 / 3**0.5))
     assert np.isnan(stats.ratio(np.zeros(3), np.zeros(3))).all()
+
+
+def test_the_error_of_a_difference_of_ratios_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(4)
+    level = rng.normal(0, 1, (2000, 80))  # what both parts of an item have in common cancels in the difference
+    wholes, others = rng.integers(5, 40, (2, 2000, 80))
+    parts, other_parts = ((n * (base + level) + rng.normal(0, n**0.5)) for n, base in ((wholes, 3), (others, 1)))
+    every = zip(parts, wholes, other_parts, others, strict=True)
+    found = np.array([stats.ratio_difference(*one) for one in every])
+    assert found[:, 0].mean() == pytest.approx(2, abs=0.02)
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.07)

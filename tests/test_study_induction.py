@@ -29,7 +29,7 @@ def study(out_dir, data_dir, *more):
 
 def trained_like(kind):
     """A small model of the study's shape with all parameters random."""
-    sizes = dict(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64)
+    sizes = dict(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64, bias=False)
     model = GPT(GPTConfig(**sizes)) if kind == 'MHA' else MLAGPT(MLAConfig(**sizes, n_latent=16))
     return randomized(model, 0.1)
 
@@ -62,6 +62,10 @@ def finished(tmp_path_factory):
         (run / 'induction').mkdir()
         for part, value in (('induction', found), ('formation', steps)):
             (run / 'induction' / f'{part}.json').write_text(json.dumps(value))
+    for seed in SEEDS:
+        for name in (f'converted-r16-s{seed}', f'converted-r16-s{seed}-tuned'):
+            shutil.copytree(folder / 'out' / f'2l-learned-MLA-r16-s{seed}', folder / 'out' / name)
+            shutil.copy(folder / 'out' / name / 'ckpt.pt', folder / 'out' / name / 'ckpt_000200.pt')
     (folder / 'data' / 'repeats').mkdir(parents=True)
     (folder / 'data' / 'repeats' / 'train.bin').touch()  # never read, because nothing is trained
     return folder
@@ -90,6 +94,8 @@ def test_the_tables_show_the_runs_numbers(finished):
     assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16 (C/4)')[3] == '1 of 2'
     paired = text[text.index('paired') :]
     assert row_of(paired, 'learned', 'MLA r=16 (C/4)')[3] == '-0.250'
+    converted = row_of(text[text.index(', converted, and 200') :], 'MLA r=16 (C/4)')
+    assert converted[2].startswith('0.800') and converted[5] == '0.550 [0.500, 0.600]'
     found = json.loads((finished / 'out' / 'study.json').read_text())['runs']
     assert [run['name'] for run in found] == NAMES and found[2]['latent']['effective_rank'] > 1
     assert results.read_text() == f'above\n<!-- study -->\n{text}<!-- /study -->\nbelow\n'
@@ -124,7 +130,8 @@ def test_the_tables_can_be_made_again_from_the_study_json(finished, tmp_path):
 def test_missing_runs_are_trained_and_measured_and_the_others_kept(finished, tmp_path):
     out, data = tmp_path / 'out', tmp_path / 'data'
     shutil.copytree(finished / 'out', out)
-    shutil.rmtree(out / '2l-rope-MLA-r16-s1338')
+    for name in ('2l-rope-MLA-r16-s1338', 'converted-r16-s1338', 'converted-r16-s1338-tuned'):
+        shutil.rmtree(out / name)
     before = {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in NAMES if 'MHA' in name}
     done = study(out, data)  # which prepares the data set first
     assert done.returncode == 0, done.stderr + ''.join(path.read_text()[-500:] for path in out.glob('*/log.txt'))
@@ -135,6 +142,9 @@ def test_missing_runs_are_trained_and_measured_and_the_others_kept(finished, tmp
     best = new['ranking'][0]
     run = next(run for run in json.loads((out / 'study.json').read_text())['runs'] if run['pos'] == 'rope' and
                run['name'].endswith('r16-s1338'))  # fmt: skip
+    changed = json.loads((out / 'study.json').read_text())['conversions'][1]
+    assert changed['seed'] == 1338 and changed['mha']['best'] == 0.85  # the template's MHA, random weights
+    assert changed['converted']['repeat_loss'] != changed['tuned']['repeat_loss']
     assert run['best'] == best and run['score'] == new['induction']['mean'][best[0]][best[1]] and run['formed'] is None
 
 
