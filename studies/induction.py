@@ -4,6 +4,7 @@ The study behind RESULTS.md: does MLA form induction heads? When, how strong, in
 $ python studies/induction.py                    # short form: minutes on two cores
 $ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
 $ python studies/induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
+$ python studies/induction.py --reuse=assets/induction_study.json --convert    # with new conversions: 10 minutes
 $ python studies/induction.py --text_models=out-imdb,out-imdb-mla    # include trained models of real text
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
@@ -20,7 +21,6 @@ from core import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import json
 import os
 from statistics import median
 
@@ -28,6 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report, stats
+from analysis.measured import measure, measurement, read_json, sweep
 from core import checkpoint as checkpoints
 from core import messages, runlog, scripts
 from core.messages import UserError
@@ -39,6 +40,7 @@ seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 text_models = ''  # folders of models trained on real text, separated by commas
 reuse = ''  # the study.json of an earlier study: its tables and pictures are made again, nothing is trained
+convert = False  # with reuse: train the MHA models that are converted, and convert them, all the same
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
 data_dir = 'data'
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
@@ -76,10 +78,14 @@ def planned():
 
 def conversions(runs):
     """The conversions of the two-layer MHA models among `runs`: dicts of name, folder, source, n_latent, seed."""
-    sources = [run for run in runs if (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)]
     found = [dict(name=f'converted-r{r}-s{run["seed"]}', source=run['folder'], n_latent=r, seed=run['seed'])
-             for r in ((32, 16, 8) if full else (16,)) for run in sources]  # fmt: skip
+             for r in ((32, 16, 8) if full else (16,)) for run in runs if is_source(run)]  # fmt: skip
     return [dict(run, folder=os.path.join(out_dir, run['name'])) for run in found]
+
+
+def is_source(run):
+    """True for a run whose model is converted."""
+    return (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)
 
 
 def label(run):
@@ -107,23 +113,14 @@ def train(run):
     keys = dict(out_dir=run['folder'], data_dir=data_dir, init_from='auto', max_iters=steps[-1], threads=1,
                 keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
     keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
+    keys |= dict(latent_init='gpt2')  # with which the figures of RESULTS.md were measured
     scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
-
-
-def measure(folder, sweep=False, **more):
-    """Measure the model in `folder` into `folder`/induction, unless that is done. sweep: all of its checkpoints."""
-    to = os.path.join(folder, 'induction')
-    if scripts.is_current(os.path.join(to, 'induction.json'), os.path.join(folder, 'ckpt.pt')):
-        return
-    keys = dict(models=folder, out_dir=to, data_dir=data_dir)
-    keys |= dict(sweep=folder, html=False, threads=1) if sweep else more
-    scripts.run_script('find_induction_heads.py', [keys], folder)
 
 
 def train_and_measure(run):
     """Train and measure one run, as far as that isn't done yet; returns its outcome."""
     train(run)
-    measure(run['folder'], sweep=True)
+    measure(run['folder'], sweep=run['folder'], data_dir=data_dir, html=False, threads=1)
     return outcome(run)
 
 
@@ -142,14 +139,9 @@ def convert_and_measure(run):
     head = measurement(run['source'])['ranking'][0]
     out = dict(run, mha=head_numbers(run['source'], head))
     for name, of in (('converted', folder), ('tuned', tuned)):
-        measure(of, html=False, threads=1)
+        measure(of, data_dir=data_dir, html=False, threads=1)
         out[name] = head_numbers(of, head)
     return out
-
-
-def measurement(folder):
-    """What find_induction_heads.py found in the model of a run."""
-    return read_json(folder, 'induction', 'induction.json')['models'][0]
 
 
 def head_numbers(folder, head):
@@ -172,15 +164,9 @@ def earlier_study(path):
     try:
         found = read_json(path)
         settings = {key: found['config'][key] for key in ('full', 'max_iters')}
-        return settings, [dict(run) for run in found['runs']], found['conversions']
+        return settings, [dict(run) for run in found['runs']], found.get('conversions', [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} can't be read as a study ({error}); name the study.json of another") from error
-
-
-def read_json(*path):
-    """The content of a JSON file."""
-    with open(os.path.join(*path), encoding='utf-8') as file:
-        return json.load(file)
 
 
 # ---- outcomes --------------------------------------------------------------------------------------------------------
@@ -189,7 +175,7 @@ def read_json(*path):
 def outcome(run):
     """A run and the numbers that the tables show of it: a dict."""
     found = measurement(run['folder'])
-    steps = read_json(run['folder'], 'induction', 'formation.json')['runs'][0]['checkpoints']
+    steps = sweep(run['folder'])
     layer, head = best = tuple(found['ranking'][0])
     previous = np.array(found['previous_token']['mean'])
     formed = [step['iteration'] for step in steps if step['induction']['mean'] > FORMED]
@@ -411,7 +397,7 @@ def around_marks(path):
 
 def tables(outcomes, converted):
     """(title, table) of each part of RESULTS.md."""
-    return [
+    found = [
         (f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})', formation_table(outcomes)),
         (
             f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats',
@@ -420,11 +406,9 @@ def tables(outcomes, converted):
         ('MLA minus MHA, paired by seed', paired_table(outcomes)),
         (f'Depth ({DEEP} layers, learned positions)', depth_table(outcomes)),
         (f'The latent in the layer of the best head, of runs with a score > {FORMED}', latent_table(outcomes)),
-        (
-            f'The best head of MHA (learned positions), converted, and {TUNING} iterations later',
-            conversion_table(converted),
-        ),
     ]
+    title = f'The best head of MHA (learned positions), converted, and {TUNING} iterations later'
+    return found + ([(title, conversion_table(converted))] if converted else [])
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -494,9 +478,12 @@ if reuse:
 else:
     prepare_data()
     outcomes = scripts.run_all(train_and_measure, planned(), jobs)
+if convert or not reuse:
+    prepare_data()
+    scripts.run_all(train_and_measure, [run for run in planned() if is_source(run)], jobs)
     converted = scripts.run_all(convert_and_measure, conversions(planned()), jobs)
 for folder in folders:
-    measure(folder, text_windows=1024)
+    measure(folder, data_dir=data_dir, text_windows=1024)
 
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python studies/induction.py' + (' --full=True' if full else '')

@@ -234,4 +234,4 @@ def test_an_induction_head_is_worth_what_repeated_bigrams_save(kind):
 def test_without_induction_a_repeated_bigram_saves_nothing():
     model, tokens = random_model('mha'), repeats(64, ids=np.arange(39), bos=39).tokens
     found = induction.bigram_losses(forward.text_losses(model, tokens), tokens)
-    assert abs(found['gain']['mean']) < 0.1 and found['gain']['high'] - found['gain']['low'] < 0.3
+    assert abs(found['gain']['mean']) < 0.2 and found['gain']['high'] - found['gain']['low'] < 0.3

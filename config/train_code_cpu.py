@@ -1,0 +1,36 @@
+# Trains a small model with multi-head attention on Python source, on a CPU: 6 million tokens, a quarter of an hour on
+# one core. Induction heads form within it. config/train_code_cpu_mla.py differs in the attention alone.
+#
+# $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
+# $ python train.py config/train_code_cpu.py --keep_checkpoints=500,1000,1500,2000,3000,4000,5000
+# $ python find_induction_heads.py --sweep=out-code-cpu
+#
+# Small batches, because heads form after fewer tokens then; four layers, because with two the previous-token head forms
+# in the second, where no later layer reads it (RESULTS.md).
+
+out_dir = 'out-code-cpu'
+wandb_run_name = 'code-mha'
+
+dataset = 'code'
+gradient_accumulation_steps = 1
+batch_size = 4  # 4 x 256 = 1,024 tokens per iteration
+block_size = 256
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+pos = 'rope'
+dropout = 0.0
+bias = False
+init_std = 0.0884  # 1/sqrt(n_embd)
+
+learning_rate = 4e-3
+max_iters = 6000
+lr_decay_iters = 6000
+warmup_iters = 200
+min_lr = 4e-4
+beta2 = 0.99
+
+eval_interval = 1000
+eval_iters = 64  # 256 windows of each split
+log_interval = 100

@@ -1,0 +1,362 @@
+"""
+Induction heads on real text: MHA, MQA and MLA on the same batches of source code, and MHA on prose with copies in it.
+
+$ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
+$ python studies/induction_text.py                 # a short form: two arms, one seed, few iterations; minutes
+$ python studies/induction_text.py --full=True     # every arm and seed: some two hours on two cores
+$ python studies/induction_text.py --full=True --prose=imdb --figure=assets/induction_text.png
+$ python studies/induction_text.py --reuse=assets/induction_text.json    # tables and pictures again, in seconds
+
+1. Each arm is trained on `dataset` with config/train_code_cpu.py, and measured at many iterations: scores of heads on
+   repeated random tokens, and losses on validation text where a bigram occurred before in the window, and elsewhere.
+2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with 1, 3 and 10 % of its tokens
+   replaced by copies of what stood up to 200 tokens before. How much repetition makes heads form?
+
+Finished runs are kept: repeat the command to continue. Writes text.md, and beside `figure` a .json with every number.
+Run it from the repository root.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import os
+import shutil
+from statistics import median
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import report, stats
+from analysis.measured import measure, measurement, read_json, sweep
+from core import files, messages, scripts
+from core.dataset import TokenData
+from core.messages import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+out_dir = 'out-induction-text'  # the runs
+figure = ''  # the picture, with the numbers in a .json beside it; '': text.png in out_dir
+full = False  # every arm and seed, 5000 iterations
+dataset = 'code'
+prose = ''  # a data set that rewards induction little, for part 2; '': no part 2
+data_dir = 'data'
+max_iters = 0  # 0: 5000, in the short form 300
+seeds = 0  # training seeds of each arm; 0: 3, in the short form 1
+arms = ''  # names of ARMS separated by semicolons; '': all, in the short form the first and the third
+reuse = ''  # the .json of an earlier study: its tables and pictures are made again, nothing is trained
+jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
+exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+ARMS = {
+    'MHA': {},
+    'MQA': dict(n_kv_head=1),
+    'MLA, r=C/2': dict(n_latent=64),
+    'MLA, r=C/4': dict(n_latent=32),
+    'MLA, r=C/2, latent norm': dict(n_latent=64, latent_norm=True),
+}
+LOOKS = {'MHA': ('#c4622d', '-', 'o'), 'MQA': ('#8a8a8a', '--', 's'), 'MLA, r=C/2': ('#0d1b3d', '-', '^'),
+         'MLA, r=C/4': ('#4f83c4', '-.', 'D'), 'MLA, r=C/2, latent norm': ('#7b4fa3', ':', 'v')}  # fmt: skip
+SHARES = (0.0, 0.01, 0.03, 0.1)  # of tokens that are copies, in part 2
+COPY_LENGTHS, COPY_DISTANCE = (16, 48), 200  # tokens of a copied span, and how far back it is taken from at most
+FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
+TOKENS = 4 * 256  # per iteration, in the config
+STEPS = (100, 200, 300, 400, 600, 800, 1000, 1250, 1500, 1750, 2000, 2250, 2500, 2750, 3000, 3500, 4000, 4500, 6000,
+         8000, 12000, 16000, 24000)  # fmt: skip
+
+
+# ---- prose with copies -----------------------------------------------------------------------------------------------
+
+
+def with_copies(tokens, share, seed=0):
+    """
+    Token ids (N,) in which a share of the tokens are copies of spans that begin up to COPY_DISTANCE tokens earlier.
+
+    Spans have COPY_LENGTHS tokens and don't overlap their sources; their places and lengths are random.
+    """
+    tokens, rng = tokens.copy(), np.random.default_rng(seed)
+    low, high = COPY_LENGTHS
+    slot = int((low + high) / 2 / share) if share else 0  # one span in so many tokens
+    if not share or len(tokens) < slot + COPY_DISTANCE:
+        return tokens
+    for start in range(COPY_DISTANCE, len(tokens) - slot, slot):
+        length = int(rng.integers(low, high + 1))
+        at = start + int(rng.integers(0, max(1, slot - length)))
+        back = int(rng.integers(length, COPY_DISTANCE + 1))
+        tokens[at : at + length] = tokens[at - back : at - back + length]
+    return tokens
+
+
+def mixed(share):
+    """The name of `prose` with this share of copies, a data set in out_dir/data that is made if it is missing."""
+    name = f'{os.path.basename(prose)}-{round(100 * share)}'
+    folder = os.path.join(out_dir, 'data', name)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        os.makedirs(folder, exist_ok=True)
+        source = os.path.join(data_dir, prose)
+        meta = dict(read_json(source, 'meta.json'))
+        train = np.fromfile(os.path.join(source, 'train.bin'), dtype=meta['dtype'])
+        with_copies(train, share).tofile(os.path.join(folder, 'train.bin'))
+        shutil.copy(os.path.join(source, 'val.bin'), folder)  # as it is, so that losses can be compared
+        meta = {key: value for key, value in meta.items() if key not in ('sha256', 'documents')}
+        meta['source'] += f', {share:.0%} of its training tokens copied' if share else ''
+        files.write_json(os.path.join(folder, 'meta.json'), meta)
+    return name
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def planned():
+    """The runs of part 1, seed by seed, and of part 2: dicts of name, folder, arm, share (None in part 1), seed."""
+    count = seeds or (3 if full else 1)
+    runs = [dict(arm=arm, share=None, seed=1337 + n) for n in range(count) for arm in chosen]
+    runs += [dict(arm='MHA', share=share, seed=1337) for share in SHARES] if prose else []
+    for run in runs:
+        slug = ''.join(letter if letter.isalnum() else '-' for letter in run['arm'].lower().replace(', ', '_'))
+        corpus = 'code' if run['share'] is None else f'prose{round(100 * run["share"])}'
+        run['name'] = f'{corpus}-{slug}-s{run["seed"]}'
+        run['folder'] = os.path.join(out_dir, run['name'])
+    return runs
+
+
+def snapshots():
+    """The iterations at which a run is measured."""
+    return [step for step in STEPS if step < iterations] + [iterations]
+
+
+def train_and_measure(run):
+    """Train and measure one run, as far as that isn't done yet; returns its outcome."""
+    steps, mla = snapshots(), 'MLA' in run['arm']
+    of_prose = run['share'] is not None
+    where = dict(data_dir=os.path.join(out_dir, 'data') if of_prose else data_dir)
+    if not os.path.exists(os.path.join(run['folder'], f'ckpt_{steps[-1]:06}.pt')):
+        keys = dict(where, out_dir=run['folder'], dataset=mixed(run['share']) if of_prose else dataset, resume='auto',
+                    seed=run['seed'], max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
+                    checkpoint_interval=500, threads=1, device='cpu', dtype='float32',
+                    keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
+        config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
+        scripts.run_script('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder'])
+    measure(run['folder'], sweep=run['folder'], text_windows=256, html=False, threads=1, device='cpu', **where)
+    return outcome(run)
+
+
+def outcome(run):
+    """A run and the numbers that tables and pictures show of it: a dict."""
+    found, steps = measurement(run['folder']), sweep(run['folder'])
+    layer, head = best = found['ranking'][0]
+    previous = np.array(found['previous_token']['mean'])
+    on_text = {step['heads']: step for step in found['ablation']['on_text']}
+    curve = [dict(tokens=step['iteration'] * TOKENS, induction=step['induction']['mean'],
+                  previous=step['previous_token']['mean'], previous_layer=step['previous_token']['head'][0],
+                  repeated=step['bigrams']['repeated']['mean'], others=step['bigrams']['others']['mean'],
+                  gain=step['bigram_gain']) for step in steps]  # fmt: skip
+    formed = [step['tokens'] for step in curve if step['induction'] > FORMED]
+    kept = ('name', 'arm', 'share', 'seed')
+    return {key: run[key] for key in kept} | dict(
+        curve=curve,
+        formed=formed[0] if formed else None,
+        repeated_share=found['bigrams']['share'],
+        repeated=found['bigrams']['repeated']['mean'],
+        others=found['bigrams']['others']['mean'],
+        best=best,
+        score=found['induction']['mean'][layer][head],
+        random_null=found['random_null'],
+        heads=int(np.sum(found['called'])),
+        copying=found['copying_eigenvalues'][layer][head],
+        best_previous=[int(i) for i in np.unravel_index(previous.argmax(), previous.shape)],
+        previous=float(previous.max()),
+        ablation={str(k): on_text[k] for k in (1, 2, 4)},
+        parameters=found['parameters'],
+    )
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def spread(values, form='.3f'):
+    """'mean [lowest, highest]' of numbers, or mean ± half width of the 95 % interval where there are four or more."""
+    values = list(values)
+    middle, half = stats.t_interval(values)
+    if half is not None:
+        return f'{middle:{form}} ± {half:.3f}'
+    return f'{middle:{form}}' + (f' [{min(values):{form}}, {max(values):{form}}]' if len(values) > 1 else '')
+
+
+def when(group):
+    """At how many millions of tokens heads formed: median [range], and in how many runs."""
+    formed = sorted(o['formed'] / 1e6 for o in group if o['formed'])
+    if not formed:
+        return f'never (0 of {len(group)})'
+    ends = f' [{formed[0]:.2f}, {formed[-1]:.2f}]' if formed[0] != formed[-1] else ''
+    return f'{median(formed):.2f}{ends}' + (f' ({len(formed)} of {len(group)})' if len(formed) < len(group) else '')
+
+
+def places(group, key):
+    """layer.head of every run of a group."""
+    return ', '.join('.'.join(map(str, o[key])) for o in group)
+
+
+def by_arm(outcomes):
+    """{arm: its runs of part 1}."""
+    found = {}
+    for o in outcomes:
+        if o['share'] is None:
+            found.setdefault(o['arm'], []).append(o)
+    return found
+
+
+def formation_table(outcomes):
+    """Formation, final scores and losses of every arm."""
+    heading = ('attention', f'million tokens until a score > {FORMED}', 'best induction score', 'layer.head',
+               'induction heads of 16', 'copying', 'best previous-token score', 'layer.head',
+               'loss at repeated bigrams', 'elsewhere')  # fmt: skip
+    rows = []
+    for arm, group in by_arm(outcomes).items():
+        numbers = {key: spread(o[key] for o in group)
+                   for key in ('score', 'copying', 'previous', 'repeated', 'others')}  # fmt: skip
+        heads = ', '.join(str(o['heads']) for o in group)
+        rows.append((arm, when(group), numbers['score'], places(group, 'best'), heads, numbers['copying'],
+                     numbers['previous'], places(group, 'best_previous'), numbers['repeated'],
+                     numbers['others']))  # fmt: skip
+    return report.markdown_table(heading, rows)
+
+
+def paired_table(outcomes):
+    """Every arm minus MHA of the same seed, which saw the same batches."""
+    groups, keys, rows = by_arm(outcomes), ('score', 'repeated', 'others'), []
+    mha = {o['seed']: o for o in groups.get('MHA', [])}
+    for arm, group in groups.items():
+        pairs = [(o, mha[o['seed']]) for o in group if arm != 'MHA' and o['seed'] in mha]
+        if pairs:
+            gaps = [spread((o[key] - other[key] for o, other in pairs), '+.3f') for key in keys]
+            rows.append((arm, *gaps))
+    return report.markdown_table(('minus MHA', 'best induction score', 'loss at repeated bigrams', 'elsewhere'), rows)
+
+
+def ablation_table(outcomes):
+    """What the best induction heads are worth on text."""
+    heading = ('attention', *(f'top {k}: at repeated bigrams, elsewhere' for k in ('1', '2', '4')),
+               '4 random others of these layers')  # fmt: skip
+    rows = []
+    for arm, group in by_arm(outcomes).items():
+        cells = [', '.join(spread((o['ablation'][k][part]['mean'] for o in group), '+.3f')
+                           for part in ('repeated', 'others')) for k in ('1', '2', '4')]  # fmt: skip
+        control = ', '.join(spread((o['ablation']['4'][f'control_{part}'] for o in group), '+.3f')
+                            for part in ('repeated', 'others'))  # fmt: skip
+        rows.append((arm, *cells, control))
+    return report.markdown_table(heading, rows)
+
+
+def prose_table(outcomes):
+    """MHA on prose by the share of copies."""
+    heading = ('copied tokens', f'million tokens until a score > {FORMED}', 'best induction score', 'layer.head',
+               'best previous-token score', 'layer.head', 'loss at repeated bigrams of plain prose',
+               'elsewhere')  # fmt: skip
+    rows = [(f'{o["share"]:.0%}', when([o]), f'{o["score"]:.3f}', places([o], 'best'), f'{o["previous"]:.3f}',
+             places([o], 'best_previous'), f'{o["repeated"]:.3f}', f'{o["others"]:.3f}')
+            for o in outcomes if o['share'] is not None]  # fmt: skip
+    return report.markdown_table(heading, rows)
+
+
+def tables(outcomes):
+    """The text of RESULTS.md's tables."""
+    share = outcomes[0]['repeated_share']
+    parts = [
+        ('Formation', formation_table(outcomes)),
+        ('Paired by seed', paired_table(outcomes)),
+        ('The best induction heads, mean-ablated: rise of the loss on validation text', ablation_table(outcomes)),
+    ]
+    if any(o['share'] is not None for o in outcomes):
+        parts.append(('MHA on prose with copied spans', prose_table(outcomes)))
+    intro = ('Brackets are ranges over seeds. Losses are in nats per token, over 256 validation windows of 256 tokens; '
+             f'in code {share:.0%} of positions repeat a bigram of their window.')  # fmt: skip
+    return intro + '\n\n' + '\n'.join(f'**{title}**\n\n{table}' for title, table in parts)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+PANELS = {
+    'induction': 'best induction score',
+    'previous': 'best previous-token score',
+    'gain': 'what a repeated bigram saves (nats)',
+}
+
+
+def value(step, key):
+    """A number of a curve."""
+    return step['gain']['mean'] if key == 'gain' else step[key]
+
+
+def draw_arms(outcomes):
+    """Scores and the gain of repeated bigrams over tokens, on a log axis, and the score over the loss."""
+    picture = Figure(figsize=(15, 4.6), layout='constrained')
+    axes = picture.subplots(1, 4)
+    for arm, group in by_arm(outcomes).items():
+        color, line, mark = LOOKS[arm]
+        tokens = [step['tokens'] / 1e6 for step in group[0]['curve']]
+        for axis, key in zip(axes, PANELS, strict=False):
+            curves = np.array([[value(step, key) for step in o['curve']] for o in group])
+            axis.plot(tokens, curves.T, color=color, linestyle=line, linewidth=0.6, alpha=0.4)
+            axis.plot(tokens, curves.mean(0), color=color, linestyle=line, marker=mark, markersize=3, label=arm)
+        for number, o in enumerate(group):
+            losses = [o['repeated_share'] * step['repeated'] + (1 - o['repeated_share']) * step['others']
+                      for step in o['curve']]  # fmt: skip
+            axes[3].plot(losses, [step['induction'] for step in o['curve']], color=color, linestyle=line, marker=mark,
+                         markersize=3, linewidth=1, label=None if number else arm)  # fmt: skip
+    for axis, title in zip(axes, PANELS.values(), strict=False):
+        axis.set(xscale='log', xlabel='million tokens', title=title)
+    axes[3].set(xlabel='loss on validation text (nats per token)', title='best induction score at equal loss')
+    axes[3].invert_xaxis()
+    for axis in (axes[0], axes[1], axes[3]):
+        axis.set_ylim(0, 1)
+    axes[0].legend(fontsize=8)
+    picture.suptitle(f'Induction heads form on source code: 4 layers, C = 128, RoPE; mean of {len(group)} '
+                     f'seed{"s" * (len(group) > 1)}, each seed thin', fontsize='medium')  # fmt: skip
+    return picture
+
+
+def draw_prose(outcomes):
+    """Best induction score over tokens by the share of copies in prose."""
+    picture = Figure(figsize=(6.5, 4.4), layout='constrained')
+    axis = picture.subplots()
+    colors = ('#b8b8b8', '#8fb1da', '#4f83c4', '#0d1b3d')
+    for o, color, mark in zip([o for o in outcomes if o['share'] is not None], colors, 'os^D', strict=False):
+        axis.plot([step['tokens'] / 1e6 for step in o['curve']], [step['induction'] for step in o['curve']],
+                  color=color, marker=mark, markersize=4, label=f'{o["share"]:.0%} copied')  # fmt: skip
+    axis.set(xscale='log', ylim=(0, 1), xlabel='million tokens', ylabel='best induction score',
+             title='Prose forms induction heads once spans are copied within it\n(MHA, 4 layers, C = 128)')  # fmt: skip
+    axis.legend()
+    return picture
+
+
+# ---- train, measure, report ------------------------------------------------------------------------------------------
+
+chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS) if full else list(ARMS)[:3:2]
+if unknown := set(chosen) - set(ARMS):
+    raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
+iterations = max_iters or (5000 if full else 300)
+messages.check_folder(out_dir)
+if reuse:
+    try:
+        outcomes = read_json(reuse)['runs']
+        text = tables(outcomes)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{reuse} can't be read as a study ({error}); name the .json of another") from error
+else:
+    for name in filter(None, (dataset, prose)):
+        TokenData(os.path.join(data_dir, name), 256)  # a missing one is an error now, not later
+    outcomes = scripts.run_all(train_and_measure, planned(), jobs)
+    text = tables(outcomes)
+messages.output(text)
+os.makedirs(out_dir, exist_ok=True)
+report.save_text(os.path.join(out_dir, 'text.md'), text)
+path = figure or os.path.join(out_dir, 'text.png')
+report.save_figure(path, draw_arms(outcomes))
+if any(o['share'] is not None for o in outcomes):
+    report.save_figure(os.path.splitext(path)[0] + '_prose.png', draw_prose(outcomes))
+report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=report.plain(outcomes)))
