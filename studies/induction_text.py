@@ -141,7 +141,7 @@ def train_and_measure(run):
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
         scripts.run_script('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder'])
-    measure(run['folder'], sweep=run['folder'], text_windows=256, html=False, threads=1, device='cpu', **where)
+    measure(run['folder'], sweep=run['folder'], text_windows=128, html=False, threads=1, device='cpu', **where)
     return outcome(run)
 
 
@@ -273,7 +273,7 @@ def tables(outcomes):
     ]
     if any(o['share'] is not None for o in outcomes):
         parts.append(('MHA on prose with copied spans', prose_table(outcomes)))
-    intro = ('Brackets are ranges over seeds. Losses are in nats per token, over 256 validation windows of 256 tokens; '
+    intro = ('Brackets are ranges over seeds. Losses are in nats per token, over 128 validation windows of 256 tokens; '
              f'in code {share:.0%} of positions repeat a bigram of their window.')  # fmt: skip
     return intro + '\n\n' + '\n'.join(f'**{title}**\n\n{table}' for title, table in parts)
 
