@@ -14,6 +14,8 @@ Notable features:
 - padding on either side, in dynamic and static caches: a padded sequence gets the logits that it gets alone
 - softmax and loss in float32 for half-precision models, in the model's dtype otherwise
 - gradient checkpointing per block
+- transformers' attention interface: attn_implementation 'sdpa' or 'eager', which also gives output_attentions, or a
+  function registered with AttentionInterface, which gets the keys and values that are computed from the latents
 
 Formulas and names are those of DeepSeek-V2 (arXiv:2405.04434, section 2.1).
 Shapes: B batch, T query length, S key length, C n_embd, H heads, d = C/H, r n_latent, R n_rope, V vocabulary.
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class MLAGPTConfig(PretrainedConfig):
@@ -116,12 +119,29 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, s
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum') / num_items_in_batch
 
 
+def softmax_of_visible(scores, visible, dtype):
+    """Attention weights (B, H, T, S) in `dtype`: the softmax of scores over the visible keys (bool, or None: all)."""
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float('-inf'))
+    return upcast(scores).softmax(dim=-1).to(dtype)
+
+
+def eager_attention(module, q, k, v, visible, scaling, dropout=0.0, **kwargs):
+    """Attention by its formula, as transformers calls it: the output (B, T, H, d) and the weights (B, H, T, S)."""
+    if visible is None and q.size(2) > 1:
+        visible = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    weights = softmax_of_visible(q @ k.transpose(-2, -1) * scaling, visible, q.dtype)
+    return (F.dropout(weights, dropout, module.training) @ v).transpose(1, 2), weights
+
+
 class Attention(nn.Module):
     """Multi-head latent attention."""
 
+    is_causal, num_key_value_groups = True, 1  # transformers' attention functions read these
+
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.config, self.layer, self.dropout = config, layer, config.dropout
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.n_latent, self.n_rope = config.n_latent, config.n_rope
         self.n_nope = self.head_size - config.n_rope
@@ -148,13 +168,14 @@ class Attention(nn.Module):
         return q, self.kv_norm(latent), k_rope
 
     def decompressed(self, q, latent, k_rope, visible):
-        """Attention over keys and values computed from the latents (B, 1, S, r): (B, H, T, d)."""
+        """Attention over keys and values computed from the latents (B, 1, S, r): (B, T, H, d), and weights or None."""
         k, v = self.c_kv_up(latent.squeeze(1)).split((self.n_head * self.n_nope, self.n_head * self.head_size), dim=-1)
         k = k.unflatten(-1, (self.n_head, self.n_nope)).transpose(1, 2)
         v = v.unflatten(-1, (self.n_head, self.head_size)).transpose(1, 2)
         k = torch.cat((k, k_rope.expand(-1, self.n_head, -1, -1)), dim=-1)
-        dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None and q.size(2) > 1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout, scaling = self.dropout if self.training else 0.0, 1 / math.sqrt(self.head_size)
+        return attend(self, q, k, v, visible, dropout=dropout, scaling=scaling)
 
     def absorbed(self, q, latent, k_rope, visible):
         """The same in latent space, without keys and values: cheaper for few queries (see `forward`)."""
@@ -163,16 +184,18 @@ class Attention(nn.Module):
         w_v = self.c_kv_up.weight[split:].unflatten(0, (self.n_head, self.head_size))
         q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
         scores = (q_nope @ w_k) @ latent.transpose(-2, -1) + q_rope @ k_rope.transpose(-2, -1)
-        scores = scores / math.sqrt(self.head_size)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float('-inf'))
-        y = (upcast(scores).softmax(dim=-1).to(q.dtype) @ latent) @ w_v.transpose(-2, -1)
+        weights = softmax_of_visible(scores / math.sqrt(self.head_size), visible, q.dtype)
+        y = (weights @ latent) @ w_v.transpose(-2, -1)
         if self.c_kv_up.bias is not None:  # the keys' bias adds the same to all scores of a query: softmax drops it
             y = y + self.c_kv_up.bias[split:].unflatten(0, (self.n_head, self.head_size))[:, None]
-        return y
+        return y.transpose(1, 2), weights
 
     def forward(self, x, rope, visible, S, cache):
-        """x (B, T, C) -> (B, T, C). With a cache, x are the last T of S tokens, and the cache holds the others."""
+        """
+        x (B, T, C) -> (B, T, C), and the weights (B, H, T, S) where they are computed, else None.
+
+        With a cache, x are the last T of S tokens, and the cache holds the others.
+        """
         q, latent, k_rope = self.project(x, rope)
         if cache is not None:
             latent, k_rope = (part[:, :, :S] for part in cache.update(latent, k_rope, self.layer))
@@ -180,8 +203,9 @@ class Attention(nn.Module):
         absorbing_pays = T * (r - d) < r * d  # otherwise computing all keys and values takes fewer operations
         # absorbed attention has no causal mask of its own, so several queries require `visible`
         absorbs = cache is not None and not self.training and absorbing_pays and (visible is not None or T == 1)
-        y = (self.absorbed if absorbs else self.decompressed)(q, latent, k_rope, visible)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        absorbs = absorbs and self.config._attn_implementation in ('eager', 'sdpa')  # another function is to be called
+        y, weights = (self.absorbed if absorbs else self.decompressed)(q, latent, k_rope, visible)
+        return self.resid_dropout(self.c_proj(y.flatten(2))), weights
 
 
 class MLP(nn.Module):
@@ -209,8 +233,9 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, visible, S, past_key_values=None):
-        x = x + self.attn(self.ln_1(x), rope, visible, S, past_key_values)
-        return x + self.mlp(self.ln_2(x))
+        y, weights = self.attn(self.ln_1(x), rope, visible, S, past_key_values)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), weights
 
 
 class MLAGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -220,6 +245,7 @@ class MLAGPTForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ['Block']
     _supports_sdpa = True
+    _supports_attention_backend = True
     _tied_weights_keys = {'lm_head.weight': 'transformer.wte.weight'}
     _skip_keys_device_placement = ['past_key_values']
 
@@ -249,14 +275,22 @@ class MLAGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, return_dict=True, **kwargs):  # fmt: skip
+                labels=None, use_cache=None, logits_to_keep=0, output_attentions=None, output_hidden_states=None,
+                return_dict=True, **kwargs):  # fmt: skip
         """
         Token ids (B, T) -> CausalLMOutputWithPast: logits (B, T, V), the loss if there are labels, and the cache.
 
         attention_mask: see `visible_keys`; it covers the cached tokens too. By default, positions count the tokens of
-        a (B, S) mask, so padding takes no position, and are consecutive otherwise. ValueError for more than block_size
-        tokens.
+        a (B, S) mask, so padding takes no position, and are consecutive otherwise. On demand also hidden_states, the
+        embeddings and each layer's output (the last one normed), and attentions (attn_implementation='eager').
+        ValueError for more than block_size tokens.
         """
+        config, eager = self.config, self.config._attn_implementation == 'eager'
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and not eager:
+            raise ValueError("output_attentions requires attn_implementation='eager'")
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass either input_ids or inputs_embeds')
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -283,15 +317,22 @@ class MLAGPTForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + self.transformer.wpe(position_ids)
         x = self.transformer.drop(x)
         visible = visible_keys(mask, past, T, S, x.device)
+        hidden, attentions = (), ()
         for block in self.transformer.h:
-            x = block(x, rope, visible, S, past_key_values=past_key_values)
+            hidden = (*hidden, x) if output_hidden_states else ()
+            x, weights = block(x, rope, visible, S, past_key_values=past_key_values)
+            attentions = (*attentions, weights) if output_attentions else ()
         x = self.transformer.ln_f(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        cache = past_key_values if use_cache else None
-        if not return_dict:
-            return tuple(part for part in (loss, logits, cache) if part is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        out = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden, x) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+        return out if return_dict else out.to_tuple()

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
 
 from core import checkpoint as checkpoints
 from core.hf_modeling_mla import MLAGPTConfig, MLAGPTForCausalLM
@@ -259,6 +259,47 @@ def test_assisted_decoding_crops_the_cache(name):
     expected = ours.generate(PROMPTS[:1], 12, temperature=0)
     for options in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=assistant)):
         assert torch.equal(expected, theirs.generate(PROMPTS[:1], max_new_tokens=12, do_sample=False, **options))
+
+
+# ---- transformers' attention interface -------------------------------------------------------------------------------
+
+
+@variants
+def test_attention_weights_and_hidden_states_in_one_pass_and_from_the_cache(name):
+    _, model = model_pair(name)
+    reference = model(PROMPTS, attention_mask=LEFT_PADDED).logits
+    with pytest.raises(ValueError, match='eager'):
+        model(PROMPTS, output_attentions=True)
+    model.set_attn_implementation('eager')
+    whole = model(PROMPTS, attention_mask=LEFT_PADDED, output_attentions=True, output_hidden_states=True)
+    seen = LEFT_PADDED.bool()[:, None, :, None]
+    assert (whole.logits - reference)[LEFT_PADDED.bool()].abs().max() < 1e-12
+    assert len(whole.attentions) == 2 and len(whole.hidden_states) == 3
+    assert (model.lm_head(whole.hidden_states[-1]) - whole.logits).abs().max() < 1e-12
+    cache = model(PROMPTS[:, :-1], attention_mask=LEFT_PADDED[:, :-1]).past_key_values
+    last = model(PROMPTS[:, -1:], attention_mask=LEFT_PADDED, past_key_values=cache, output_attentions=True)
+    for layer, weights in enumerate(whole.attentions):
+        assert weights.shape == (3, 4, 9, 9) and (weights.sum(-1) - 1).abs().max() < 1e-12
+        assert (weights.triu(1) * seen).abs().max() == 0
+        assert (last.attentions[layer] - weights[:, :, -1:]).abs().max() < 1e-12
+
+
+@variants
+def test_a_registered_function_gets_keys_and_values_at_every_step(name):
+    _, model = model_pair(name)
+    wanted, calls = model.generate(PROMPTS, max_new_tokens=4, do_sample=False), []
+
+    def watched(module, q, k, v, mask, scaling, **how):
+        calls.append((module.layer, q.size(2), tuple(k.shape), tuple(v.shape)))
+        causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
+        mask = causal if mask is None else mask
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2), None
+
+    AttentionInterface.register('watched', watched)
+    model.set_attn_implementation('watched')
+    assert torch.equal(model.generate(PROMPTS, max_new_tokens=4, do_sample=False), wanted)
+    steps = [(9, 9), (1, 10), (1, 11), (1, 12)]
+    assert calls == [(layer, T, (3, 4, S, 8), (3, 4, S, 8)) for T, S in steps for layer in range(2)]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
