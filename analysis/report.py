@@ -162,11 +162,13 @@ def text_lines(found, show, sort):
     """The first heads on a text of the user's own, by `sort` (copying is no matter of text: by induction)."""
     names = ('induction', 'duplicate_token', 'previous_token')
     name = SORTS[sort] if SORTS[sort] in names else 'induction'
-    windows = f'{found["windows"]} windows of {found["tokens"]} tokens'
+    windows = f'{found["windows"]} window{"s" * (found["windows"] > 1)} of {found["tokens"]} tokens'
     headings = '  '.join(f'{heading + " [95 %]":<22}' for heading in ('induction', 'duplicate', 'previous'))
     lines = [f'on {found["file"]}, {windows}, by {name.replace("_", " ")}:', f'head   {headings}']
     for at in ranked(found[name]['mean'])[:show]:
-        cells = (f'{found[n]["mean"][at]:.3f} [{found[n]["low"][at]:.3f}, {found[n]["high"][at]:.3f}]' for n in names)
+        cells = (f'{found[n]["mean"][at]:.3f}'
+                 + (f' [{found[n]["low"][at]:.3f}, {found[n]["high"][at]:.3f}]' if found['windows'] > 1 else '')
+                 for n in names)  # fmt: skip
         lines.append(f'{at[0]}.{at[1]:<4} ' + '  '.join(f'{cell:<22}' for cell in cells))
     lines.append('chance ' + '  '.join(f'{found[n]["chance"]:<22.3f}' for n in names))
     return [line.rstrip() for line in lines]
