@@ -30,10 +30,12 @@ from core import signals
 signals.exit_at_once()  # for the time of the slow imports
 
 import contextlib
+import copy
 import functools
 import gc
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ from core import messages, peers, runtime, timing
 from core.contenders import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.dataset import TokenData, read_meta
 from core.files import write_json
+from core.int8 import quantize, weight_bytes
 from core.messages import UserError, whole_numbers
 from core.timing import ms_text, print_table, spread
 from core.tokenizer import TOKENIZERS, GPT2Tokenizer
@@ -76,6 +79,7 @@ uncached_tokens = 4096  # steps without a cache are slow: time them up to this m
 new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
+int8 = False  # on a CPU: also time the models with weights in int8
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
 # train
@@ -104,6 +108,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 if vocab_size > 2**16:
     raise UserError(f'vocab_size is {vocab_size}; it must be at most {2**16:,}: tokens are read as uint16')
+if int8 and device not in ('auto', 'cpu'):
+    raise UserError('int8 is for a CPU; leave it out, or add --device=cpu')
 for key in ('json', 'plot'):
     if config[key]:
         messages.check_file(config[key], key)
@@ -300,14 +306,10 @@ def measure_steps(models, hf_model, batch_size, context):
         if 'attention' in row and 'attention' in rows[0]:
             row['attention']['of_mha'] = row['attention']['ms'] / rows[0]['attention']['ms']
         if row['cache_bytes']:
-            weights = weight_bytes(models.get(row['name'].removesuffix(', eager'), models['MHA']))
+            model = models.get(row['name'].removesuffix(', eager'), models['MHA'])
+            weights = weight_bytes(model, runtime.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
     return rows
-
-
-def weight_bytes(model):
-    """Bytes of the weights that a step needs, in the dtype of the multiplications: all but the positions' table."""
-    return model.get_num_params() * runtime.DTYPES[dtype].itemsize  # get_num_params leaves the positions out
 
 
 def random_prompt():
@@ -338,6 +340,14 @@ def measure_texts(models, hf_model):
     return rows
 
 
+WARM, COLD = ('#d9722e', '#e8a56f', '#8a8a8a'), ('#0d1b3d', '#2f5aa8', '#7fb0e0')  # of different brightness each
+
+
+def in_shares(name):
+    """A model's name with its latent size as a share of C, where that is a whole one: 'MLA, r = C/2'."""
+    return re.sub(r'r=(\d+)', lambda r: f'r = C/{n_embd // int(r[1])}' if n_embd % int(r[1]) == 0 else r[0], name)
+
+
 def draw_plot(rows, file):
     """Draw decoding time over context length, one panel per batch size, and cache size. Readable in grey."""
     from matplotlib.figure import Figure  # slow to import
@@ -348,10 +358,9 @@ def draw_plot(rows, file):
     names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
     lines = zip(names, 'os^Dv*' * len(names), ['-', '--', '-.', ':'] * len(names), strict=False)
-    looks = {
-        name: dict(color=str(0.6 * i / len(names)), marker=marker, linestyle=line)
-        for i, (name, marker, line) in enumerate(lines)
-    }
+    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
+    looks = {name: dict(color=next(cold if 'MLA' in name else warm), marker=marker, linestyle=line)
+             for name, marker, line in lines}  # fmt: skip
     figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
     axes = figure.subplots(1, len(sizes) + 1)
     for name in names:
@@ -360,7 +369,7 @@ def draw_plot(rows, file):
             if not own:
                 continue
             x, low, high = [r['context'] for r in own], *zip(*(r['ms_quartiles'] for r in own), strict=True)
-            axis.plot(x, [row['ms'] for row in own], label=name, **looks[name])
+            axis.plot(x, [row['ms'] for row in own], label=in_shares(name), **looks[name])
             axis.fill_between(x, low, high, color=looks[name]['color'], alpha=0.15, linewidth=0)
             axis.set(title=f'batch size {size}', ylabel='time per step (ms)')
         own = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
@@ -391,6 +400,8 @@ def bench_sample():
     longest = max(*lengths, prompt_tokens + new_tokens)
     all_models = build_all((2, 4, 8), block_size=longest, bias=True)  # with biases, as GPT-2
     models = {name: model.eval() for name, model in all_models.items()}
+    if int8:
+        models |= {f'{name}, int8': quantize(copy.deepcopy(model)) for name, model in all_models.items()}
     print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}\n')
     steps, texts = [], []
     with torch.no_grad(), runtime.autocast(device, dtype):
@@ -399,7 +410,8 @@ def bench_sample():
             for context in lengths:
                 runtime.notice(f'timing steps at batch size {batch_size}, context {context}')
                 steps += measure_steps(models, hf_model, batch_size, context)
-        bandwidth = gpu.bandwidth if (gpu := runtime.gpu_of(device)) else None
+        gpu = runtime.gpu_of(device)
+        bandwidth = gpu.bandwidth if gpu else timing.read_bandwidth() if device == 'cpu' else None
         step_columns = {
             'B': lambda row: str(row['batch_size']),
             'T': lambda row: str(row['context']),
@@ -416,7 +428,7 @@ def bench_sample():
         }
         if bandwidth:
             step_columns['GB/s'] = lambda row: (
-                f'{row["bytes_per_s"] / 1e9:,.0f} ({row["bytes_per_s"] / 1e7 / bandwidth:.0f} %)'
+                f'{row["bytes_per_s"] / 1e9:,.1f} ({row["bytes_per_s"] / 1e7 / bandwidth:.0f} %)'
                 if 'bytes_per_s' in row else ''
             )  # fmt: skip
         print_table(steps, step_columns)

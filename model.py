@@ -353,7 +353,7 @@ class GPT(nn.Module):
 
     def init_cache(self, batch_size, max_tokens=None, dtype=None):
         """An empty Cache for `batch_size` sequences of up to `max_tokens` (at most, and by default, block_size)."""
-        weight = self.lm_head.weight
+        weight = self.transformer.wte.weight
         max_tokens = min(max_tokens or self.config.block_size, self.config.block_size)
         if dtype is None:
             device = weight.device.type

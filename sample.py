@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from core import checkpoint as checkpoints
-from core import files, runtime
-from core.dataset import read_meta, read_meta_pickle
+from core import evaluation, files, runtime
+from core.dataset import TokenData, read_meta, read_meta_pickle
+from core.int8 import quantize
 from core.messages import UserError, printable
 from core.tokenizer import GPT2Tokenizer, load_tokenizer
 
@@ -42,6 +43,8 @@ use_cache = True  # False: recompute the whole context for each token, as nanoGP
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
+weights = 'float'  # 'int8': each weight in one byte, on a CPU: faster, with slightly other probabilities
+int8_windows = 0  # with int8: measure on so many validation windows what it changes
 compile = 'auto'  # capture the decode step as a CUDA graph: True, False, or 'auto' (on CUDA only)
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
@@ -69,8 +72,8 @@ if init_from == 'resume':
             meta = GPT2Tokenizer().meta()
             runtime.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
-    model, saved = checkpoints.pretrained(init_from)
-    meta = saved['tokenizer']
+    model, checkpoint = checkpoints.pretrained(init_from)
+    meta = checkpoint['tokenizer']
 model.eval().to(device)
 dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
 tokenizer = load_tokenizer(meta)
@@ -79,6 +82,26 @@ if tokenizer.n_vocab > model.config.vocab_size:
         f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
         "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
     )
+
+# ---- weights in int8 -------------------------------------------------------------------------------------------------
+
+
+def validation_losses():
+    """The model's loss on each of `int8_windows` windows of its validation data."""
+    data = TokenData(Path(data_dir, str((checkpoint.get('config') or {}).get('dataset', ''))), model.config.block_size)
+    with runtime.autocast(device, dtype):
+        return evaluation.window_losses(model, data, 'val', int8_windows, batch_size=1)
+
+
+if weights == 'int8':
+    if device != 'cpu':
+        raise UserError("weights='int8' is for a CPU; leave it out, or add --device=cpu")
+    dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
+    before = validation_losses() if int8_windows else None
+    quantize(model)
+    if int8_windows:
+        rise, error = evaluation.mean_and_stderr(validation_losses() - before)
+        runtime.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 if start.startswith('FILE:'):

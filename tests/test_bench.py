@@ -63,6 +63,16 @@ def test_decoding_is_timed(tmp_path):
     assert (tmp_path / 'a.png').stat().st_size > 10000
 
 
+def test_int8_is_timed_beside_float(tmp_path):
+    keys = ['--contexts=8', '--batch_sizes=1', '--new_tokens=4', '--n_latents=16', '--uncached_tokens=0', '--int8=True']
+    done = bench('--mode=sample', *keys, f'--json={tmp_path}/a.json')
+    rows = {row['name']: row for row in json.loads((tmp_path / 'a.json').read_text())['steps']}
+    assert list(rows) == ['MHA', 'MLA, r=16', 'MHA, int8', 'MLA, r=16, int8']
+    # a step of the tiny model reads fewer bytes with int8, and no more than a step does in the same time
+    assert rows['MHA, int8']['bytes_per_s'] * rows['MHA, int8']['ms'] < rows['MHA']['bytes_per_s'] * rows['MHA']['ms']
+    assert ' %)' in done.stdout  # of the bandwidth
+
+
 LIMITED = (*forking.MODULES, 'tests.limited_memory')
 
 
