@@ -433,9 +433,8 @@ def formation_figure(outcomes):
         axis.set(xlabel='iteration', title=positions, ylim=(0, 1))
         axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
     axes[0].set_ylabel('best induction score (mean, and thin: each seed)')
-    figure.suptitle(
-        f'When induction heads form on repeated random tokens: {LAYERS} layers, C = {WIDTH}', fontsize='medium'
-    )
+    figure.suptitle(f'When induction heads form on repeated random tokens: {LAYERS} layers, C = {WIDTH}; MLA from the '
+                    'initial values of version 0.1.0', fontsize='medium')  # fmt: skip
     return figure
 
 
