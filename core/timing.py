@@ -185,14 +185,9 @@ def peak_flops(device, dtype):
 
 
 def read_bandwidth():
-    """
-    Bytes per second at which the CPU reads large weights, measured: float32, by all threads.
-
-    The best of a few products of one row with a matrix that no cache holds, split between the threads.
-    """
-    weight = torch.ones(torch.get_num_threads(), 16384, 2048)  # 128 MiB per thread
-    row = torch.ones(len(weight), 2048, 1)
-    return weight.nbytes / min(timed(lambda: torch.bmm(weight, row) is None) for _ in range(9))
+    """GB/s at which the CPU reads memory, measured: the best sum of 256 MiB of float32 by all threads."""
+    numbers = torch.ones(2**26)
+    return numbers.nbytes / 1e9 / min(timed(lambda: numbers.sum() is None) for _ in range(9))
 
 
 def print_table(rows, columns):
