@@ -93,12 +93,14 @@ def validation_losses():
         return evaluation.window_losses(model, data, 'val', int8_windows, batch_size=1)
 
 
+size, precision = model.get_num_params() / 1e6, dtype
 if weights == 'int8':
     if device != 'cpu':
         raise UserError("weights='int8' is for a CPU; leave it out, or add --device=cpu")
     dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
     before = validation_losses() if int8_windows else None
     quantize(model)
+    precision = f'weights in int8, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)
         runtime.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
@@ -139,8 +141,8 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, dtype=runtime.DTYPES[dtype]).bytes_per_token
-kind, size = checkpoints.attention_of(model).upper(), model.get_num_params() / 1e6
-runtime.notice(f'{kind}, {size:.2f}M parameters, {device}, {dtype}; the cache takes {cache_bytes:,} bytes per token')
+kind = checkpoints.attention_of(model).upper()
+runtime.notice(f'{kind}, {size:.2f}M parameters, {device}, {precision}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()
 show(prompt)
 with runtime.autocast(device, dtype):

@@ -153,8 +153,8 @@ class EagerAttention(torch.autograd.Function):
     g(scores) = D g(D) - P rowsum(O g(O)), all products elementwise (arXiv:2205.14135, appendix B).
     """
 
-    # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32, one
-    # core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
+    # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32,
+    # one core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
     QUERY_BLOCK = {torch.float32: 64}  # others: 128
 
     @staticmethod
