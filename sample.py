@@ -142,7 +142,8 @@ def show_first(tokens):
 
 cache_bytes = model.init_cache(1, 1, dtype=runtime.DTYPES[dtype]).bytes_per_token
 kind = checkpoints.attention_of(model).upper()
-runtime.notice(f'{kind}, {size:.2f}M parameters, {device}, {precision}; the cache takes {cache_bytes:,} bytes per token')
+about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
+runtime.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()
 show(prompt)
 with runtime.autocast(device, dtype):
