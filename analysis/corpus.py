@@ -107,3 +107,20 @@ def starts_inside(ends, block_size):
     counts = (ends - begins) // block_size
     number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # of a window in its document
     return np.repeat(begins, counts) + number * block_size
+
+
+def with_copies(tokens, share, lengths=(16, 48), distance=200, seed=0):
+    """
+    A copy of token ids (N,) in which a share of the tokens repeats what stood up to `distance` tokens earlier.
+
+    Spans have lengths[0] to lengths[1] tokens, at random places that don't overlap. A span's source lies before it
+    entirely, and may hold an earlier copy.
+    """
+    tokens, rng, (low, high) = tokens.copy(), np.random.default_rng(seed), lengths
+    slot = round((low + high) / 2 / share) if share else len(tokens)  # one span in so many tokens
+    for start in range(distance, len(tokens) - slot, slot):
+        length = int(rng.integers(low, high + 1))
+        at = start + int(rng.integers(0, max(1, slot - length)))
+        back = int(rng.integers(length, distance + 1))
+        tokens[at : at + length] = tokens[at - back : at - back + length]
+    return tokens

@@ -32,6 +32,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report, stats
+from analysis.corpus import with_copies
 from analysis.measured import measure, measurement, read_json, sweep
 from core import files, messages, scripts
 from core.dataset import TokenData
@@ -62,7 +63,6 @@ ARMS = {
 LOOKS = {'MHA': ('#c4622d', '-', 'o'), 'MQA': ('#8a8a8a', '--', 's'), 'MLA, r=C/2': ('#0d1b3d', '-', '^'),
          'MLA, r=C/4': ('#4f83c4', '-.', 'D'), 'MLA, r=C/2, latent norm': ('#7b4fa3', ':', 'v')}  # fmt: skip
 SHARES = (0.0, 0.01, 0.03, 0.1)  # of tokens that are copies, in part 2
-COPY_LENGTHS, COPY_DISTANCE = (16, 48), 200  # tokens of a copied span, and how far back it is taken from at most
 FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
 TOKENS = 4 * 256  # per iteration, in the config
 STEPS = (100, 200, 300, 400, 600, 800, 1000, 1250, 1500, 1750, 2000, 2250, 2500, 2750, 3000, 3500, 4000, 4500, 6000,
@@ -70,25 +70,6 @@ STEPS = (100, 200, 300, 400, 600, 800, 1000, 1250, 1500, 1750, 2000, 2250, 2500,
 
 
 # ---- prose with copies -----------------------------------------------------------------------------------------------
-
-
-def with_copies(tokens, share, seed=0):
-    """
-    Token ids (N,) in which a share of the tokens are copies of spans that begin up to COPY_DISTANCE tokens earlier.
-
-    Spans have COPY_LENGTHS tokens and don't overlap their sources; their places and lengths are random.
-    """
-    tokens, rng = tokens.copy(), np.random.default_rng(seed)
-    low, high = COPY_LENGTHS
-    slot = int((low + high) / 2 / share) if share else 0  # one span in so many tokens
-    if not share or len(tokens) < slot + COPY_DISTANCE:
-        return tokens
-    for start in range(COPY_DISTANCE, len(tokens) - slot, slot):
-        length = int(rng.integers(low, high + 1))
-        at = start + int(rng.integers(0, max(1, slot - length)))
-        back = int(rng.integers(length, COPY_DISTANCE + 1))
-        tokens[at : at + length] = tokens[at - back : at - back + length]
-    return tokens
 
 
 def mixed(share):
