@@ -40,7 +40,8 @@ TINY = {
                                 'text_windows': 2},
     'sizing.py': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 64, 'block_size': 16, 'contexts': '16'},
     'studies/induction.py': {'reuse': '{place}/study.json'},
-    'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
+    'studies/induction_text.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
+    'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
     'studies/gpu.py': {'out_dir': '{place}/out', 'nanogpt': '{place}/nowhere', 'parts': 'memory'},  # as above
     'data/text/prepare.py': {'input': '{place}/text.txt'},
     'data/code/prepare.py': {'input': '{place}/texts', 'suffixes': '.md,.py', 'val_fraction': 0.5,
@@ -123,7 +124,7 @@ OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/co
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
 WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'results', 'profile')
 READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files',
-        'text', 'nanogpt', 'text_models', 'start')  # fmt: skip
+        'text', 'nanogpt', 'text_models', 'start', 'prose')  # fmt: skip
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
@@ -144,7 +145,9 @@ LARGEST = dict.fromkeys(ANY, math.inf) | {
     'resamples': 200, 'sequences': 16, 'length': 16, 'statistics_tokens': 1000, 'eval_tokens': 1000, 'n_embd': 64,
     'block_size': 64, 'vocab_size': 500, 'rows': 64, 'val_rows': 64}  # fmt: skip
 # (key, value) pairs that work, and take long or leave the place: compiling, the network, other programs, all files
-LEFT_OUT = dict.fromkeys(('compile', 'wandb_log', 'download', 'huggingface', 'full'), ('true', 'yes', '1', 'on'))
+LEFT_OUT = dict.fromkeys(
+    ('compile', 'wandb_log', 'download', 'huggingface', 'full', 'convert'), ('true', 'yes', '1', 'on')
+)
 LEFT_OUT |= {
     'mode': ('data', 'train', 'sample'),
     'follow': tuple(map(str, range(1, 17))),
