@@ -59,9 +59,11 @@ ARMS = {
     'MLA, r=C/2': dict(n_latent=64),
     'MLA, r=C/4': dict(n_latent=32),
     'MLA, r=C/2, latent norm': dict(n_latent=64, latent_norm=True),
+    'MLA, r=C/2, R=3d/4': dict(n_latent=64, n_rope=24),  # RoPE on 24 of a head's 32 dimensions, where others have 16
 }
 LOOKS = {'MHA': ('#c4622d', '-', 'o'), 'MQA': ('#8a8a8a', '--', 's'), 'MLA, r=C/2': ('#0d1b3d', '-', '^'),
-         'MLA, r=C/4': ('#4f83c4', '-.', 'D'), 'MLA, r=C/2, latent norm': ('#7b4fa3', ':', 'v')}  # fmt: skip
+         'MLA, r=C/4': ('#4f83c4', '-.', 'D'), 'MLA, r=C/2, latent norm': ('#7b4fa3', ':', 'v'),
+         'MLA, r=C/2, R=3d/4': ('#2f9e8f', '--', 'P')}  # fmt: skip
 SHARES = (0.0, 0.01, 0.03, 0.1)  # of tokens that are copies, in part 2
 FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
 TOKENS = 4 * 256  # per iteration, in the config
