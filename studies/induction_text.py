@@ -224,12 +224,12 @@ def paired_table(outcomes):
 def ablation_table(outcomes):
     """What the best induction heads are worth on text."""
     heading = ('attention', *(f'top {k}: at repeated bigrams, elsewhere' for k in ('1', '2', '4')),
-               '4 random others of these layers')  # fmt: skip
+               '2 random others of these layers')  # fmt: skip
     rows = []
     for arm, group in by_arm(outcomes).items():
         cells = [', '.join(spread((o['ablation'][k][part]['mean'] for o in group), '+.3f')
                            for part in ('repeated', 'others')) for k in ('1', '2', '4')]  # fmt: skip
-        control = ', '.join(spread((o['ablation']['4'][f'control_{part}'] for o in group), '+.3f')
+        control = ', '.join(spread((o['ablation']['2'][f'control_{part}'] for o in group), '+.3f')
                             for part in ('repeated', 'others'))  # fmt: skip
         rows.append((arm, *cells, control))
     return report.markdown_table(heading, rows)
@@ -298,8 +298,9 @@ def draw_arms(outcomes):
     for axis in (axes[0], axes[1], axes[3]):
         axis.set_ylim(0, 1)
     axes[0].legend(fontsize=8)
-    picture.suptitle(f'Induction heads form on source code: 4 layers, C = 128, RoPE; mean of {len(group)} '
-                     f'seed{"s" * (len(group) > 1)}, each seed thin', fontsize='medium')  # fmt: skip
+    count = max(len(group) for group in by_arm(outcomes).values())
+    of_seeds = f'; means of up to {count} seeds, each seed thin' if count > 1 else '; one seed'
+    picture.suptitle(f'Induction heads form on source code: 4 layers, C = 128, RoPE{of_seeds}', fontsize='medium')
     return picture
 
 
