@@ -134,7 +134,7 @@ def convert_and_measure(run):
     if not os.path.exists(os.path.join(tuned, f'ckpt_{TUNING:06}.pt')):
         keys = dict(out_dir=tuned, data_dir=data_dir, init_from=folder, resume='auto', max_iters=TUNING,
                     lr_decay_iters=TUNING, eval_interval=TUNING, warmup_iters=10, keep_checkpoints=TUNING, threads=1,
-                    seed=run['seed'])  # fmt: skip
+                    seed=run['seed'], n_latent=run['n_latent'])  # fmt: skip
         scripts.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
     head = measurement(run['source'])['ranking'][0]
     out = dict(run, mha=head_numbers(run['source'], head))
