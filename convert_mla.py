@@ -25,10 +25,11 @@ signals.exit_at_once()  # for the time of the slow imports
 import os
 
 from core import checkpoint as checkpoints
-from core import evaluation, files, messages, runtime
-from core.conversion import collect_statistics, to_gqa, to_mla, training_text
+from core import evaluation, files, messages, runtime, starting
+from core.conversion import check_mha, collect_statistics, to_gqa, to_mla, training_text
 from core.dataset import TokenData
 from core.messages import UserError
+from core.tokenizer import GPT2Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
@@ -67,11 +68,20 @@ runtime.set_threads(threads)
 dtype = runtime.pick_dtype(dtype, device)
 autocast = runtime.autocast(device, dtype)
 model, saved = checkpoints.pretrained(source)
+try:
+    check_mha(model)
+except ValueError as error:
+    raise UserError(f'{source}: {error}') from error
 model = model.to(device).eval()
 dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
 if not dataset and (sweep or method == 'data'):
-    raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
+    way = 'convert to one size with --n_latent=SIZE --method=weights' if sweep else 'convert with --method=weights'
+    raise UserError(f'{"a sweep" if sweep else "statistics"} need{"s" * bool(sweep)} text: name a data set with '
+                    f'--dataset, or {way}')  # fmt: skip
 data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
+# nanoGPT's checkpoints don't say which tokens they read, and a folder's GPT-2 with another vocabulary may read any
+if data and saved.get('tokenizer') and ('model' in saved or model.config.vocab_size >= GPT2Tokenizer.n_vocab):
+    starting.check_tokenizer(saved['tokenizer'], data, source)
 if data and data.n_vocab > model.config.vocab_size:
     raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; '
                     'use the data set that the model was made for')  # fmt: skip

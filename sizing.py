@@ -247,8 +247,8 @@ def assumptions():
         f'Training: weights, gradients and optimizer in float32, {states}; products in {dtype}, and the copies of the '
         'weights they need are in what is kept. Gradients exist in the forward pass, as with several micro-batches. '
         'The loss takes logits in pieces. No dropout, not compiled. Not counted: buffers of communication, '
-        'workspace inside kernels. Steps measured on a CPU agree within 1% from 1,024 tokens on; on a GPU none was '
-        'measured.',
+        'workspace inside kernels, patterns of short sequences on a CPU. Steps measured on a CPU agree within 1% from '
+        '1,024 tokens on; on a GPU none was measured.',
         f'tokens/s of training is {mfu:.0%} of the peak of {gpus} GPU(s), divided by the FLOPs of a token: the MFU is '
         'your assumption, and communication and recomputing are in it.',
         f'Decoding: weights and cache in {dtype} (sample.py keeps float32 weights beside: 4 bytes more each), MLA '

@@ -151,6 +151,10 @@ if resumed:
         scaler.load_state_dict(resumed['scaler'])
     if iter_num >= max_iters and not eval_only:
         runtime.notice(f'the run has reached max_iters={max_iters}; to train on, give a higher --max_iters')
+        config |= {key: value for key, value in (resumed.get('config') or {}).items() if key in config}  # none applied
+if min_lr > learning_rate and decay_lr:
+    runtime.notice(f'note: min_lr={min_lr:g} is above learning_rate={learning_rate:g}, so the rate rises to it; lower '
+                   '--min_lr too')  # fmt: skip
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
 resumed = None  # frees its tensors
 model = torch.compile(raw_model) if compile and not fsdp else raw_model
@@ -241,6 +245,8 @@ bar = tqdm(desc=checkpoints.arm_of(raw_model.config), total=max_iters, initial=i
 first_bad = torch.full((), max_iters, device=device)  # first iteration whose loss or gradient was not finite, if any
 measured_from, measured_iters = time.perf_counter(), 0
 raw_model.train()
+if resumed_from and iter_num < max_iters:
+    runtime.notice(f'learning rate: {get_lr(iter_num):.3g} now, {get_lr(max_iters - 1):.3g} at the end')
 batches = micro_batches(iter_num)
 x, y = next(batches)
 while True:

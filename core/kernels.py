@@ -156,6 +156,10 @@ class EagerAttention(torch.autograd.Function):
     # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32,
     # one core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
     QUERY_BLOCK = {torch.float32: 64}  # others: 128
+    # Without dropout only up to a length at which the patterns take a quarter of the memory of a block's other
+    # activations: they are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run might
+    # decide differently.
+    HEAD_SIZES = 8  # the longest sequence, in head sizes of 16 or more
 
     @staticmethod
     def forward(ctx, q, k, v, scale, p_drop):
@@ -218,9 +222,8 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     square = causal and T == S
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
-    # Without dropout only where the patterns take at most a quarter of the memory of a block's other activations: they
-    # are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run might decide differently.
-    if square and flash and trains_on_cpu and (p_drop or T <= max(128, 8 * q.size(-1))):
+    short = T <= EagerAttention.HEAD_SIZES * max(16, q.size(-1))
+    if square and flash and trains_on_cpu and (p_drop or short):
         return EagerAttention.apply(q, k, v, scale, p_drop)
     if causal and not flash:
         pattern = attention_pattern(q, k, scale)

@@ -26,7 +26,7 @@ from core import runtime
 from core.checkpoint import arm_of
 from core.decoding import draw
 from core.gpt2 import GPT2_SIZES
-from core.kernels import LinearCrossEntropy, linear_cross_entropy
+from core.kernels import EagerAttention, LinearCrossEntropy, linear_cross_entropy
 
 GPT2 = dict(vocab_size=50257, block_size=1024, bias=True)
 # {name: keys of sizing.py}
@@ -39,8 +39,8 @@ SHAPES = {name: sizes | GPT2 for name, sizes in GPT2_SIZES.items()} | {
                         n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True),
 }  # fmt: skip
 PARTS = {'wte': 'embedding and head', 'wpe': 'positions', 'attn': 'attention', 'mlp': 'MLP', 'ln_': 'norms'}
-# Tokens are counted in sequences so long that attention keeps no patterns (see kernels.EagerAttention), as on a GPU;
-# what a token takes doesn't depend on the length then. So many sequences that what grows with them outweighs the rest.
+# What a token takes doesn't depend on the length where attention keeps no patterns, as on a GPU. So many sequences that
+# what grows with them outweighs the rest.
 LENGTH, FEW, MANY = 256, 256, 512
 OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}  # bytes per parameter: of the blocks' matrices, and of all others
 
@@ -87,6 +87,16 @@ def loss_in_pieces(rows):
 
 
 @contextlib.contextmanager
+def fused_attention():
+    """Within this context attention keeps no patterns, as on a GPU; on a CPU it would for short sequences."""
+    own, EagerAttention.HEAD_SIZES = EagerAttention.HEAD_SIZES, 0
+    try:
+        yield
+    finally:
+        EagerAttention.HEAD_SIZES = own
+
+
+@contextlib.contextmanager
 def default_dtype(dtype):
     """Within this context new tensors are of a torch.dtype."""
     own = torch.get_default_dtype()
@@ -102,6 +112,7 @@ def low_precision(dtype):
     return runtime.autocast('cpu', dtype)
 
 
+@fused_attention()
 def block_bytes(model_class, config, sequences, dtype):
     """
     Memory of a training step of `sequences` x LENGTH tokens, above weights and gradients, as {stretch: bytes}.

@@ -165,3 +165,19 @@ def test_rope_is_refused(monkeypatch, tmp_path):
     save_model(tmp_path / 'mha', pos='rope')
     with pytest.raises(UserError, match='RoPE'):
         convert(monkeypatch, tmp_path)
+
+
+def test_text_in_other_tokens_is_refused(monkeypatch, tmp_path):
+    splits = {'train': np.arange(4000) % 10, 'val': np.arange(1000) % 10}
+    write_dataset(tmp_path / 'data' / 'others', CharTokenizer('klmnopqrst'), splits, source='other letters')
+    with pytest.raises(UserError, match='same tokenizer'):
+        convert(monkeypatch, tmp_path, '--dataset=others')
+    assert not (tmp_path / 'mla').exists()
+
+
+def test_an_mla_model_is_refused_before_anything_is_printed(monkeypatch, tmp_path, capsys):
+    out = convert(monkeypatch, tmp_path, '--n_latent=8')
+    capsys.readouterr()
+    with pytest.raises(UserError, match='only a GPT with multi-head attention'):
+        convert(monkeypatch, tmp_path, f'--source={out}', f'--out_dir={tmp_path}/again')
+    assert capsys.readouterr().out == ''

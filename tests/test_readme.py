@@ -24,7 +24,6 @@ SHORT = {
     'convert_mla.py': '--eval_tokens=256 --statistics_tokens=256 --device=cpu --overwrite=True',
     'find_induction_heads.py': '--sequences=8 --controls=1 --resamples=100 --ablate_sequences=1 --device=cpu',
     'data/code/prepare.py': '--megabytes=1 --vocab_size=300 --packages=tqdm',
-    'corpus_statistics.py': '--text_windows=20 --block_size=32',
     'data/repeats/prepare.py': '--rows=64 --val_rows=16',
 }
 NOT_HERE = ('make ', 'python3 -m venv', 'pip ')  # install, or run what these tests are part of

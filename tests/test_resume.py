@@ -307,3 +307,22 @@ def test_a_full_disk_at_a_log_row_saves_what_was_learned(data_dir, tmp_path, mon
         runpy.run_path('train.py', run_name='__main__')
     saved = torch.load(tmp_path / 'ckpt.pt')
     assert saved['iter_num'] == 1 and all(t.isfinite().all() for t in saved['model'].values())
+
+
+def test_a_finished_run_that_is_resumed_in_vain_stays_as_it_is(data_dir, trained):
+    done = resume(data_dir, trained, '--learning_rate=5e-4')
+    assert done.returncode == 0 and 'has reached max_iters=4' in done.stderr
+    kept = torch.load(trained / 'ckpt.pt', weights_only=True)['config']
+    assert kept['learning_rate'] == COMMON['learning_rate'] if 'learning_rate' in COMMON else 6e-4
+    again = resume(data_dir, trained, '--learning_rate=5e-4', '--max_iters=6')
+    assert '-> 0.0005' in again.stderr  # said again, since it was not applied before
+
+
+def test_a_resumed_run_says_at_which_rate_it_goes_on(data_dir, trained):
+    keys = ('--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=0', '--learning_rate=1e-3', '--min_lr=1e-4')
+    done = resume(data_dir, trained, *keys)
+    rates = re.search(r'learning rate: (\S+) now, (\S+) at the end', done.stderr)
+    logged = [float(row['lr']) for row in log_of(trained) if row['lr'] and int(row['iter']) in (4, 5)]
+    assert [float(rate) for rate in rates.groups()] == pytest.approx(logged, rel=0.01) and logged[0] < 4e-4
+    low = resume(data_dir, trained, '--max_iters=8', '--learning_rate=5e-5')
+    assert 'min_lr=0.0001 is above learning_rate=5e-05' in low.stderr

@@ -222,4 +222,8 @@ with text_files.encoding_bar(kind, sum(text.total for text in texts.values())) a
     checksum = text_files.joint_checksum([source.sha256 for source in sources])
     meta = write_dataset(folder, encoder, splits, source=description(rows), input_sha256=checksum, details=details,
                          least=text_files.LEAST)  # fmt: skip
+share = meta['tokens']['val'] / sum(meta['tokens'].values())
+if not val_fraction / 2 < share < 2 * val_fraction:
+    notice(f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, '
+           f'and there are {len(sources):,}; another --split_seed splits otherwise')  # fmt: skip
 output(summary(folder, meta, time.perf_counter() - start))
