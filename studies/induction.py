@@ -137,7 +137,7 @@ def convert_and_measure(run):
                     seed=run['seed'], n_latent=run['n_latent'])  # fmt: skip
         scripts.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
     head = measurement(run['source'])['ranking'][0]
-    out = dict(run, mha=head_numbers(run['source'], head))
+    out = dict(n_latent=run['n_latent'], seed=run['seed'], mha=head_numbers(run['source'], head))
     for name, of in (('converted', folder), ('tuned', tuned)):
         measure(of, data_dir=data_dir, html=False, threads=1)
         out[name] = head_numbers(of, head)
