@@ -293,6 +293,8 @@ def draw_arms(outcomes):
                          markersize=3, linewidth=1, label=None if number else arm)  # fmt: skip
     for axis, title in zip(axes, PANELS.values(), strict=False):
         axis.set(xscale='log', xlabel='million tokens', title=title)
+        axis.set_xticks([0.1, 0.3, 1, 3], ['0.1', '0.3', '1', '3'])
+        axis.minorticks_off()
     axes[3].set(xlabel='loss on validation text (nats per token)', title='best induction score at equal loss')
     axes[3].invert_xaxis()
     for axis in (axes[0], axes[1], axes[3]):
