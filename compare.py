@@ -61,6 +61,8 @@ def look(wait):
     messages.output(comparison.aligned(heading, rows))
     if any(run.windows for run in found):
         print('val loss: mean ± standard error over windows; differences: by window, ± half of the 95 % interval')
+    if len({run.iterations for run in found}) > 1:
+        print('note: the runs have different numbers of iterations, so the differences are not of the models alone')
     if tokens:
         print()
         messages.output(comparison.side_by_side(found, max(60, shutil.get_terminal_size((120, 0)).columns)))

@@ -94,6 +94,8 @@ def validation_losses():
 
 
 size, precision = model.get_num_params() / 1e6, dtype
+if int8_windows and weights != 'int8':
+    raise UserError('int8_windows says what weights in int8 change; add --weights=int8, or leave it out')
 if weights == 'int8':
     if device != 'cpu':
         raise UserError("weights='int8' is for a CPU; leave it out, or add --device=cpu")

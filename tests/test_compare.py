@@ -44,6 +44,7 @@ def test_the_differences_are_of_the_same_windows(runs, data_dir):
     assert found['minus_first'] == pytest.approx([gap.mean().item(), half], abs=1e-6)
     assert found['cache_bytes_per_token'] == 2 * 4 * 16 and len(found['sample']) == 13
     assert f'{gap.mean().item():+.4f} ± {half:.4f}' in done.stdout
+    assert 'different numbers of iterations' not in done.stdout
     assert {'MHA, learning_rate=0.01', 'MHA, learning_rate=0.002', 'MLA, r=16'} == set(results)
     assert (runs / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     assert 'MLA, r=16' in (runs / 'out' / 'comparison.md').read_text()
@@ -66,6 +67,7 @@ def test_a_run_that_still_trains_is_shown_as_it_is(runs, data_dir):
     shutil.copyfile(folder / 'log.csv', runs / 'begun' / 'log.csv')
     done = compare(runs, ['mha', 'training', 'begun'])
     assert done.returncode == 0, done.stderr
+    assert 'different numbers of iterations' in done.stdout
     assert '4 of 100' in done.stdout and 'begun (nothing saved yet)' in done.stdout
 
 

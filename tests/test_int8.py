@@ -78,5 +78,7 @@ def test_sample_says_what_int8_changes(tmp_path, char_data):
     done = run('sample.py', (*keys, '--int8_windows=2'))
     assert done.returncode == 0, done.stderr
     assert 'int8 changes the validation loss of' in done.stderr and '+-' in done.stderr
+    refused = run('sample.py', (*keys[:-1], '--int8_windows=2'))
+    assert refused.returncode == 2 and '--weights=int8' in refused.stderr
     plain = run('sample.py', keys)
     assert plain.stdout == done.stdout and 'int8 changes' not in plain.stderr
