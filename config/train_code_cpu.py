@@ -2,8 +2,8 @@
 # one core. Induction heads form within it. config/train_code_cpu_mla.py differs in the attention alone.
 #
 # $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
-# $ python train.py config/train_code_cpu.py --keep_checkpoints=500,1000,1500,2000,3000,4000,5000
-# $ python find_induction_heads.py --sweep=out-code-cpu
+# $ python train.py config/train_code_cpu.py
+# $ python find_induction_heads.py --models=out-code-cpu
 #
 # Small batches, because heads form after fewer tokens then; four layers, because with two the previous-token head forms
 # in the second, where no later layer reads it (RESULTS.md).

@@ -22,7 +22,7 @@ MUTATIONS = [
     ('attention reads the stream before its norm', 'model.py', 'x = x + self.attn(self.ln_1(x), rope, cache)',
      'x = x + self.attn(x, rope, cache)', 'parity'),
     ('residual projections start as large as others', 'model.py',
-     "return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 0.02", 'return 0.02',
+     "return std / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else std", 'return std',
      'model'),
     ('masked targets are scored', 'model.py',
      'return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)',

@@ -119,7 +119,7 @@ FLAGS = [
     Case(C, '--source={place}/mla', 'MLA', 'MHA|multi-head|GPT'),
     Case(C, '--source=gpt5', "'gpt5' is no checkpoint", 'name one of them'),
     Case(C, '--out_dir={place}/mla', r'ckpt\.pt exists', '--overwrite=True'),
-    Case(C, '--dataset=wide', '256 different tokens', 'data set that the model was made for'),
+    Case(C, '--dataset=wide', 'was trained on char tokens', 'same tokenizer'),
     Case(C, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
     Case(C, '--json={place}/nowhere/x.json', r'nowhere/x\.json', '--json'),
     Case(E, '--out_dir={place}/mla', 'is not empty', '--overwrite=True'),
