@@ -52,8 +52,8 @@ class Run:
 
     @property
     def iterations(self):
-        """The iteration of the checkpoint; 0 where nanoGPT's or a conversion's says none."""
-        return self.saved.get('iter_num') or 0
+        """The iteration of the checkpoint; 0 where there is none yet, or it says none (nanoGPT's, a conversion's)."""
+        return (self.saved or {}).get('iter_num') or 0
 
 
 def read(folder):

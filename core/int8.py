@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from core.kernels import Linear
 
+BLOCK = 16  # PyTorch's product reads a row in blocks of as many inputs, past its end too, and checks nothing
 ROWS = 16  # with more rows than these a product is bounded by arithmetic, and float32's is faster
 
 
@@ -23,16 +24,18 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny).float() / 127
-        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        low = (weight / scale[:, None]).round().to(torch.int8)
+        self.more = -self.in_features % BLOCK  # zeros after each row
+        self.register_buffer('weight', F.pad(low, (0, self.more)))
         self.register_buffer('scale', scale)
         self.register_buffer('low_scale', scale.bfloat16())  # in the activations' dtype, as the product wants it
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
-        low = x.bfloat16()
+        low = F.pad(x.bfloat16(), (0, self.more)) if self.more else x.bfloat16()
         if x.numel() // self.in_features > ROWS:
             return F.linear(low.to(x.dtype), self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype), self.bias)
-        rows = low.reshape(-1, self.in_features).contiguous()
+        rows = low.reshape(-1, self.weight.shape[1]).contiguous()
         y = torch._weight_int8pack_mm(rows, self.weight, self.low_scale).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

@@ -5,6 +5,7 @@ $ python data/shakespeare_char/prepare.py
 $ python studies/contest.py                        # a short form: every arm, two rates, few iterations
 $ python studies/contest.py --full=True            # the whole grid and all seeds; two cores take a day
 $ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
+$ python studies/contest.py --full=True --earlier=assets/contest_shakespeare.json   # runs recorded there aren't repeated
 
 1. Tuning: each arm is trained at every learning rate of one grid, over `tuning_seeds` seeds.
 2. Contest: at its best rate it is trained with `final_seeds` other seeds, and compared with MHA, and with MQA, by seed.
@@ -50,6 +51,7 @@ final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
 arms = ''  # names of ARMS separated by semicolons; '': all
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
+earlier = ''  # the .json of an earlier study of this setting, whose runs are not repeated
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +115,37 @@ def trained(arm, rate, seed):
     return run(arm, {**ARMS[arm], **kept}, rate, seed, iterations)
 
 
+def read_earlier():
+    """
+    The study in `earlier`: {what names a run: its numbers}, and MHA's best rate. UserError if it had another setting.
+    """
+    if not earlier:
+        return {}, None
+    try:
+        with open(earlier, encoding='utf-8') as file:
+            numbers = json.load(file)
+        found = {identity(r): r for r in numbers['runs']}
+        of_mha = numbers['best_rates'].get('MHA')
+        theirs = {'corpus': numbers['corpus'], 'iterations': numbers['iterations'], **numbers['setting']}
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{earlier} can't be read as a study ({error}); name the .json of another") from error
+    for key, value in {'corpus': data.corpus, 'iterations': iterations, **SETTING}.items():
+        if theirs.get(key) != value:
+            raise UserError(f'{earlier} has {key}={theirs.get(key)}, not {value}; leave out --earlier')
+    return found, of_mha
+
+
+def identity(item):
+    """What names a run within a study."""
+    return item['arm'], item['kind'], item['rate'], item['seed']
+
+
 def make(item):
+    """A run with 'val_loss', 'parameters', ...: as recorded in `earlier`, or trained and measured now."""
+    return dict(item, **recorded[identity(item)]) if identity(item) in recorded else train_and_measure(item)
+
+
+def train_and_measure(item):
     """Train a run, unless that is done, and measure it: the run with 'val_loss', 'parameters', ...; diverged: None."""
     ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
     if not finished(item, ckpt):
@@ -150,6 +182,8 @@ def measured(ckpt):
 
 def convert(item):
     """Convert the MHA model that a run starts from, measure the result, then fine-tune it."""
+    if identity(item) in recorded:
+        return make(item)
     folder = item['folder'] + '_converted'
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
         sizes = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
@@ -158,6 +192,12 @@ def convert(item):
         scripts.run_script('convert_mla.py', [keys], folder)
     item = dict(item, keys=dict(item['keys'], init_from=folder))
     return dict(make(item), before=measured(os.path.join(folder, 'ckpt.pt'))['val_loss'])
+
+
+def train_sources(starts):
+    """Train the MHA models that runs of `starts` begin from, where those are not recorded and the models are gone."""
+    seeds = {item['seed'] for item in starts if identity(item) not in recorded}
+    in_order(train_and_measure, [r for r in final if r['arm'] == 'MHA' and r['seed'] in seeds])
 
 
 def in_order(work, items):
@@ -176,10 +216,15 @@ def mean(values):
     return sum(values.values()) / len(values)
 
 
+def seeds_of(arm):
+    """How many seeds an arm was tuned with: n_tuning, or more in `earlier`."""
+    return len({r['seed'] for r in tuning if r['arm'] == arm})
+
+
 def best_rate(arm):
     """The rate of the lowest mean loss in the tuning, among those at which no seed diverged."""
     found = {rate: losses(tuning, arm, rate=rate) for rate in rates_tried}
-    whole = {rate: mean(values) for rate, values in found.items() if len(values) == n_tuning}
+    whole = {rate: mean(values) for rate, values in found.items() if len(values) == seeds_of(arm)}
     if not whole:
         raise UserError(f'{arm} diverged at every learning rate; add lower ones to RATES')
     return min(whole, key=whole.get)
@@ -232,8 +277,10 @@ def grid_table():
     rows = []
     for arm in chosen:
         found = [losses(tuning, arm, rate=rate) for rate in rates_tried]
-        rows.append((arm, *(f'{mean(values):.4f}' if len(values) == n_tuning else 'diverged' for values in found)))
-    return report.markdown_table(('arm', *(f'{rate:g}' for rate in rates_tried)), rows)
+        seeds = seeds_of(arm)
+        cells = (f'{mean(values):.4f}' if len(values) == seeds else 'diverged' for values in found)
+        rows.append((arm, *cells, seeds))
+    return report.markdown_table(('arm', *(f'{rate:g}' for rate in rates_tried), 'seeds'), rows)
 
 
 def conversion_table():
@@ -276,7 +323,7 @@ def draw_rates():
     for axes, group in zip(picture.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
         for number, arm in enumerate(members(group)):
             found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
-            points = [(rate, mean(values)) for rate, values in found if len(values) == n_tuning]
+            points = [(rate, mean(values)) for rate, values in found if len(values) == seeds_of(arm)]
             color = DARK if 'MLA' in arm else WARM if 'MHA' in arm else GREY
             axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp'[number],
                       linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
@@ -286,8 +333,7 @@ def draw_rates():
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     picture.axes[0].set_ylabel('validation loss (nats per token)')
-    seeds = f'{n_tuning} seed{"s" * (n_tuning > 1)} each'
-    title = f'Every arm on the same grid of learning rates, {seeds}: {setting_line}'
+    title = f'Every arm on the same grid of learning rates: {setting_line}'
     title = title.replace('C = ', 'C\xa0=\xa0')  # not to be broken there
     picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
     return picture
@@ -343,30 +389,38 @@ runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
 messages.check_folder(runs_dir)
 torch.set_num_threads(1)
 
+recorded, recorded_mha = read_earlier()
 plans = [trained(arm, rate, TUNING_SEED + n) for arm in chosen for rate in rates_tried for n in range(n_tuning)]
 tuning = in_order(make, plans)
+known = {identity(r) for r in plans}
+tuning += [r for name, r in recorded.items() if r['arm'] in chosen and r['kind'] == 'scratch' and r['seed'] < FINAL_SEED
+           and r['rate'] in rates_tried and name not in known]  # fmt: skip
 best = {arm: best_rate(arm) for arm in chosen}
 final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in chosen for n in range(n_final)])
 if lost := [arm for arm in chosen if len(losses(final, arm)) < n_final]:
     raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
+if recorded_mha != best.get('MHA'):  # then its conversions and controls begin from other models
+    recorded = {name: r for name, r in recorded.items() if r['kind'] == 'scratch'}
 converted, controls = [], []
 targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in chosen}
 if conversions and {'MHA', 'MLA, r=C/2'} <= set(chosen):
     sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
     starts = [run(arm, {**keys, 'warmup_iters': 10}, 1e-3, seed, tuning_iterations, 'tuned', source)
               for seed, source in sources.items() for arm, keys in {'MHA': {}, **targets}.items()]  # fmt: skip
+    train_sources(starts)
     converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
     starts = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
                   f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
               for seed, source in list(sources.items())[: control_seeds or n_final]
               for arm, keys in CONTROLS.items() for start in STARTS
               if start < iterations]  # fmt: skip
+    train_sources(starts)
     controls = in_order(make, starts)
 
 setting_line = f'{iterations} iterations on {data.corpus}, 4 layers, C = {C}'
 intro = (
-    f'{setting_line}, {H} heads, {SETTING["batch_size"]} x {T} tokens per iteration. Learning rates: {n_tuning} '
-    f'seed{"s" * (n_tuning > 1)} each on {len(rates_tried)} rates. Losses: {n_final} other seeds at the best rate, '
+    f'{setting_line}, {H} heads, {SETTING["batch_size"]} x {T} tokens per iteration. Learning rates: the best of '
+    f'{len(rates_tried)} on the seeds that the second table counts. Losses: {n_final} other seeds at that rate, '
     + ('mean ± half width of the 95 % t interval; differences are by seed.' if n_final > 3 else 'mean [range].')
     + ('' if full else ' A short form, whose losses say nothing about which arm is better.')
 )  # fmt: skip

@@ -5,12 +5,14 @@ $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
 $ python studies/induction_text.py                 # a short form: two arms, one seed, few iterations; minutes
 $ python studies/induction_text.py --full=True     # every arm and seed: some two hours on two cores
 $ python studies/induction_text.py --full=True --prose=imdb --figure=assets/induction_text.png
+$ python studies/induction_text.py --full=True --earlier=assets/induction_text.json    # runs recorded are not repeated
 $ python studies/induction_text.py --reuse=assets/induction_text.json    # tables and pictures again, in seconds
 
 1. Each arm is trained on `dataset` with config/train_code_cpu.py, and measured at many iterations: scores of heads on
    repeated random tokens, and losses on validation text where a bigram occurred before in the window, and elsewhere.
-2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with 10 % of its tokens replaced
+2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with a share of its tokens replaced
    by copies of what stood up to 200 tokens before. Does repetition make heads form?
+3. With --full=True, two arms at other learning rates than the config's, one seed each: is the order one of the rate?
 
 Finished runs are kept: repeat the command to continue. Writes text.md, and beside `figure` a .json with every number.
 Run it from the repository root.
@@ -48,6 +50,7 @@ data_dir = 'data'
 max_iters = 0  # 0: 5000, in the short form 300
 seeds = 0  # training seeds of each arm; 0: 3, in the short form 1
 arms = ''  # names of ARMS separated by semicolons; '': all, in the short form the first and the third
+earlier = ''  # the .json of an earlier study with as many iterations, whose runs are not repeated but added to
 reuse = ''  # the .json of an earlier study: its tables and pictures are made again, nothing is trained
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
@@ -64,7 +67,9 @@ ARMS = {
 LOOKS = {'MHA': ('#c4622d', '-', 'o'), 'MQA': ('#8a8a8a', '--', 's'), 'MLA, r=C/2': ('#0d1b3d', '-', '^'),
          'MLA, r=C/4': ('#4f83c4', '-.', 'D'), 'MLA, r=C/2, latent norm': ('#7b4fa3', ':', 'v'),
          'MLA, r=C/2, R=3d/4': ('#2f9e8f', '--', 'P')}  # fmt: skip
-SHARES = (0.0, 0.1)  # of tokens that are copies, in part 2
+SEED = 1337  # the first
+SHARES = (0.0, 0.1, 0.3)  # of tokens that are copies, in part 2
+RATE, OTHER_RATES, TUNED = 4e-3, (2e-3, 8e-3), ('MHA', 'MLA, r=C/2')  # the config's learning rate, and part 3
 FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
 TOKENS = 4 * 256  # per iteration, in the config
 STEPS = (100, 200, 300, 400, 600, 800, 1000, 1250, 1500, 1750, 2000, 2250, 2500, 2750, 3000, 3500, 4000, 4500, 6000,
@@ -95,14 +100,16 @@ def mixed(share):
 
 
 def planned():
-    """The runs of part 1, seed by seed, and of part 2: dicts of name, folder, arm, share (None in part 1), seed."""
+    """The runs of all parts, part 1's seed by seed: dicts of name, folder, arm, share (None: of code), rate, seed."""
     count = seeds or (3 if full else 1)
-    runs = [dict(arm=arm, share=None, seed=1337 + n) for n in range(count) for arm in chosen]
-    runs += [dict(arm='MHA', share=share, seed=1337) for share in SHARES] if prose else []
+    one = dict(share=None, rate=RATE, seed=SEED)
+    runs = [dict(one, arm=arm, seed=SEED + n) for n in range(count) for arm in chosen]
+    runs += [dict(one, arm='MHA', share=share) for share in SHARES] if prose else []
+    runs += [dict(one, arm=arm, rate=rate) for arm in TUNED if arm in chosen for rate in OTHER_RATES] if full else []
     for run in runs:
         slug = ''.join(letter if letter.isalnum() else '-' for letter in run['arm'].lower().replace(', ', '_'))
         corpus = 'code' if run['share'] is None else f'prose{round(100 * run["share"])}'
-        run['name'] = f'{corpus}-{slug}-s{run["seed"]}'
+        run['name'] = f'{corpus}-{slug}-s{run["seed"]}' + f'-lr{run["rate"]:g}' * (run['rate'] != RATE)
         run['folder'] = os.path.join(out_dir, run['name'])
     return runs
 
@@ -112,14 +119,39 @@ def snapshots():
     return [step for step in STEPS if step < iterations] + [iterations]
 
 
+def read_earlier():
+    """{name: outcome} of the runs in `earlier`. UserError if they are of other data or have other iterations."""
+    if not earlier:
+        return {}
+    numbers = read_study(earlier)
+    for o in numbers['runs']:
+        corpus, steps = (prose if o['share'] is not None else dataset), o['curve'][-1]['tokens'] // TOKENS
+        theirs = numbers['config']['prose' if o['share'] is not None else 'dataset']
+        if steps != iterations or (corpus and theirs != corpus):
+            raise UserError(f'{earlier} has {steps} iterations on {theirs}, not {iterations} on {corpus}')
+    return {o['name']: o for o in numbers['runs']}
+
+
+def read_study(path):
+    """The numbers of an earlier study. UserError if the file isn't one."""
+    try:
+        numbers = read_json(path)
+        tables(numbers['runs'])  # has all that they show
+        return numbers
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error
+
+
 def train_and_measure(run):
     """Train and measure one run, as far as that isn't done yet; returns its outcome."""
+    if run['name'] in recorded:
+        return recorded[run['name']]
     steps, mla = snapshots(), 'MLA' in run['arm']
     of_prose = run['share'] is not None
     where = dict(data_dir=os.path.join(out_dir, 'data') if of_prose else data_dir)
     if not os.path.exists(os.path.join(run['folder'], f'ckpt_{steps[-1]:06}.pt')):
         keys = dict(where, out_dir=run['folder'], dataset=mixed(run['share']) if of_prose else dataset, resume='auto',
-                    seed=run['seed'], max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
+                    seed=run['seed'], learning_rate=run['rate'], min_lr=run['rate'] / 10, max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
                     checkpoint_interval=500, threads=1, device='cpu', dtype='float32',
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
@@ -139,7 +171,7 @@ def outcome(run):
                   repeated=step['bigrams']['repeated']['mean'], others=step['bigrams']['others']['mean'],
                   gain=step['bigram_gain']) for step in steps]  # fmt: skip
     formed = [step['tokens'] for step in curve if step['induction'] > FORMED]
-    kept = ('name', 'arm', 'share', 'seed')
+    kept = ('name', 'arm', 'share', 'rate', 'seed')
     return {key: run[key] for key in kept} | dict(
         curve=curve,
         formed=formed[0] if formed else None,
@@ -184,11 +216,16 @@ def places(group, key):
     return ', '.join('.'.join(map(str, o[key])) for o in group)
 
 
+def rate_of(o):
+    """The learning rate of a run; studies of before part 3 had one."""
+    return o.get('rate', RATE)
+
+
 def by_arm(outcomes):
     """{arm: its runs of part 1}."""
     found = {}
     for o in outcomes:
-        if o['share'] is None:
+        if o['share'] is None and rate_of(o) == RATE:
             found.setdefault(o['arm'], []).append(o)
     return found
 
@@ -246,6 +283,19 @@ def prose_table(outcomes):
     return report.markdown_table(heading, rows)
 
 
+def rate_table(outcomes):
+    """The arms of part 3 at every learning rate, on the one seed that has them all."""
+    rows = []
+    for arm in TUNED:
+        group = [o for o in outcomes if (o['arm'], o['share'], o['seed']) == (arm, None, SEED)]
+        for o in sorted(group, key=rate_of):
+            rows.append((arm, f'{rate_of(o):g}', when([o]), f'{o["score"]:.3f}', f'{o["previous"]:.3f}',
+                         f'{o["repeated"]:.3f}', f'{o["others"]:.3f}'))  # fmt: skip
+    heading = ('attention', 'learning rate', f'million tokens until a score > {FORMED}', 'best induction score',
+               'best previous-token score', 'loss at repeated bigrams', 'elsewhere')  # fmt: skip
+    return report.markdown_table(heading, rows)
+
+
 def tables(outcomes):
     """The text of RESULTS.md's tables."""
     share = outcomes[0]['repeated_share']
@@ -256,6 +306,8 @@ def tables(outcomes):
     ]
     if any(o['share'] is not None for o in outcomes):
         parts.append(('MHA on prose with copied spans', prose_table(outcomes)))
+    if any(rate_of(o) != RATE for o in outcomes):
+        parts.append((f'Other learning rates, seed {SEED}', rate_table(outcomes)))
     intro = ('Brackets are ranges over seeds. Losses are in nats per token, over 128 validation windows of 256 tokens; '
              f'in code {share:.0%} of positions repeat a bigram of their window.')  # fmt: skip
     return intro + '\n\n' + '\n'.join(f'**{title}**\n\n{table}' for title, table in parts)
@@ -327,17 +379,17 @@ if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
 messages.check_folder(out_dir)
+recorded = read_earlier()
 if reuse:
-    try:
-        outcomes = read_json(reuse)['runs']
-        text = tables(outcomes)
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{reuse} can't be read as a study ({error}); name the .json of another") from error
+    outcomes = read_study(reuse)['runs']
 else:
     for name in filter(None, (dataset, prose)):
         TokenData(os.path.join(data_dir, name), 256)  # a missing one is an error now, not later
     outcomes = scripts.run_all(train_and_measure, planned(), jobs)
-    text = tables(outcomes)
+    known = {o['name'] for o in outcomes}
+    outcomes += [o for name, o in recorded.items() if name not in known]
+outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), o['share'] or 0))
+text = tables(outcomes)
 messages.output(text)
 os.makedirs(out_dir, exist_ok=True)
 report.save_text(os.path.join(out_dir, 'text.md'), text)

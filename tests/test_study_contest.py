@@ -1,6 +1,7 @@
 """studies/contest.py: each arm at its best rate, differences by seed; finished runs are kept, missing ones are run."""
 
 import json
+import shutil
 
 import forking
 import pytest
@@ -56,7 +57,7 @@ def test_each_arm_is_reported_at_its_own_best_rate_and_differences_are_by_seed(p
     rows = rows_of(done.stdout)
     assert ['MHA', '1,000', '4,096', '0.016 (end of the grid)', '2.7500 ± 2.7154', '', '-0.3150 ± 0.0205'] in rows
     assert ['MQA', '1,000', '1,024', '0.016 (end of the grid)', '3.0650 ± 2.7202', '+0.3150 ± 0.0205', ''] in rows
-    assert ['MHA', '3.0000', '2.0000'] in rows  # the grid
+    assert ['MHA', '3.0000', '2.0000', '1'] in rows  # the grid
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
     assert numbers['best_rates'] == {'MHA': 0.016, 'MQA': 0.016} and len(numbers['runs']) == 4 + 8
 
@@ -77,6 +78,35 @@ def test_missing_runs_are_trained_and_mha_is_converted(place):
     assert found['MLA, r=C/2', 'tuned']['cache_bytes_per_token'] == 4 * 4 * 64
     for name in ('shakespeare_char.png', 'shakespeare_char-rates.png'):
         assert (place / 'out' / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_runs_of_an_earlier_study_are_not_repeated(place):
+    """The recorded ones count, also in the tuning; only what is missing is run, and MHA again for a new conversion."""
+    first = study(place, '--final_seeds=1', arms='MHA;MLA, r=C/2')
+    assert first.returncode == 0, first.stderr
+    earlier = place / 'earlier.json'
+    earlier.write_text((place / 'out' / 'shakespeare_char.json').read_text())
+    mark(earlier, 'MLA, r=C/2', 'tuned', 1.25)
+    more = json.loads(earlier.read_text())
+    more['runs'] += [dict(more['runs'][0], rate=rate, seed=1001, val_loss=2.5) for rate in RATES]
+    earlier.write_text(json.dumps(more))
+    shutil.rmtree(place / 'out')
+    done = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='MHA;MLA, r=C/2;GQA-2')
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
+    assert next(r for r in numbers['runs'] if (r['arm'], r['kind']) == ('MLA, r=C/2', 'tuned'))['val_loss'] == 1.25
+    assert ['MHA', '2.7500', '2.2500', '2'] in rows_of(done.stdout)  # of the recorded seeds 1000 and 1001
+    trained = sorted(folder.name for folder in (place / 'out' / f'shakespeare_char-{ITERS}').iterdir())
+    assert [name.split('_')[0] for name in trained] == ['gqa-2'] * 5 + ['mha']
+    other = study(place, '--max_iters=5', f'--earlier={earlier}', arms='MHA')
+    assert other.returncode == 2 and f'has iterations={ITERS}, not 5; leave out --earlier' in other.stderr
+
+
+def mark(path, arm, kind, loss):
+    """Change the loss of a run in a study's numbers, so that it can be recognized."""
+    numbers = json.loads(path.read_text())
+    next(r for r in numbers['runs'] if (r['arm'], r['kind']) == (arm, kind))['val_loss'] = loss
+    path.write_text(json.dumps(numbers))
 
 
 def test_a_folder_with_another_run_is_refused(place):

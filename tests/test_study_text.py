@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import forking
+from training import write_characters
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = 'assets/induction_text.json'
@@ -46,6 +47,39 @@ def test_tables_pair_runs_by_seed_and_say_which_formed_heads(tmp_path):
     assert row_of(text, 'Formation', 'MLA, r=C/2')[0] == '3.00 (1 of 2)'
     assert row_of(text, 'Paired', 'MLA, r=C/2')[:2] == ['-0.400 [-0.700, -0.100]', '+0.650 [+0.500, +0.800]']
     assert 'MHA on prose' not in text
+
+
+def test_runs_of_an_earlier_study_are_not_repeated(tmp_path):
+    """With every run recorded nothing is trained; an earlier study of other iterations or data is refused."""
+    write_characters(tmp_path / 'data' / 'code', 4000, 4300)
+    keys = ('--arms=MHA', '--seeds=1', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out')
+    runs = json.loads((ROOT / PUBLISHED).read_text())['runs']
+    one = next(run for run in runs if run['name'] == 'code-mha-s1337')
+    at = [dict(step, tokens=1024 * 300) for step in one['curve'][:1]]
+    made_up = [dict(one, score=0.3, curve=at), dict(one, name='x', seed=2, score=0.7, curve=at)]
+    (tmp_path / 'a.json').write_text(json.dumps(dict(runs=made_up, config=dict(dataset='code', prose=''))))
+    done = study(f'--earlier={tmp_path}/a.json', *keys)
+    assert done.returncode == 0, done.stderr
+    assert row_of(done.stdout, 'Formation', 'MHA')[1] == '0.500 [0.300, 0.700]'
+    assert len(json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']) == 2
+    assert not list((tmp_path / 'out').glob('code-*'))
+    other = study(f'--earlier={tmp_path}/a.json', '--max_iters=301', *keys)
+    assert other.returncode == 2 and 'has 300 iterations on code, not 301 on code' in other.stderr
+
+
+def test_other_learning_rates_have_a_table_of_their_own(tmp_path):
+    runs = json.loads((ROOT / PUBLISHED).read_text())['runs']
+    one = next(run for run in runs if run['name'] == 'code-mha-s1337')
+    runs = [dict(one, rate=4e-3, score=0.5), dict(one, rate=8e-3, score=0.9), dict(one, rate=2e-3, score=0.1)]
+    (tmp_path / 'a.json').write_text(json.dumps(dict(runs=runs)))
+    text = study(f'--reuse={tmp_path}/a.json', f'--out_dir={tmp_path}/out').stdout
+    assert row_of(text, 'Formation', 'MHA')[1] == '0.500'
+    rows = [line for line in text[text.index('**Other learning rates') :].splitlines() if line.startswith('| MHA')]
+    assert [row.split('|')[2:5:2] for row in rows] == [
+        [' 0.002 ', ' 0.100 '],
+        [' 0.004 ', ' 0.500 '],
+        [' 0.008 ', ' 0.900 '],
+    ]
 
 
 def test_wrong_names_are_errors_before_anything_is_trained(tmp_path):
