@@ -5,7 +5,7 @@ $ python data/shakespeare_char/prepare.py
 $ python studies/contest.py                        # a short form: every arm, two rates, few iterations
 $ python studies/contest.py --full=True            # the whole grid and all seeds; two cores take a day
 $ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
-$ python studies/contest.py --full=True --earlier=assets/contest_shakespeare.json   # runs recorded there aren't repeated
+$ python studies/contest.py --full=True --earlier=assets/contest_shakespeare.json    # adds to recorded runs
 
 1. Tuning: each arm is trained at every learning rate of one grid, over `tuning_seeds` seeds.
 2. Contest: at its best rate it is trained with `final_seeds` other seeds, and compared with MHA, and with MQA, by seed.

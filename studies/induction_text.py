@@ -10,8 +10,8 @@ $ python studies/induction_text.py --reuse=assets/induction_text.json    # table
 
 1. Each arm is trained on `dataset` with config/train_code_cpu.py, and measured at many iterations: scores of heads on
    repeated random tokens, and losses on validation text where a bigram occurred before in the window, and elsewhere.
-2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with a share of its tokens replaced
-   by copies of what stood up to 200 tokens before. Does repetition make heads form?
+2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with a share of its tokens
+   replaced by copies of what stood up to 200 tokens before. Does repetition make heads form?
 3. With --full=True, two arms at other learning rates than the config's, one seed each: is the order one of the rate?
 
 Finished runs are kept: repeat the command to continue. Writes text.md, and beside `figure` a .json with every number.
@@ -151,7 +151,8 @@ def train_and_measure(run):
     where = dict(data_dir=os.path.join(out_dir, 'data') if of_prose else data_dir)
     if not os.path.exists(os.path.join(run['folder'], f'ckpt_{steps[-1]:06}.pt')):
         keys = dict(where, out_dir=run['folder'], dataset=mixed(run['share']) if of_prose else dataset, resume='auto',
-                    seed=run['seed'], learning_rate=run['rate'], min_lr=run['rate'] / 10, max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
+                    seed=run['seed'], learning_rate=run['rate'], min_lr=run['rate'] / 10,
+                    max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
                     checkpoint_interval=500, threads=1, device='cpu', dtype='float32',
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
