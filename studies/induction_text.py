@@ -120,16 +120,18 @@ def snapshots():
 
 
 def read_earlier():
-    """{name: outcome} of the runs in `earlier`. UserError if they are of other data or have other iterations."""
+    """
+    {name: outcome} of the runs in `earlier`, and its `prose`. UserError if they are of other data or iterations.
+    """
     if not earlier:
-        return {}
+        return {}, ''
     numbers = read_study(earlier)
     for o in numbers['runs']:
-        corpus, steps = (prose if o['share'] is not None else dataset), o['curve'][-1]['tokens'] // TOKENS
-        theirs = numbers['config']['prose' if o['share'] is not None else 'dataset']
+        corpus, steps = (dataset if o['share'] is None else prose), o['curve'][-1]['tokens'] // TOKENS
+        theirs = numbers['config']['dataset' if o['share'] is None else 'prose']
         if steps != iterations or (corpus and theirs != corpus):
             raise UserError(f'{earlier} has {steps} iterations on {theirs}, not {iterations} on {corpus}')
-    return {o['name']: o for o in numbers['runs']}
+    return {o['name']: o for o in numbers['runs']}, numbers['config']['prose']
 
 
 def read_study(path):
@@ -380,7 +382,7 @@ if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
 messages.check_folder(out_dir)
-recorded = read_earlier()
+recorded, recorded_prose = read_earlier()
 if reuse:
     outcomes = read_study(reuse)['runs']
 else:
@@ -398,4 +400,7 @@ path = figure or os.path.join(out_dir, 'text.png')
 report.save_figure(path, draw_arms(outcomes))
 if any(o['share'] is not None for o in outcomes):
     report.save_figure(os.path.splitext(path)[0] + '_prose.png', draw_prose(outcomes))
-report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=report.plain(outcomes)))
+report.save_json(
+    os.path.splitext(path)[0] + '.json',
+    dict(config=dict(config, prose=prose or recorded_prose), runs=report.plain(outcomes)),
+)

@@ -99,7 +99,7 @@ def test_the_loss_without_logits_needs_a_fraction_of_the_memory():
 
 
 @pytest.mark.parametrize('intel', [True, False])
-@pytest.mark.parametrize('rows', [1, 2, 3, 8, 16, 17])
+@pytest.mark.parametrize('rows', [1, 2, 3, 5, 8, 16, 17])
 @pytest.mark.parametrize('sizes', [(8, 6), (16, 1600), (5, 1)])
 def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, sizes, intel, monkeypatch):
     monkeypatch.setattr('core.kernels.cpu_is_intel', lambda: intel)
