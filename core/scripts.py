@@ -78,29 +78,23 @@ def run_all(work, runs, jobs=0):
     """
     [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).
 
-    runs: dicts with a unique 'name'. A run with 'after', an earlier one of them, starts when that one is finished.
-    Shows progress on stderr. If a call raises, no more are started and the exception is raised. A signal stops the
-    subprocesses that are running.
+    runs: dicts with a 'name'. Shows progress on stderr. If a call raises, no more are started and the exception is
+    raised. A signal stops the subprocesses that are running.
     """
-    futures = {}
 
-    def work_in_order(run):
-        if run.get('after'):
-            futures[run['after']['name']].result()
+    def work_and_say(run):
         result = work(run)
         messages.notice(f'{run["name"]} is done')
         bar.update()
         return result
 
-    # a run is submitted after the one it waits for, so waiting never blocks the last free thread
     with (
         ThreadPoolExecutor(jobs or runtime.available_cores()) as pool,
         tqdm(total=len(runs), unit='run', disable=None) as bar,
     ):
         try:
-            for run in runs:
-                futures[run['name']] = pool.submit(work_in_order, run)
-            return [futures[run['name']].result() for run in runs]
+            futures = [pool.submit(work_and_say, run) for run in runs]
+            return [future.result() for future in futures]
         except SystemExit:  # from the handler of the signal; the threads are not interrupted
             for process in list(running):
                 process.terminate()

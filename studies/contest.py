@@ -387,6 +387,8 @@ rates_tried = RATES if full else RATES[1::2]
 data = TokenData(os.path.join(data_dir, dataset), T)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
 messages.check_folder(runs_dir)
+if figure:
+    messages.check_file(figure, 'figure')
 torch.set_num_threads(1)
 
 recorded, recorded_mha = read_earlier()

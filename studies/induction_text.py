@@ -382,6 +382,8 @@ if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
 messages.check_folder(out_dir)
+if figure:
+    messages.check_file(figure, 'figure')
 recorded, recorded_prose = read_earlier()
 if reuse:
     outcomes = read_study(reuse)['runs']

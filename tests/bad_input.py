@@ -175,7 +175,8 @@ ARGUMENTS = {
                                   'max_iters': 1, **CPU},
     'bench.py': {**SIZES, **CPU, 'batch_size': 1, 'vocab_size': 64, 'rounds': 1},
     'studies/induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
-    'studies/mla.py': {'out_dir': '{place}/out', 'figure': '{place}/out.png', 'data_dir': '{place}/data'},
+    'studies/contest.py': {'out_dir': '{place}/out', 'dataset': 'tiny', 'data_dir': '{place}/data'},
+    'studies/induction_text.py': {'out_dir': '{place}/out', 'dataset': 'tiny', 'data_dir': '{place}/data'},
     'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/code/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
@@ -188,7 +189,8 @@ ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']
 ARGUMENTS['sample_mla.py'] = {**ARGUMENTS['sample.py'], 'out_dir': '{place}/mla'}
 
 T, TM, S, C, E, F = 'train.py', 'train_mla.py', 'sample.py', 'convert_mla.py', 'export_hf.py', 'find_induction_heads.py'
-BENCH, Q, STUDY, STUDY_MLA = 'bench.py', 'test_shakespeare_quick.py', 'studies/induction.py', 'studies/mla.py'
+BENCH, Q = 'bench.py', 'test_shakespeare_quick.py'
+STUDY, CONTEST, STUDY_TEXT = (f'studies/{name}.py' for name in ('induction', 'contest', 'induction_text'))
 TEXT, CHAR, GPT2, WEB, REPEATS = (
     f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'openwebtext', 'repeats')
 )

@@ -9,13 +9,14 @@ import pytest
 from bad_input import (
     BENCH,
     CHAR,
+    CONTEST,
     GPT2,
     PREPARE,
     REPEATS,
     ROOT,
     SIZES,
     STUDY,
-    STUDY_MLA,
+    STUDY_TEXT,
     TEXT,
     TM,
     WEB,
@@ -137,7 +138,9 @@ FLAGS = [
     Case(Q, '--size=cpu --start=a --out_dir={place}/both', 'another', '--out_dir.*--overwrite=True',
          lambda place: shutil.copytree(place / 'mha', place / 'both' / 'mha')),
     Case(STUDY, '--seeds=-1', 'seeds', 'negative|at least'),
-    Case(STUDY_MLA, '--seeds=0', 'seeds', 'at least 1'),
+    Case(CONTEST, '--tuning_seeds=-1', 'tuning_seeds', 'negative|at least'),
+    Case(STUDY_TEXT, '--seeds=-1', 'seeds', 'negative|at least'),
+    Case(CONTEST, '--earlier={place}/prompt.txt', "can't be read as a study", 'name the .json of another'),
     Case(TEXT, '--input=', 'say what to prepare', '--input=FILE'),
     Case(TEXT, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
     Case(TEXT, '--tokenizer=words', 'words', 'char, byte, bpe (or|and) gpt2'),
@@ -174,7 +177,8 @@ VALUES = [
     Case(C, '--json={place}', 'it is a folder', 'another --json'),
     Case(BENCH, '--json={place}', 'it is a folder', 'another --json'),
     Case(BENCH, '--plot={place}/nowhere/x.png', 'nowhere does not exist', 'another --plot'),
-    Case(STUDY_MLA, '--figure={place}/nowhere/x.png', 'nowhere does not exist', 'another --figure'),
+    Case(CONTEST, '--figure={place}/nowhere/x.png', 'nowhere does not exist', 'another --figure'),
+    Case(STUDY_TEXT, '--figure={place}/nowhere/x.png', 'nowhere does not exist', 'another --figure'),
     Case(STUDY, '--out_dir={place}/prompt.txt', 'not a writable folder', 'another --out_dir'),
     Case(T, '--n_layer=1e30', 'n_layer is 1000000000000000019', 'at most 1,000'),
     Case(T, '--max_iters=-1e30', 'max_iters', 'at least 0'),
@@ -248,7 +252,7 @@ def test_a_process_of_its_own_ends_the_same_way(case, place):
     check(case, place, done.returncode, done.stderr)
 
 
-@pytest.mark.parametrize('script', [T, TM, S, C, E, F, Q, BENCH, 'sizing.py', STUDY, STUDY_MLA])
+@pytest.mark.parametrize('script', [T, TM, S, C, E, F, Q, BENCH, 'sizing.py', STUDY, CONTEST, STUDY_TEXT])
 def test_scripts_say_where_they_must_be_run(script, tmp_path):
     """Started elsewhere, where their relative paths lead nowhere."""
     command = [sys.executable, str(ROOT / script), '--help']
