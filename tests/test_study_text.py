@@ -1,6 +1,7 @@
 """studies/induction_text.py: tables show the numbers of the runs, and RESULTS.md has those of the published ones."""
 
 import json
+import string
 from pathlib import Path
 
 import forking
@@ -11,7 +12,7 @@ PUBLISHED = 'assets/induction_text.json'
 
 
 def study(*keys):
-    return forking.run('studies/induction_text.py', keys, seconds=200)
+    return forking.run('studies/induction_text.py', keys, seconds=400)
 
 
 def row_of(text, title, name):
@@ -47,6 +48,18 @@ def test_tables_pair_runs_by_seed_and_say_which_formed_heads(tmp_path):
     assert row_of(text, 'Formation', 'MLA, r=C/2')[0] == '3.00 (1 of 2)'
     assert row_of(text, 'Paired', 'MLA, r=C/2')[:2] == ['-0.400 [-0.700, -0.100]', '+0.650 [+0.500, +0.800]']
     assert 'MHA on prose' not in text
+
+
+def test_a_study_in_miniature_trains_and_measures(tmp_path):
+    text = f'the cat sat on the mat. {string.printable[:90]} ' * 500
+    write_characters(tmp_path / 'data' / 'code', 40_000, 49_000, text)
+    keys = (f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--arms=MHA', '--jobs=1')
+    done = study('--max_iters=3', *keys)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']
+    assert [step['tokens'] for step in run['curve']] == [3 * 1024] and run['rate'] == 4e-3 and run['formed'] is None
+    assert abs(run['curve'][0]['repeated'] - run['repeated']) < 0.2  # the sweep's and the final measurement
+    assert row_of(done.stdout, 'Formation', 'MHA')[:2] == ['never (0 of 1)', f'{run["score"]:.3f}']
 
 
 def test_runs_of_an_earlier_study_are_not_repeated(tmp_path):
