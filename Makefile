@@ -5,7 +5,7 @@
 # make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
 #
 # PYTHON=...   the Python (3.11 or later) that .venv and .venv-oldest are made with
-# INPUT=...    quickstart: a local copy of tinyshakespeare, or another text over its characters; nothing is downloaded
+# INPUT=...    quickstart: a local copy of tinyshakespeare, or any other text; nothing is downloaded
 # ARGS=...     more arguments for the script or the test runner, such as ARGS='--max_iters=200' or ARGS='-k tokens'
 
 PYTHON ?= python3

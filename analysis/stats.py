@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import numpy as np
 
 # 97.5 % quantiles of Student's t for n values, n - 1 degrees of freedom
-T_QUANTILE = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+T_QUANTILE = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def bootstrap(values, resamples=2000, seed=0, level=0.95):

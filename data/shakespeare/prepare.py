@@ -28,7 +28,7 @@ from core.tokenizer import GPT2Tokenizer
 from core.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else the stand-in
+input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else plays
 download = True  # False: never use the network
 out_dir = ''  # where the data set is written; '': this folder
 # ----------------------------------------------------------------------------------------------------------------------
