@@ -122,7 +122,11 @@ def set_threads(threads=0):
     Set the number of CPU threads and return it. 0: the cores this process may use, divided among the node's processes.
 
     OMP_NUM_THREADS is obeyed. More threads than free cores are much slower than fewer, so container quotas count.
+
+    Denormal numbers, below 1.2e-38 in float32, become zeros: a CPU computes with them many times more slowly, and a
+    high learning rate makes many. New threads inherit that, so call this before the first computation.
     """
+    torch.set_flush_denormal(True)
     if not threads:
         threads = torch.get_num_threads()
         if 'OMP_NUM_THREADS' not in os.environ or 'LOCAL_WORLD_SIZE' in os.environ:

@@ -178,3 +178,17 @@ for step in range(3):
     assert printed == {
         f'rank {rank} step {step} taken: {taken} scale: {scale}' for rank in (0, 1) for step, taken, scale in expected
     }
+
+
+DENORMALS = """
+import torch
+from core import runtime
+runtime.set_threads(2)
+x = torch.full((1_000_000,), 1e-39)
+print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()))
+"""
+
+
+def test_denormal_numbers_are_zero_in_every_thread():
+    done = subprocess.run([sys.executable, '-c', DENORMALS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == '0 10\n', done.stderr
