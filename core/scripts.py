@@ -74,6 +74,18 @@ def run_script(script, arguments, folder):
         raise UserError(f'{script} failed with exit code {code} in {folder}; see the end of {path} for the reason')
 
 
+def converges(script, arguments, folder):
+    """Run a training by `run_script`: False if it diverged. UserError if it fails otherwise."""
+    try:
+        run_script(script, arguments, folder)
+    except UserError:
+        with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as log:
+            if 'not finite in iteration' not in log.read():
+                raise
+        return False
+    return True
+
+
 def run_all(work, runs, jobs=0):
     """
     [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).

@@ -149,12 +149,8 @@ def train_and_measure(item):
     """Train a run, unless that is done, and measure it: the run with 'val_loss', 'parameters', ...; diverged: None."""
     ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
     if not finished(item, ckpt):
-        try:
-            scripts.run_script(script_of(item['keys']), [dict(item['keys'], out_dir=item['folder'])], item['folder'])
-        except UserError as error:
-            with open(os.path.join(item['folder'], 'log.txt'), encoding='utf-8') as log:
-                if 'not finite in iteration' not in log.read():
-                    raise error
+        keys = dict(item['keys'], out_dir=item['folder'])
+        if not scripts.converges(script_of(item['keys']), [keys], item['folder']):
             return dict(item, val_loss=None)  # this rate is too high for this arm
     if not scripts.is_current(result, ckpt):
         files.write_json(result, measured(ckpt))

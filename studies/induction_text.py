@@ -8,11 +8,11 @@ $ python studies/induction_text.py --full=True --prose=imdb --figure=assets/indu
 $ python studies/induction_text.py --full=True --earlier=assets/induction_text.json    # runs recorded are not repeated
 $ python studies/induction_text.py --reuse=assets/induction_text.json    # tables and pictures again, in seconds
 
-1. Each arm is trained on `dataset` with config/train_code_cpu.py, and measured at many iterations: scores of heads on
-   repeated random tokens, and losses on validation text where a bigram occurred before in the window, and elsewhere.
+1. Each arm is trained on `dataset` with config/train_code_cpu.py, on one seed at each of `rates`, and on the other
+   seeds at the rate of its lowest validation loss. It is measured at many iterations: scores of heads on repeated
+   random tokens, and losses on validation text where a bigram occurred before in the window, and elsewhere.
 2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with a share of its tokens
    replaced by copies of what stood up to 200 tokens before. Does repetition make heads form?
-3. With --full=True, two arms at other learning rates than the config's, one seed each: is the order one of the rate?
 
 Finished runs are kept: repeat the command to continue. Writes text.md, and beside `figure` a .json with every number.
 Run it from the repository root.
@@ -48,6 +48,7 @@ dataset = 'code'
 prose = ''  # a data set that rewards induction little, for part 2; '': no part 2
 data_dir = 'data'
 max_iters = 0  # 0: 5000, in the short form 300
+rates = ''  # learning rates, separated by commas; '': 2e-3, 4e-3, 8e-3 and 1.6e-2, in the short form the config's, 4e-3
 seeds = 0  # training seeds of each arm; 0: 3, in the short form 1
 arms = ''  # names of ARMS separated by semicolons; '': all, in the short form the first and the third
 earlier = ''  # the .json of an earlier study with as many iterations, whose runs are not repeated but added to
@@ -69,7 +70,7 @@ LOOKS = {'MHA': ('#c4622d', '-', 'o'), 'MQA': ('#8a8a8a', '--', 's'), 'MLA, r=C/
          'MLA, r=C/2, R=3d/4': ('#2f9e8f', '--', 'P')}  # fmt: skip
 SEED = 1337  # the first
 SHARES = (0.0, 0.1, 0.3)  # of tokens that are copies, in part 2
-RATE, OTHER_RATES, TUNED = 4e-3, (2e-3, 8e-3), ('MHA', 'MLA, r=C/2')  # the config's learning rate, and part 3
+RATE, RATES = 4e-3, '2e-3,4e-3,8e-3,1.6e-2'  # the config's learning rate, and the grid of the full form
 FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
 TOKENS = 4 * 256  # per iteration, in the config
 STEPS = (100, 200, 300, 400, 600, 800, 1000, 1250, 1500, 1750, 2000, 2250, 2500, 2750, 3000, 3500, 4000, 4500, 6000,
@@ -99,19 +100,12 @@ def mixed(share):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def planned():
-    """The runs of all parts, part 1's seed by seed: dicts of name, folder, arm, share (None: of code), rate, seed."""
-    count = seeds or (3 if full else 1)
-    one = dict(share=None, rate=RATE, seed=SEED)
-    runs = [dict(one, arm=arm, seed=SEED + n) for n in range(count) for arm in chosen]
-    runs += [dict(one, arm='MHA', share=share) for share in SHARES] if prose else []
-    runs += [dict(one, arm=arm, rate=rate) for arm in TUNED if arm in chosen for rate in OTHER_RATES] if full else []
-    for run in runs:
-        slug = ''.join(letter if letter.isalnum() else '-' for letter in run['arm'].lower().replace(', ', '_'))
-        corpus = 'code' if run['share'] is None else f'prose{round(100 * run["share"])}'
-        run['name'] = f'{corpus}-{slug}-s{run["seed"]}' + f'-lr{run["rate"]:g}' * (run['rate'] != RATE)
-        run['folder'] = os.path.join(out_dir, run['name'])
-    return runs
+def named(arm, seed=SEED, rate=RATE, share=None):
+    """A run: a dict of name, folder, arm, share of copies (None: of code), rate, seed."""
+    slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.lower().replace(', ', '_'))
+    corpus = 'code' if share is None else f'prose{round(100 * share)}'
+    name = f'{corpus}-{slug}-s{seed}' + f'-lr{rate:g}' * (rate != RATE)
+    return dict(arm=arm, share=share, rate=rate, seed=seed, name=name, folder=os.path.join(out_dir, name))
 
 
 def snapshots():
@@ -144,8 +138,15 @@ def read_study(path):
         raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error
 
 
+def with_recorded(outcomes):
+    """Outcomes, without those that diverged, and those of `earlier` that are not among them."""
+    outcomes = [o for o in outcomes if o]
+    known = {o['name'] for o in outcomes}
+    return outcomes + [o for name, o in recorded.items() if name not in known]
+
+
 def train_and_measure(run):
-    """Train and measure one run, as far as that isn't done yet; returns its outcome."""
+    """Train and measure one run, as far as that isn't done yet; returns its outcome, None if it diverged."""
     if run['name'] in recorded:
         return recorded[run['name']]
     steps, mla = snapshots(), 'MLA' in run['arm']
@@ -158,7 +159,8 @@ def train_and_measure(run):
                     checkpoint_interval=500, threads=1, device='cpu', dtype='float32',
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
-        scripts.run_script('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder'])
+        if not scripts.converges('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder']):
+            return None  # the rate is too high for this arm
     measure(run['folder'], sweep=run['folder'], text_windows=128, html=False, threads=1, device='cpu', **where)
     return outcome(run)
 
@@ -220,37 +222,49 @@ def places(group, key):
 
 
 def rate_of(o):
-    """The learning rate of a run; studies of before part 3 had one."""
+    """The learning rate of a run; studies of before there was a grid had one."""
     return o.get('rate', RATE)
 
 
-def by_arm(outcomes):
-    """{arm: its runs of part 1}."""
+def loss_of(o):
+    """The validation loss of a run, over all positions."""
+    return o['repeated_share'] * o['repeated'] + (1 - o['repeated_share']) * o['others']
+
+
+def tuning(outcomes):
+    """{arm: its runs on the seed that has every rate}."""
     found = {}
     for o in outcomes:
-        if o['share'] is None and rate_of(o) == RATE:
+        if o['share'] is None and o['seed'] == SEED:
             found.setdefault(o['arm'], []).append(o)
     return found
 
 
+def by_arm(outcomes):
+    """{arm: its runs of part 1 at its best rate}."""
+    best = {arm: rate_of(min(group, key=loss_of)) for arm, group in tuning(outcomes).items()}
+    return {arm: [o for o in outcomes if (o['arm'], o['share'], rate_of(o)) == (arm, None, rate)]
+            for arm, rate in best.items()}  # fmt: skip
+
+
 def formation_table(outcomes):
     """Formation, final scores and losses of every arm."""
-    heading = ('attention', f'million tokens until a score > {FORMED}', 'best induction score', 'layer.head',
-               'induction heads of 16', 'copying', 'best previous-token score', 'layer.head',
+    heading = ('attention', 'learning rate', f'million tokens until a score > {FORMED}', 'best induction score',
+               'layer.head', 'induction heads of 16', 'copying', 'best previous-token score', 'layer.head',
                'loss at repeated bigrams', 'elsewhere')  # fmt: skip
     rows = []
     for arm, group in by_arm(outcomes).items():
         numbers = {key: spread(o[key] for o in group)
                    for key in ('score', 'copying', 'previous', 'repeated', 'others')}  # fmt: skip
         heads = ', '.join(str(o['heads']) for o in group)
-        rows.append((arm, when(group), numbers['score'], places(group, 'best'), heads, numbers['copying'],
-                     numbers['previous'], places(group, 'best_previous'), numbers['repeated'],
+        rows.append((arm, f'{rate_of(group[0]):g}', when(group), numbers['score'], places(group, 'best'), heads,
+                     numbers['copying'], numbers['previous'], places(group, 'best_previous'), numbers['repeated'],
                      numbers['others']))  # fmt: skip
     return report.markdown_table(heading, rows)
 
 
 def paired_table(outcomes):
-    """Every arm minus MHA of the same seed, which saw the same batches."""
+    """Every arm minus MHA of the same seed, which saw the same batches, both at their best rate."""
     groups, keys, rows = by_arm(outcomes), ('score', 'repeated', 'others'), []
     mha = {o['seed']: o for o in groups.get('MHA', [])}
     for arm, group in groups.items():
@@ -287,15 +301,12 @@ def prose_table(outcomes):
 
 
 def rate_table(outcomes):
-    """The arms of part 3 at every learning rate, on the one seed that has them all."""
-    rows = []
-    for arm in TUNED:
-        group = [o for o in outcomes if (o['arm'], o['share'], o['seed']) == (arm, None, SEED)]
-        for o in sorted(group, key=rate_of):
-            rows.append((arm, f'{rate_of(o):g}', when([o]), f'{o["score"]:.3f}', f'{o["previous"]:.3f}',
-                         f'{o["repeated"]:.3f}', f'{o["others"]:.3f}'))  # fmt: skip
+    """Every arm at every learning rate, on one seed."""
     heading = ('attention', 'learning rate', f'million tokens until a score > {FORMED}', 'best induction score',
-               'best previous-token score', 'loss at repeated bigrams', 'elsewhere')  # fmt: skip
+               'best previous-token score', 'validation loss', 'at repeated bigrams')  # fmt: skip
+    rows = [(arm, f'{rate_of(o):g}', when([o]), f'{o["score"]:.3f}', f'{o["previous"]:.3f}', f'{loss_of(o):.3f}',
+             f'{o["repeated"]:.3f}')
+            for arm, group in tuning(outcomes).items() for o in sorted(group, key=rate_of)]  # fmt: skip
     return report.markdown_table(heading, rows)
 
 
@@ -310,7 +321,7 @@ def tables(outcomes):
     if any(o['share'] is not None for o in outcomes):
         parts.append(('MHA on prose with copied spans', prose_table(outcomes)))
     if any(rate_of(o) != RATE for o in outcomes):
-        parts.append((f'Other learning rates, seed {SEED}', rate_table(outcomes)))
+        parts.insert(0, (f'Every learning rate, seed {SEED}', rate_table(outcomes)))
     intro = ('Brackets are ranges over seeds. Losses are in nats per token, over 128 validation windows of 256 tokens; '
              f'in code {share:.0%} of positions repeat a bigram of their window.')  # fmt: skip
     return intro + '\n\n' + '\n'.join(f'**{title}**\n\n{table}' for title, table in parts)
@@ -342,8 +353,7 @@ def draw_arms(outcomes):
             axis.plot(tokens, curves.T, color=color, linestyle=line, linewidth=0.6, alpha=0.4)
             axis.plot(tokens, curves.mean(0), color=color, linestyle=line, marker=mark, markersize=3, label=arm)
         for number, o in enumerate(group):
-            losses = [o['repeated_share'] * step['repeated'] + (1 - o['repeated_share']) * step['others']
-                      for step in o['curve']]  # fmt: skip
+            losses = [loss_of(dict(step, repeated_share=o['repeated_share'])) for step in o['curve']]
             axes[3].plot(losses, [step['induction'] for step in o['curve']], color=color, linestyle=line, marker=mark,
                          markersize=3, linewidth=1, label=None if number else arm)  # fmt: skip
     for axis, title in zip(axes, PANELS.values(), strict=False):
@@ -381,6 +391,7 @@ chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS) if ful
 if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
+grid = [float(rate) for rate in (rates or (RATES if full else f'{RATE}')).split(',')]
 messages.check_folder(out_dir)
 if figure:
     messages.check_file(figure, 'figure')
@@ -390,10 +401,13 @@ if reuse:
 else:
     for name in filter(None, (dataset, prose)):
         TokenData(os.path.join(data_dir, name), 256)  # a missing one is an error now, not later
-    outcomes = scripts.run_all(train_and_measure, planned(), jobs)
-    known = {o['name'] for o in outcomes}
-    outcomes += [o for name, o in recorded.items() if name not in known]
-outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), o['share'] or 0))
+    plans = [named(arm, rate=rate) for rate in grid for arm in chosen]
+    plans += [named('MHA', share=share) for share in SHARES] if prose else []
+    outcomes = with_recorded(scripts.run_all(train_and_measure, plans, jobs))
+    best = {arm: rate_of(group[0]) for arm, group in by_arm(outcomes).items()}
+    plans = [named(arm, SEED + n, best[arm]) for n in range(1, seeds or (3 if full else 1)) for arm in chosen]
+    outcomes = with_recorded(outcomes + scripts.run_all(train_and_measure, plans, jobs))
+outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), rate_of(o), o['share'] or 0))
 text = tables(outcomes)
 messages.output(text)
 os.makedirs(out_dir, exist_ok=True)
