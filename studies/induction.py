@@ -5,7 +5,6 @@ $ python studies/induction.py                    # short form: minutes on two co
 $ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
 $ python studies/induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
 $ python studies/induction.py --reuse=assets/induction_study.json --convert    # with new conversions: 10 minutes
-$ python studies/induction.py --text_models=out-imdb,out-imdb-mla    # include trained models of real text
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
 writes tables.md, study.json and formation.png into out_dir. Finished runs are kept: repeat the command to continue
@@ -29,8 +28,7 @@ from matplotlib.figure import Figure
 
 from analysis import report, stats
 from analysis.measured import measure, measurement, read_json, sweep
-from core import checkpoint as checkpoints
-from core import messages, runlog, scripts
+from core import messages, scripts
 from core.messages import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,7 +36,6 @@ full = False  # every latent size, five seeds, 2000 iterations; otherwise the sh
 out_dir = 'out-study'  # runs and tables
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
-text_models = ''  # folders of models trained on real text, separated by commas
 reuse = ''  # the study.json of an earlier study: its tables and pictures are made again, nothing is trained
 convert = False  # with reuse: train the MHA models that are converted, and convert them, all the same
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
@@ -358,33 +355,6 @@ def conversion_table(converted):
     return report.markdown_table(heading, rows)
 
 
-def text_table(folders):
-    """The models trained on real text, one row each."""
-    heading = ('model', 'attention', 'iteration', 'val loss', 'best head', 'induction score [95 %]', 'random init',
-               'shuffled copy', 'induction heads', 'copying', 'loss on repeats', 'in-context score')  # fmt: skip
-    rows = []
-    for folder in folders:
-        found = measurement(folder)
-        layer, head = found['ranking'][0]
-        score, low, high = (found['induction'][key][layer][head] for key in ('mean', 'low', 'high'))
-        context = found['in_context']
-        rows.append((
-            found['name'],
-            found['attention'],
-            f'{found["iteration"]:,}',
-            f'{found["val_loss"]:.4f}',
-            f'{layer}.{head}',
-            f'{score:.3f} [{low:.3f}, {high:.3f}]',
-            f'{found["random_null"]:.3f}',
-            f'{found["shuffled"]["mean"][layer][head]:.3f}',
-            int(np.sum(found['called'])),
-            f'{found["copying_eigenvalues"][layer][head]:+.2f}',
-            f'{found["repeat_loss"]["mean"]:.3f}',
-            f'{context["mean"]:+.3f}' if context else 'n/a',
-        ))  # fmt: skip
-    return report.markdown_table(heading, rows)
-
-
 def around_marks(path):
     """The text before <!-- study --> and after <!-- /study --> in a file. UserError if it doesn't have these marks."""
     try:
@@ -438,29 +408,6 @@ def formation_figure(outcomes):
     return figure
 
 
-def loss_figure(folders):
-    """Train and val loss of the text models over iterations, the val loss with its standard error; from log.csv."""
-    figure = Figure(figsize=(7, 4.2), layout='constrained')
-    axis, seen = figure.subplots(), []
-    for number, folder in enumerate(folders):
-        rows = runlog.read(os.path.join(folder, 'log.csv'))
-        iterations, val = runlog.column(rows, 'val_loss')
-        train, error = (runlog.column(rows, name)[1] for name in ('train_loss', 'val_stderr'))
-        attention = checkpoints.load(folder, mapped=True).get('attention', 'mha').upper()
-        name = f'{attention} ({os.path.basename(os.path.normpath(folder))})'
-        color, mark = f'C{number}', 'os^D'[number % 4]
-        axis.errorbar(iterations, val, error, color=color, marker=mark, markersize=4, label=f'{name}, val loss')
-        axis.plot(iterations, train, '--', color=color, marker=mark, markersize=4, markerfacecolor='white',
-                  label=f'{name}, train loss')  # fmt: skip
-        seen += train[1:] + val[1:]  # the loss at iteration 0 would compress the rest
-    if seen:
-        room = 0.05 * (max(seen) - min(seen))
-        axis.set_ylim(min(seen) - room, max(seen) + room)
-    axis.set(xlabel='iteration', ylabel='loss (nats per token)')
-    axis.legend(fontsize=8)
-    return figure
-
-
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
 if seeds == 1:
@@ -468,9 +415,6 @@ if seeds == 1:
 messages.check_folder(out_dir)
 if results:
     around_marks(results)  # fail before the training, not after it
-folders = messages.names(text_models, 'text_models')
-for folder in folders:
-    checkpoints.find(folder)
 if reuse:
     earlier, outcomes, converted = earlier_study(reuse)
     full, max_iters = earlier['full'], earlier['max_iters']
@@ -481,8 +425,6 @@ if convert or not reuse:
     prepare_data()
     scripts.run_all(train_and_measure, [run for run in planned() if is_source(run)], jobs)
     converted = scripts.run_all(convert_and_measure, conversions(planned()), jobs)
-for folder in folders:
-    measure(folder, data_dir=data_dir, text_windows=1024)
 
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python studies/induction.py' + (' --full=True' if full else '')
@@ -497,16 +439,12 @@ except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as 
     if not reuse:
         raise
     raise UserError(f"{reuse} can't be read as a study ({error}); name the study.json of another") from error
-if folders:
-    parts.append(('Models trained on real text', text_table(folders)))
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts)])
 os.makedirs(out_dir, exist_ok=True)
 report.save_text(os.path.join(out_dir, 'tables.md'), text)
 settings = dict(config, full=full, max_iters=max_iters)
 report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes, conversions=converted))
 report.save_figure(os.path.join(out_dir, 'formation.png'), picture)
-if folders:
-    report.save_figure(os.path.join(out_dir, 'full_run.png'), loss_figure(folders))
 if results:
     before, after = around_marks(results)
     report.save_text(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')

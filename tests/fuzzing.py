@@ -124,7 +124,7 @@ OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/co
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
 WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'results', 'profile')
 READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files',
-        'text', 'nanogpt', 'text_models', 'start', 'prose')  # fmt: skip
+        'text', 'nanogpt', 'start', 'prose')  # fmt: skip
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],

@@ -39,7 +39,9 @@ def test_tables_pair_runs_by_seed_and_say_which_formed_heads(tmp_path):
         ('MLA, r=C/2', 1338, 0.1, None, 2.0),
         ('MLA, r=C/2', 1337, 0.5, 3_000_000, 1.5),
     ):
-        made_up.append(dict(one, arm=arm, seed=seed, score=score, formed=formed, repeated=repeated, best=[3, seed - 1336]))
+        made_up.append(
+            dict(one, arm=arm, seed=seed, score=score, formed=formed, repeated=repeated, best=[3, seed - 1336])
+        )
     (tmp_path / 'a.json').write_text(json.dumps(dict(runs=made_up)))
     done = study(f'--reuse={tmp_path}/a.json', f'--out_dir={tmp_path}/out')
     assert done.returncode == 0, done.stderr
