@@ -185,10 +185,13 @@ for name in methods:
 axes.axvline(bytes_before, color='black', linewidth=0.8)
 axes.annotate(f'{before} ', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top', ha='right')
 axes.set_xscale('log', base=2)
+sizes = sorted({row['cache_bytes_per_token'] for row in rows} | {bytes_before})
+axes.set_xticks(sizes, [f'{size:,}' for size in sizes], rotation=30)
+axes.minorticks_off()
 axes.set_yscale('symlog', linthresh=1e-3)
 axes.margins(y=0.08)
 axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation loss (nats per token)',
-         title=f'{source}, converted without fine-tuning\n{data.corpus}')  # fmt: skip
+         title=f'{before} converted to MLA, before any fine-tuning: {data.corpus}')  # fmt: skip
 axes.grid(alpha=0.3)
 axes.legend()
 report.save_figure(os.path.join(out_dir, 'conversion.png'), figure, dpi=130)

@@ -1,5 +1,5 @@
 # Trains a small model with multi-head attention on Python source, on a CPU: 6 million tokens, a quarter of an hour on
-# one core. Induction heads form within it. config/train_code_cpu_mla.py differs in the attention alone.
+# one core. Induction heads form within it on two seeds of three. config/train_code_cpu_mla.py differs in the attention.
 #
 # $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
 # $ python train.py config/train_code_cpu.py

@@ -367,7 +367,10 @@ def draw_arms(outcomes):
     axes[0].legend(fontsize=8)
     count = max(len(group) for group in by_arm(outcomes).values())
     of_seeds = f'; means of up to {count} seeds, each seed thin' if count > 1 else '; one seed'
-    picture.suptitle(f'Induction heads form on source code: 4 layers, C = 128, RoPE{of_seeds}', fontsize='medium')
+    picture.suptitle(
+        f'Induction heads form on source code: 4 layers, C = 128, RoPE, each at its best learning rate{of_seeds}',
+        fontsize='medium',
+    )
     return picture
 
 
@@ -419,7 +422,5 @@ path = figure or os.path.join(out_dir, 'text.png')
 report.save_figure(path, draw_arms(outcomes))
 if any(o['share'] is not None for o in outcomes):
     report.save_figure(os.path.splitext(path)[0] + '_prose.png', draw_prose(outcomes))
-report.save_json(
-    os.path.splitext(path)[0] + '.json',
-    dict(config=dict(config, prose=prose or recorded_prose), runs=report.plain(outcomes)),
-)
+about = dict(dataset=dataset, prose=prose or recorded_prose, iterations=iterations)
+report.save_json(os.path.splitext(path)[0] + '.json', dict(config=about, runs=report.plain(outcomes)))
