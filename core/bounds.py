@@ -64,7 +64,6 @@ BOUNDS = {
     'eval_tokens': '[2, 1000000000000]',
     'statistics_tokens': '[1, 1000000000000]',
     'sweep': '[1, 65536]',
-    'tuning_iters': '[0, 1000000000]',
     # induction heads
     'sequences': '[8, 100000]',
     'length': '[4, 1000000]',
