@@ -5,7 +5,7 @@ $ python data/shakespeare_char/prepare.py
 $ python studies/contest.py                        # a short form: every arm, two rates, few iterations
 $ python studies/contest.py --full=True            # the whole grid and all seeds; two cores take a day
 $ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
-$ python studies/contest.py --full=True --earlier=assets/contest_shakespeare.json    # adds to recorded runs
+$ python studies/contest.py --full=True --dataset=code --earlier=assets/contest_code.json --arms=GQA-2    # adds an arm
 
 1. Tuning: each arm is trained at every learning rate of one grid, over `tuning_seeds` seeds.
 2. Contest: at its best rate it is trained with `final_seeds` other seeds, and compared with MHA, and with MQA, by seed.
@@ -51,7 +51,9 @@ final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
 arms = ''  # names of ARMS separated by semicolons; '': all
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
-earlier = ''  # the .json of an earlier study of this setting, whose runs are not repeated
+earlier = (
+    ''  # the .json of an earlier study of this setting: its runs are not repeated, its arms stand in the tables too
+)
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,6 +142,12 @@ def identity(item):
     return item['arm'], item['kind'], item['rate'], item['seed']
 
 
+def joined(results, wanted):
+    """Results of this study's runs, then the recorded ones that are not among them and for which wanted(run)."""
+    known = {identity(r) for r in results}
+    return results + [r for name, r in recorded.items() if name not in known and wanted(r)]
+
+
 def make(item):
     """A run with 'val_loss', 'parameters', ...: as recorded in `earlier`, or trained and measured now."""
     return dict(item, **recorded[identity(item)]) if identity(item) in recorded else train_and_measure(item)
@@ -213,7 +221,7 @@ def mean(values):
 
 
 def seeds_of(arm):
-    """How many seeds an arm was tuned with: n_tuning, or more in `earlier`."""
+    """How many seeds an arm was tuned with."""
     return len({r['seed'] for r in tuning if r['arm'] == arm})
 
 
@@ -256,15 +264,15 @@ def size_of(results, arm):
 
 def contest_table():
     """Every arm at its best rate."""
-    heading = ('arm', 'parameters', 'cache bytes per token', 'best learning rate', 'validation loss', 'minus MHA',
-               'minus MQA')  # fmt: skip
+    heading = ('arm', 'parameters', 'cache bytes per token', 'best learning rate', 'seeds', 'validation loss',
+               'minus MHA', 'minus MQA')  # fmt: skip
     rows = []
     for arm in chosen:
         one, mine = size_of(final, arm), losses(final, arm)
         edge = ' (end of the grid)' * (best[arm] in (rates_tried[0], rates_tried[-1]))
         gaps = [minus(mine, losses(final, reference(arm, name))) for name in ('MHA', 'MQA')]
         rows.append((arm, f'{one["parameters"]:,}', f'{one["cache_bytes_per_token"]:,}', f'{best[arm]:g}{edge}',
-                     interval(mine.values()), *gaps))  # fmt: skip
+                     len(mine), interval(mine.values()), *gaps))  # fmt: skip
     return report.markdown_table(heading, rows)
 
 
@@ -284,7 +292,7 @@ def conversion_table():
     heading = ('MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA',
                'fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch')  # fmt: skip
     rows = []
-    for arm in targets:
+    for arm in (arm for arm in CONVERTED if losses(converted, arm, 'tuned')):
         before = {r['seed']: r['before'] for r in converted if r['arm'] == arm and 'before' in r}
         mine = losses(converted, arm, 'tuned')
         rows.append((arm, f'{size_of(converted, arm)["cache_bytes_per_token"]:,}', minus(before, losses(final, 'MHA')),
@@ -373,8 +381,8 @@ def draw_cache():
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS)
-if unknown := set(chosen) - set(ARMS):
+named = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS)
+if unknown := set(named) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (2000 if full else 100)
 tuning_iterations = max(1, iterations // 10)
@@ -388,38 +396,37 @@ if figure:
 torch.set_num_threads(1)
 
 recorded, recorded_mha = read_earlier()
-plans = [trained(arm, rate, TUNING_SEED + n) for arm in chosen for rate in rates_tried for n in range(n_tuning)]
-tuning = in_order(make, plans)
-known = {identity(r) for r in plans}
-tuning += [r for name, r in recorded.items() if r['arm'] in chosen and r['kind'] == 'scratch' and r['seed'] < FINAL_SEED
-           and r['rate'] in rates_tried and name not in known]  # fmt: skip
-best = {arm: best_rate(arm) for arm in chosen}
-final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in chosen for n in range(n_final)])
-if lost := [arm for arm in chosen if len(losses(final, arm)) < n_final]:
+plans = [trained(arm, rate, TUNING_SEED + n) for arm in named for rate in rates_tried for n in range(n_tuning)]
+tuning = joined(in_order(make, plans), lambda r: r['rate'] in rates_tried and r['seed'] < FINAL_SEED)
+best = {arm: best_rate(arm) for arm in ARMS if seeds_of(arm)}
+final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in named for n in range(n_final)])
+if lost := [arm for arm in named if len(losses(final, arm)) < n_final]:
     raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
+sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
+final = joined(final, lambda r: (r['kind'], r['rate']) == ('scratch', best.get(r['arm'])) and r['seed'] >= FINAL_SEED)
+chosen = [arm for arm in ARMS if losses(final, arm)]
 if recorded_mha != best.get('MHA'):  # then its conversions and controls begin from other models
     recorded = {name: r for name, r in recorded.items() if r['kind'] == 'scratch'}
-converted, controls = [], []
-targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in chosen}
-if conversions and {'MHA', 'MLA, r=C/2'} <= set(chosen):
-    sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
+starts, early = [], []
+if conversions and {'MHA', 'MLA, r=C/2'} <= set(named):
+    targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in named}
     starts = [run(arm, {**keys, 'warmup_iters': 10}, 1e-3, seed, tuning_iterations, 'tuned', source)
               for seed, source in sources.items() for arm, keys in {'MHA': {}, **targets}.items()]  # fmt: skip
-    train_sources(starts)
-    converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
-    starts = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
-                  f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
-              for seed, source in list(sources.items())[: control_seeds or n_final]
-              for arm, keys in CONTROLS.items() for start in STARTS
-              if start < iterations]  # fmt: skip
-    train_sources(starts)
-    controls = in_order(make, starts)
+    early = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
+                 f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
+             for seed, source in list(sources.items())[: control_seeds or n_final]
+             for arm, keys in CONTROLS.items() for start in STARTS
+             if start < iterations]  # fmt: skip
+    train_sources(starts + early)
+converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
+converted = joined(converted, lambda r: r['kind'] == 'tuned')
+controls = joined(in_order(make, early), lambda r: r['kind'].startswith('from'))
 
 setting_line = f'{iterations} iterations on {data.corpus}, 4 layers, C = {C}'
 intro = (
     f'{setting_line}, {H} heads, {SETTING["batch_size"]} x {T} tokens per iteration. Learning rates: the best of '
-    f'{len(rates_tried)} on the seeds that the second table counts. Losses: {n_final} other seeds at that rate, '
-    + ('mean ± half width of the 95 % t interval; differences are by seed.' if n_final > 3 else 'mean [range].')
+    f'{len(rates_tried)} on the seeds that the second table counts. Losses: other seeds at that rate, mean ± half '
+    'width of the 95 % t interval, with fewer than four seeds mean [range]; differences are by seed.'
     + ('' if full else ' A short form, whose losses say nothing about which arm is better.')
 )  # fmt: skip
 text = f'{intro}\n\n{contest_table()}\nMean loss of the tuning by learning rate:\n\n{grid_table()}'

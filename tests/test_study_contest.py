@@ -55,8 +55,8 @@ def test_each_arm_is_reported_at_its_own_best_rate_and_differences_are_by_seed(p
     done = study(place, '--final_seeds=4', arms='MHA;MQA')
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    assert ['MHA', '1,000', '4,096', '0.016 (end of the grid)', '2.7500 ± 2.7171', '', '-0.3150 ± 0.0205'] in rows
-    assert ['MQA', '1,000', '1,024', '0.016 (end of the grid)', '3.0650 ± 2.7219', '+0.3150 ± 0.0205', ''] in rows
+    assert ['MHA', '1,000', '4,096', '0.016 (end of the grid)', '4', '2.7500 ± 2.7171', '', '-0.3150 ± 0.0205'] in rows
+    assert ['MQA', '1,000', '1,024', '0.016 (end of the grid)', '4', '3.0650 ± 2.7219', '+0.3150 ± 0.0205', ''] in rows
     assert ['MHA', '3.0000', '2.0000', '1'] in rows  # the grid
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
     assert numbers['best_rates'] == {'MHA': 0.016, 'MQA': 0.016} and len(numbers['runs']) == 4 + 8
@@ -68,7 +68,7 @@ def test_missing_runs_are_trained_and_mha_is_converted(place):
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     row = next(row for row in rows if row[0] == 'MLA, r=C/2')
-    assert row[2:4] == ['1,024', '0.004 (end of the grid)'] and 1 < float(row[4]) < 4
+    assert row[2:4] == ['1,024', '0.004 (end of the grid)'] and 1 < float(row[5]) < 4
     assert 'MLA, r=C' in {row[0] for row in rows}  # the control at full rank
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
     found = {(run['arm'], run['kind']): run for run in numbers['runs'] if run['seed'] >= 2000}
@@ -98,6 +98,9 @@ def test_runs_of_an_earlier_study_are_not_repeated(place):
     assert ['MHA', '2.7500', '2.2500', '2'] in rows_of(done.stdout)  # of the recorded seeds 1000 and 1001
     trained = sorted(folder.name for folder in (place / 'out' / f'shakespeare_char-{ITERS}').iterdir())
     assert [name.split('_')[0] for name in trained] == ['gqa-2'] * 5 + ['mha']
+    added = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='GQA-2')
+    both = [row for row in rows_of(done.stdout) if row[:2] != ['GQA-2', '2,048']]  # its conversion, from MHA models
+    assert rows_of(added.stdout) == both  # recorded arms need not be named
     other = study(place, '--max_iters=5', f'--earlier={earlier}', arms='MHA')
     assert other.returncode == 2 and f'has iterations={ITERS}, not 5; leave out --earlier' in other.stderr
 
