@@ -35,14 +35,12 @@ import functools
 import gc
 import itertools
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import fields
-from json import load
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +48,22 @@ import torch
 
 from core import checkpoint as checkpoints
 from core import messages, peers, runtime, timing
-from core.contenders import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
+from core.contenders import (
+    WITHOUT,
+    Decoding,
+    HuggingFaceDecoding,
+    SeparateTraining,
+    Setting,
+    Training,
+    random_data,
+    random_words,
+)
 from core.dataset import TokenData, read_meta
 from core.files import write_json
 from core.int8 import quantize, weight_bytes
 from core.messages import UserError, whole_numbers
-from core.timing import ms_text, print_table, spread
-from core.tokenizer import TOKENIZERS, GPT2Tokenizer
+from core.timing import ms_text, print_table, shown, spread
+from core.tokenizer import TOKENIZERS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -150,14 +157,6 @@ def build_all(shares, **settings):
 # ---- mode=train ------------------------------------------------------------------------------------------------------
 
 
-def random_data(folder):
-    """Write a data set of random token ids to `folder`, without meta.json: in nanoGPT's format for GPT-2's ids."""
-    ids, size = min(vocab_size, GPT2Tokenizer.n_vocab), max(2**20, 2 * block_size)
-    tokens = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
-    for split in ('train', 'val'):
-        tokens.tofile(os.path.join(folder, f'{split}.bin'))
-
-
 def training_rows(contenders, flops, peak):
     """One row per contender {name: Training}. flops: {name: FLOPs per token}; peak: FLOP/s or None."""
     seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds, turn=0.5)
@@ -185,7 +184,7 @@ def bench_train():
     models = build_all((2,))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        random_data(folder)
+        random_data(folder, vocab_size, block_size, seed)
         setting = Setting(folder, batch_size, block_size, seed, device, dtype, compile)
         contenders = {name: Training(model, setting) for name, model in models.items()}
         separate = {'nanoGPT': dict(nanogpt=nanogpt)} if nanogpt else {}
@@ -240,7 +239,7 @@ def bench_memory():
     rows = []
     print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}; {n_layer} layers, C={n_embd}, T={block_size}\n')
     with tempfile.TemporaryDirectory() as folder:
-        random_data(folder)
+        random_data(folder, vocab_size, block_size, seed)
         for name, model in build_all((2,)).items():
             fits, bytes_ = timing.largest(functools.partial(step_peak, model, folder=folder), most)
             rows.append({'name': name, 'largest_batch': fits, 'peak_bytes': bytes_})
@@ -340,60 +339,6 @@ def measure_texts(models, hf_model):
     return rows
 
 
-WARM, COLD = ('#d9722e', '#e8a56f', '#8a8a8a'), ('#0d1b3d', '#2f5aa8', '#7fb0e0')  # of different brightness each
-
-
-def in_shares(name):
-    """A model's name with its latent size as a share of C, where that is a whole one: 'MLA, r = C/2'."""
-    return re.sub(r'r=(\d+)', lambda r: f'r = C/{n_embd // int(r[1])}' if n_embd % int(r[1]) == 0 else r[0], name)
-
-
-def draw_plot(rows, file):
-    """Draw decoding time over context length, one panel per batch size, and cache size. Readable in grey."""
-    from matplotlib.figure import Figure  # slow to import
-
-    from analysis import report
-
-    rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
-    names = list(dict.fromkeys(row['name'] for row in rows))
-    sizes = sorted({row['batch_size'] for row in rows})
-    lines = zip(names, 'os^Dv*' * len(names), ['-', '--', '-.', ':'] * len(names), strict=False)
-    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
-    looks = {name: dict(color=next(cold if 'MLA' in name else warm), marker=marker, linestyle=line)
-             for name, marker, line in lines}  # fmt: skip
-    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
-    axes = figure.subplots(1, len(sizes) + 1)
-    for name in names:
-        for axis, size in zip(axes, sizes, strict=False):
-            own = [row for row in rows if row['name'] == name and row['batch_size'] == size]
-            if not own:
-                continue
-            x, low, high = [r['context'] for r in own], *zip(*(r['ms_quartiles'] for r in own), strict=True)
-            axis.plot(x, [row['ms'] for row in own], label=in_shares(name), **looks[name])
-            axis.fill_between(x, low, high, color=looks[name]['color'], alpha=0.15, linewidth=0)
-            axis.set(title=f'batch size {size}', ylabel='time per step (ms)')
-        own = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
-        axes[-1].plot(list(own), list(own.values()), **looks[name])
-    axes[-1].set(title='cache of one sequence', ylabel='memory (MiB)')
-    for axis in axes:
-        axis.set(xlabel='context (tokens)', ylim=(0, None))
-        if max(row['context'] for row in rows) > 64 * min(row['context'] for row in rows):
-            axis.set_xscale('log', base=2)
-        else:
-            axis.set_xlim(0, None)
-        axis.grid(color='0.9')
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
-    setting = f'{machine["device"]}, {machine["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
-    figure.suptitle(setting, fontsize='medium')
-    report.save_figure(file, figure, dpi=120)
-
-
-def shown(row, key, form, factor=1):
-    """row[key] * factor as text; '' where there is none."""
-    return f'{row[key] * factor:{form}}' if row and key in row else ''
-
-
 def bench_sample():
     """Time decoding steps, then whole texts, and print a table of each. Returns the numbers as a dict."""
     lengths, sizes = whole_numbers(contexts, 'contexts'), whole_numbers(batch_sizes, 'batch_sizes')
@@ -443,22 +388,14 @@ def bench_sample():
             }
             print_table(texts, text_columns)
     if plot:
-        draw_plot(steps, plot)
+        from analysis import report, speed  # matplotlib is slow to import
+
+        setting = f'{machine["device"]}, {machine["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
+        report.save_figure(plot, speed.decoding_figure(steps, n_embd, setting), dpi=120)
     return {'steps': steps, 'texts': texts}
 
 
 # ---- mode=data -------------------------------------------------------------------------------------------------------
-
-
-def random_words(path):
-    """Write `megabytes` of random words to `path`; their frequencies follow Zipf's law, as those of a language do."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
-    words = [''.join(rng.choice(letters, size)) for size in rng.integers(1, 12, size=20000)]
-    with open(path, 'w', encoding='utf-8') as file:
-        while file.tell() < megabytes * 1e6:
-            line = rng.zipf(1.2, size=200000) % len(words)
-            file.write(' '.join(words[i] for i in line) + '\n')
 
 
 def measure_tokenizing(path, folder):
@@ -509,7 +446,7 @@ def bench_data():
     with tempfile.TemporaryDirectory() as folder:
         path = text or os.path.join(folder, 'words.txt')
         if not text:
-            random_words(path)
+            random_words(path, megabytes * 1e6, seed)
         print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {runtime.available_cores()} cores\n')
         tokenizing = measure_tokenizing(path, folder)
         columns = {
@@ -530,24 +467,12 @@ def bench_data():
 # ---- mode=compare ----------------------------------------------------------------------------------------------------
 
 
-def rows_of(path):
-    """{name of a timed row: milliseconds} of a file written by --json. UserError where it can't be read."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            found = load(file)
-        rows = [row for part in found.values() if isinstance(part, list) for row in part]
-        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows
-                if 'out_of_memory' not in row}  # fmt: skip
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} can't be read as a measurement ({error}); name a file written by --json") from error
-
-
 def compare():
     """Print the ratios of two measurements' times, and exit: with 1 if one exceeds `tolerance`, else with 0."""
     paths = messages.names(files, 'files')
     if len(paths) != 2:
         raise UserError(f"files is '{files}'; it must be two files written by --json: --files=before.json,after.json")
-    before, after = (rows_of(path) for path in paths)
+    before, after = (timing.read_times(path) for path in paths)
     rows = [{'name': name, 'before': before[name], 'after': after[name]} for name in before if name in after]
     if not rows:
         raise UserError(f'{paths[0]} and {paths[1]} have no timed row in common; compare two runs of the same mode')

@@ -1,6 +1,6 @@
 """
-Steps to be timed. Of training: ours, ours without one optimisation, and nanoGPT's, on random tokens. Of decoding: ours,
-and Hugging Face's.
+Steps to be timed, and the random data that they need. Of training: ours, ours without one optimisation, and nanoGPT's.
+Of decoding: ours, and Hugging Face's.
 
 Contenders that change the allocator or a library's state run in a separate process, which is this file as a program:
 
@@ -27,6 +27,7 @@ from core.dataset import TokenData
 from core.decoding import FixedStep
 from core.messages import UserError, report_user_errors
 from core.peers import nanogpt_batch, nanogpt_model
+from core.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,25 @@ WITHOUT = {
     'fused': 'AdamW loops over tensors',
     'loss': 'all logits are computed at once',
 }
+
+
+def random_data(folder, vocab_size, block_size, seed):
+    """Write a data set of random token ids to `folder`, without meta.json: in nanoGPT's format for GPT-2's ids."""
+    ids, size = min(vocab_size, GPT2Tokenizer.n_vocab), max(2**20, 2 * block_size)
+    tokens = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
+    for split in ('train', 'val'):
+        tokens.tofile(os.path.join(folder, f'{split}.bin'))
+
+
+def random_words(path, size, seed):
+    """Write `size` bytes of random words to `path`; their frequencies follow Zipf's law, as those of a language do."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
+    words = [''.join(rng.choice(letters, length)) for length in rng.integers(1, 12, size=20000)]
+    with open(path, 'w', encoding='utf-8') as file:
+        while file.tell() < size:
+            line = rng.zipf(1.2, size=200000) % len(words)
+            file.write(' '.join(words[i] for i in line) + '\n')
 
 
 @dataclass

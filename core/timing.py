@@ -6,6 +6,7 @@ Measure time and memory: alternating rounds, medians and quartiles, peak memory,
 
 import contextlib
 import gc
+import json
 import math
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 import torch
 
 from core import runtime
+from core.messages import UserError
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
@@ -181,13 +183,13 @@ def peak_flops(device, dtype):
     return 2 * 2048**3 / min(timed(multiply) for _ in range(8))
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def read_bandwidth():
     """GB/s at which the CPU reads memory, measured: the best sum of 256 MiB of float32 by all threads."""
     numbers = torch.ones(2**26)
     return numbers.nbytes / 1e9 / min(timed(lambda: numbers.sum() is None) for _ in range(9))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def print_table(rows, columns):
@@ -198,7 +200,24 @@ def print_table(rows, columns):
     print()
 
 
+def read_times(path):
+    """{name of a timed row: milliseconds} of a file written by bench.py --json. UserError where it can't be read."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+        rows = [row for part in found.values() if isinstance(part, list) for row in part]
+        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows
+                if 'out_of_memory' not in row}  # fmt: skip
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be read as a measurement ({error}); name a file written by --json") from error
+
+
 def ms_text(row):
     """A row's median and quartiles (see `spread`) as text: '12.3 (12.1 to 12.9)'."""
     low, high = row['ms_quartiles']
     return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'
+
+
+def shown(row, key, form, factor=1):
+    """row[key] * factor as text; '' where there is none."""
+    return f'{row[key] * factor:{form}}' if row and key in row else ''

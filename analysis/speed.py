@@ -1,0 +1,53 @@
+"""The picture of decoding times over context length."""
+
+import itertools
+import re
+
+from matplotlib.figure import Figure
+
+WARM, COLD = ('#d9722e', '#e8a56f', '#8a8a8a'), ('#0d1b3d', '#2f5aa8', '#7fb0e0')  # of different brightness each
+
+
+def in_shares(name, n_embd):
+    """A model's name with its latent size as a share of C, where that is a whole one: 'MLA, r = C/2'."""
+    return re.sub(r'r=(\d+)', lambda r: f'r = C/{n_embd // int(r[1])}' if n_embd % int(r[1]) == 0 else r[0], name)
+
+
+def decoding_figure(rows, n_embd, setting):
+    """
+    Decoding time over context length, one panel per batch size, and cache size. Readable in grey.
+
+    rows: dicts of bench.py's steps, with times in milliseconds and sizes in bytes. setting: the title.
+    """
+    rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
+    names = list(dict.fromkeys(row['name'] for row in rows))
+    sizes = sorted({row['batch_size'] for row in rows})
+    lines = zip(names, 'os^Dv*' * len(names), ['-', '--', '-.', ':'] * len(names), strict=False)
+    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
+    looks = {name: dict(color=next(cold if 'MLA' in name else warm), marker=marker, linestyle=line)
+             for name, marker, line in lines}  # fmt: skip
+    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
+    axes = figure.subplots(1, len(sizes) + 1)
+    for name in names:
+        for axis, size in zip(axes, sizes, strict=False):
+            own = [row for row in rows if row['name'] == name and row['batch_size'] == size]
+            if not own:
+                continue
+            x, low, high = [r['context'] for r in own], *zip(*(r['ms_quartiles'] for r in own), strict=True)
+            axis.plot(x, [row['ms'] for row in own], label=in_shares(name, n_embd), **looks[name])
+            axis.fill_between(x, low, high, color=looks[name]['color'], alpha=0.15, linewidth=0)
+            axis.set(title=f'batch size {size}', ylabel='time per step (ms)')
+        own = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
+        axes[-1].plot(list(own), list(own.values()), **looks[name])
+    axes[-1].set(title='cache of one sequence', ylabel='memory (MiB)')
+    for axis in axes:
+        axis.set(xlabel='context (tokens)', ylim=(0, None))
+        if max(row['context'] for row in rows) > 64 * min(row['context'] for row in rows):
+            axis.set_xscale('log', base=2)
+        else:
+            axis.set_xlim(0, None)
+        axis.grid(color='0.9')
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(setting, fontsize='medium')
+    return figure
