@@ -392,9 +392,18 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
-        """The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest."""
-        return OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+    def is_factor(self, name):
+        """True where the parameter `name` is one of two matrices whose product projects; MLA has those."""
+        return False
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', latent_lr=1.0):
+        """
+        The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest.
+
+        latent_lr: share of the learning rate for what `is_factor` names; those groups have it as 'lr_share'.
+        """
+        named, share_of = self.named_parameters(), lambda name: latent_lr if self.is_factor(name) else 1.0
+        return OPTIMIZERS[optimizer](named, weight_decay, learning_rate, betas, device_type, share_of)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, num_samples=1,

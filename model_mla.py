@@ -227,6 +227,12 @@ class MLAGPT(GPT):
             f'train_mla.py --init_from={model_type}'
         )
 
+    def is_factor(self, name):
+        """True for the projections to and from the latents."""
+        kind, part = name.split('.')[-1], name.split('.')[-2]
+        of_queries = ('c_q_down', 'c_q') if self.config.n_latent_q else ()
+        return kind == 'weight' and part in ('c_kv_down', 'c_kv_up', *of_queries)
+
     def init_std(self, name):
         """
         As in GPT, except for the two factors of keys and values, W_U W_D, and those of compressed queries.

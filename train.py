@@ -77,6 +77,7 @@ recompute = False  # recompute each block in the backward pass (activation check
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of attention and MLP, AdamW for the rest
 learning_rate = 6e-4
 max_iters = 600000
+latent_lr = 1.0  # MLA: share of learning_rate at which the latents' projections learn
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -140,8 +141,9 @@ if fsdp:
     processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0], optimizer)
-scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
+kind = device.split(':')[0]
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), kind, optimizer, latent_lr)
+scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:
     iter_num, tokens, val_loss, best_val_loss = starting.progress(resumed)
@@ -280,7 +282,7 @@ while True:
         break
 
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_share', 1)
     loss = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         if dropout:

@@ -37,6 +37,7 @@ BOUNDS = {
     'keep_checkpoints': '[0, 1000000000]',
     'learning_rate': '(0, inf)',
     'min_lr': '[0, inf)',
+    'latent_lr': '(0, 1]',
     'weight_decay': '[0, inf)',
     'beta1': '[0, 1)',
     'beta2': '[0, 1)',

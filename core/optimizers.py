@@ -8,17 +8,35 @@ Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 202
 import torch
 
 
-def adamw(named, weight_decay, learning_rate, betas, device_type):
+def whole(name):
+    """The share of the learning rate at which the parameter `name` learns: all of it."""
+    return 1.0
+
+
+def by_share(named, learning_rate, share_of):
+    """
+    Groups of pairs of name and parameter: those that learn at the whole learning rate, then one for each other share.
+
+    share_of: function of a name. A share other than 1 is the group's 'lr_share': who sets its 'lr' multiplies by that.
+    """
+    groups = [{'params': [parameter for name, parameter in named if share_of(name) == 1]}]
+    for share in sorted({share_of(name) for name, _ in named} - {1}):
+        own = [parameter for name, parameter in named if share_of(name) == share]
+        groups.append({'params': own, 'lr': share * learning_rate, 'lr_share': share})
+    return groups
+
+
+def adamw(named, weight_decay, learning_rate, betas, device_type, share_of=whole):
     """
     AdamW in two groups: matrices and embeddings decay, biases and norm gains don't. Fused where PyTorch has that.
 
     named: pairs of name and parameter; parameters that need no gradient are left out. device_type: 'cpu', 'cuda', ...
+    share_of: see `by_share`.
     """
-    parameters = [parameter for _, parameter in named if parameter.requires_grad]
-    groups = [
-        {'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
-        {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
-    ]
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    groups = by_share([(name, p) for name, p in named if p.dim() >= 2], learning_rate, share_of)
+    groups = [{**group, 'weight_decay': weight_decay} for group in groups]
+    groups.insert(1, {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0})
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
 
@@ -32,12 +50,13 @@ class Muon(torch.optim.Optimizer):
     Newton-Schulz iteration.
     """
 
-    def __init__(self, named, weight_decay, learning_rate, betas, device_type):
+    def __init__(self, named, weight_decay, learning_rate, betas, device_type, share_of=whole):
         named = list(named)
-        matrices = [p for name, p in named if is_block_matrix(name, p) and p.requires_grad]
+        matrices = [(name, p) for name, p in named if is_block_matrix(name, p) and p.requires_grad]
         rest = [(name, p) for name, p in named if not is_block_matrix(name, p)]
+        groups = by_share(matrices, learning_rate, share_of)
         self.muon = torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'
+            groups, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'
         )
         self.adamw = adamw(rest, weight_decay, learning_rate, betas, device_type)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
@@ -45,7 +64,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One step of both. Groups and state are this optimizer's: load_state_dict replaces them."""
-        for part, groups in ((self.muon, self.param_groups[:1]), (self.adamw, self.param_groups[1:])):
+        own = len(self.muon.param_groups)
+        for part, groups in ((self.muon, self.param_groups[:own]), (self.adamw, self.param_groups[own:])):
             part.param_groups, part.state = groups, self.state
             part.step()
 

@@ -73,9 +73,11 @@ def resumed_keys(keys, given, saved, path):
         if key in given and checkpoints.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
-    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw')):  # nanoGPT's checkpoints name neither
-        if key in given and keys[key] != then.get(key, default):
-            raise unchangeable(key, keys[key], then.get(key, default), path, keys)
+    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw'), ('latent_lr', 1.0)):  # older ones name none
+        found = then[key] if same_type(then.get(key), keys[key]) else default
+        if key in given and keys[key] != found:
+            raise unchangeable(key, keys[key], found, path, keys)
+        keys[key] = found
     changes = [f'{key} {then[key]} -> {keys[key]}' for key in keys
                if key in given & ours and key in then and then[key] != keys[key]]  # fmt: skip
     runtime.notice(f'resuming {path} at iteration {saved.get("iter_num", 0)}'

@@ -62,12 +62,13 @@ C, H, T = 128, 4, 64
 SETTING = dict(n_layer=4, n_head=H, n_embd=C, block_size=T, batch_size=16, gradient_accumulation_steps=1, bias=False,
                beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True,
                checkpoint_interval=500, log_interval=50, device='cpu', dtype='float32', threads=1)  # fmt: skip
-# With learned positions MLA at r=C/2 caches what MQA caches, 64 numbers per token and layer. r=2C/3 gives MLA as many
-# parameters as MHA, C/3 as GQA-2, C/6 as MQA.
+# With learned positions MLA at r=C/2 caches what MQA caches, 64 numbers per token and layer, and at r=C, where its keys
+# and values have full rank, what GQA-2 caches. r=2C/3 gives MLA as many parameters as MHA, C/3 as GQA-2, C/6 as MQA.
 ARMS = {
     'MHA': {},
     'GQA-2': dict(n_kv_head=2),
     'MQA': dict(n_kv_head=1),
+    'MLA, r=C': dict(n_latent=C),
     'MLA, r=2C/3': dict(n_latent=2 * C // 3),
     'MLA, r=C/2': dict(n_latent=C // 2),
     'MLA, r=C/3': dict(n_latent=C // 3),
@@ -75,6 +76,8 @@ ARMS = {
     'MLA, r=C/6': dict(n_latent=C // 6),
     'MLA, r=C/8': dict(n_latent=C // 8),
     'MLA, r=C/2, 0.02 init': dict(n_latent=C // 2, latent_init='gpt2'),
+    'MLA, r=C/2, latent_lr=1/4': dict(n_latent=C // 2, latent_lr=1 / 4),
+    'MLA, r=C/2, latent_lr=1/8': dict(n_latent=C // 2, latent_lr=1 / 8),
     'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
@@ -329,7 +332,7 @@ def draw_rates():
             found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
             points = [(rate, mean(values)) for rate, values in found if len(values) == seeds_of(arm)]
             color = DARK if 'MLA' in arm else WARM if 'MHA' in arm else GREY
-            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp'[number],
+            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp8d'[number],
                       linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
         axes.set_xscale('log', base=2)
         axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])

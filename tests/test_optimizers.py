@@ -11,12 +11,12 @@ SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 MUON = dict(optimizer='muon', gradient_accumulation_steps=4, batch_size=2, dropout=0.1)
 
 
-def stepped(name, weight_decay=0.0, lr=1e-2):
+def stepped(name, weight_decay=0.0, lr=1e-2, latent_lr=1.0, **sizes):
     """{name: change of that parameter, divided by lr} in the first step of an optimizer, and the model after it."""
     torch.manual_seed(0)
-    model = MLAGPT(MLAConfig(**SIZES))
+    model = MLAGPT(MLAConfig(**SIZES, **sizes))
     before = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    optimizer = model.configure_optimizers(weight_decay, lr, (0.9, 0.95), 'cpu', name)
+    optimizer = model.configure_optimizers(weight_decay, lr, (0.9, 0.95), 'cpu', name, latent_lr)
     idx = torch.randint(64, (4, 17))
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     optimizer.step()
@@ -54,6 +54,29 @@ def test_matrices_decay_and_vectors_do_not(name):
     for key in plain:
         expected = plain[key] - (0.5 * start[key] if plain[key].dim() >= 2 else 0)
         torch.testing.assert_close(decayed[key], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('sizes', [{}, dict(n_latent_q=8)], ids=['plain queries', 'compressed queries'])
+def test_the_projections_of_latents_learn_at_a_share_of_the_rate(name, sizes):
+    whole, shared = stepped(name, **sizes)[0], stepped(name, latent_lr=0.125, **sizes)[0]
+    slow = [key for key in whole if not torch.equal(whole[key], shared[key])]
+    parts = ['c_kv_down', 'c_kv_up'] + ['c_q_down', 'c_q'] * bool(sizes)
+    assert sorted(slow) == sorted(f'transformer.h.{layer}.attn.{part}.weight' for layer in range(2) for part in parts)
+    for key in slow:
+        torch.testing.assert_close(shared[key], whole[key] / 8, rtol=1e-3, atol=1e-4)
+
+
+def test_the_share_holds_in_every_iteration_and_over_a_resume(data_dir, tmp_path):
+    whole, parts, keys = tmp_path / 'whole', tmp_path / 'parts', dict(latent_lr=0.125)
+    assert run('train_mla.py', data_dir, whole, **keys).returncode == 0
+    assert run('train_mla.py', data_dir, parts, **keys, max_iters=7).returncode == 0
+    other = run('train_mla.py', data_dir, parts, resume='yes', latent_lr=0.5)
+    assert other.returncode == 2 and 'latent_lr=0.5 cannot be applied to the run in' in other.stderr
+    assert run('train_mla.py', data_dir, parts, resume='yes').returncode == 0  # the share is the checkpoint's
+    assert_same_run(whole, parts)
+    groups = torch.load(whole / 'ckpt.pt')['optimizer']['param_groups']
+    assert [group['lr'] / groups[0]['lr'] for group in groups] == [1, 1, 0.125]
 
 
 def test_parameters_without_gradient_are_left_alone():
