@@ -76,8 +76,9 @@ ARMS = {
     'MLA, r=C/6': dict(n_latent=C // 6),
     'MLA, r=C/8': dict(n_latent=C // 8),
     'MLA, r=C/2, 0.02 init': dict(n_latent=C // 2, latent_init='gpt2'),
-    'MLA, r=C/2, latent_lr=1/4': dict(n_latent=C // 2, latent_lr=1 / 4),
     'MLA, r=C/2, latent_lr=1/8': dict(n_latent=C // 2, latent_lr=1 / 8),
+    'MLA, r=C/4, latent_lr=1/8': dict(n_latent=C // 4, latent_lr=1 / 8),
+    'MLA, r=C/8, latent_lr=1/8': dict(n_latent=C // 8, latent_lr=1 / 8),
     'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
@@ -312,8 +313,20 @@ def control_table():
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-DARK, WARM, GREY = '#1f3b73', '#c4622d', '#7a7a7a'  # of different brightness, to be distinguishable in grey
+DARK, LIGHT, WARM, GREY = (
+    '#1f3b73',
+    '#6d9eeb',
+    '#c4622d',
+    '#7a7a7a',
+)  # of different brightness, to be distinguishable in grey
 GROUPS = {'learned positions, AdamW': '', 'RoPE, AdamW': ', RoPE', 'learned positions, Muon': ', Muon'}
+
+
+def color_of(arm):
+    """The color of an arm's curve."""
+    if 'MLA' in arm:
+        return LIGHT if 'latent_lr' in arm else DARK
+    return WARM if 'MHA' in arm else GREY
 
 
 def members(group):
@@ -331,8 +344,8 @@ def draw_rates():
         for number, arm in enumerate(members(group)):
             found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
             points = [(rate, mean(values)) for rate, values in found if len(values) == seeds_of(arm)]
-            color = DARK if 'MLA' in arm else WARM if 'MHA' in arm else GREY
-            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp8d'[number],
+            color = color_of(arm)
+            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp8dH'[number],
                       linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
         axes.set_xscale('log', base=2)
         axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])
@@ -351,9 +364,11 @@ def draw_cache():
     picture = Figure(figsize=(8, 5.5), layout='constrained')
     axes, sizes = picture.subplots(), set()
     scratch = [arm for arm in members('learned positions, AdamW') if arm.count(',') < 2]
+    slow = [arm for arm in chosen if arm.endswith(', latent_lr=1/8')]
     curves = [
         ('MHA, GQA, MQA from scratch', final, 'scratch', [a for a in scratch if 'MLA' not in a], WARM, 'o', '-'),
         ('MLA from scratch', final, 'scratch', [a for a in scratch if 'MLA' in a], DARK, 's', '-'),
+        ('MLA from scratch, latent_lr=1/8', final, 'scratch', slow, LIGHT, 's', '-'),
         ('GQA, MQA converted from MHA', converted, 'tuned', ['GQA-2', 'MQA'], WARM, 'o', ':'),
         ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
     ]
@@ -369,7 +384,14 @@ def draw_cache():
                       label=label, **fill)  # fmt: skip
         if kind == 'scratch':
             for text, *place in zip(texts, x, y, strict=True):
-                axes.annotate(text, place, (6, 7), textcoords='offset points', fontsize=8, color=color)
+                axes.annotate(
+                    text.removesuffix(', latent_lr=1/8'),
+                    place,
+                    (6, 7),
+                    textcoords='offset points',
+                    fontsize=8,
+                    color=color,
+                )
     axes.set_xscale('log', base=2)
     axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
     axes.minorticks_off()
