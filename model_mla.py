@@ -228,7 +228,14 @@ class MLAGPT(GPT):
         )
 
     def is_factor(self, name):
-        """True for the projections to and from the latents."""
+        """
+        True for the projections to and from the latents, which `latent_lr` slows down.
+
+        Keys are a product of two matrices that learn at once. After n steps of Adam whose signs agree, keys of MHA have
+        moved by n lr C (see init_std). What either factor's change does to MLA's keys is together as much at r = C/2,
+        but the product of the two changes does n^2 lr^2 r C more, which exceeds it after 1/(lr r) steps: four at
+        lr = 4e-3 and r = 64. At a share s of the rate that takes 1/s times as many steps. RESULTS.md has the figures.
+        """
         kind, part = name.split('.')[-1], name.split('.')[-2]
         of_queries = ('c_q_down', 'c_q') if self.config.n_latent_q else ()
         return kind == 'weight' and part in ('c_kv_down', 'c_kv_up', *of_queries)

@@ -387,7 +387,7 @@ def draw_cache():
                 axes.annotate(
                     text.removesuffix(', latent_lr=1/8'),
                     place,
-                    (6, 7),
+                    (6, -12 if color == LIGHT else 7),
                     textcoords='offset points',
                     fontsize=8,
                     color=color,
@@ -397,8 +397,8 @@ def draw_cache():
     axes.minorticks_off()
     axes.margins(x=0.1)
     axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)')
-    axes.set_title(f'Loss against cache, each arm at its best learning rate: mean and 95 % interval\n{setting_line}',
-                   fontsize='medium')  # fmt: skip
+    title = 'Loss against cache, each arm at its best learning rate: mean and 95 % interval\n'
+    axes.set_title(title + textwrap.fill(setting_line.replace('C = ', 'C\xa0=\xa0'), 80), fontsize='medium')
     axes.grid(alpha=0.3)
     axes.legend()
     return picture
