@@ -38,8 +38,8 @@ MUTATIONS = [
      'logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 2) : end + 1], cache=cache)',
      'logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 4) : end + 1], cache=cache)', 'decoding'),
     ('norm gains decay too', 'core/optimizers.py',
-     "{'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},",
-     "{'params': [p for p in parameters if p.dim() < 2], 'weight_decay': weight_decay},", 'optimizers'),
+     "groups.insert(1, {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0})",
+     "groups.insert(1, {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': weight_decay})", 'optimizers'),
     ('Muon takes the embeddings too', 'core/optimizers.py', "return '.h.' in name and parameter.dim() == 2",
      'return parameter.dim() == 2', 'optimizers'),
     ('a resumed Muon starts with new momentum', 'core/optimizers.py',
@@ -95,7 +95,8 @@ MUTATIONS = [
     ('micro-batches add up instead of averaging', 'train.py',
      'micro_loss = model(x, y, logits=False)[1] / micro_steps', 'micro_loss = model(x, y, logits=False)[1]',
      'train_numerics processes'),
-    ('the learning rate never changes', 'train.py', "group['lr'] = lr", "group['lr'] = learning_rate", 'train'),
+    ('the learning rate never changes', 'train.py', "group['lr'] = lr * group.get('lr_share', 1)",
+     "group['lr'] = learning_rate * group.get('lr_share', 1)", 'train'),
     ('all ranks read the same rows', 'train.py',
      'first = (micro_step * processes.world_size + processes.rank) * batch_size',
      'first = micro_step * processes.world_size * batch_size', 'processes'),
@@ -136,6 +137,8 @@ MUTATIONS = [
     ('chance is off by one', 'analysis/induction.py', 'return (1.0 / (repeats.query.double() + 1)).mean().item()',
      'return (1.0 / repeats.query.double()).mean().item()', 'induction repeats'),
     ('the interval covers 90 %', 'analysis/stats.py', 'tail = (1 - level) / 2', 'tail = 1 - level', 'stats'),
+    ('factors learn at the whole rate after the first step', 'train.py', "group['lr'] = lr * group.get('lr_share', 1)",
+     "group['lr'] = lr", 'optimizers'),
 ]  # fmt: skip
 
 
