@@ -8,11 +8,6 @@ Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 202
 import torch
 
 
-def whole(name):
-    """The share of the learning rate at which the parameter `name` learns: all of it."""
-    return 1.0
-
-
 def by_share(named, learning_rate, share_of):
     """
     Groups of pairs of name and parameter: those that learn at the whole learning rate, then one for each other share.
@@ -26,7 +21,7 @@ def by_share(named, learning_rate, share_of):
     return groups
 
 
-def adamw(named, weight_decay, learning_rate, betas, device_type, share_of=whole):
+def adamw(named, weight_decay, learning_rate, betas, device_type, share_of):
     """
     AdamW in two groups: matrices and embeddings decay, biases and norm gains don't. Fused where PyTorch has that.
 
@@ -35,9 +30,9 @@ def adamw(named, weight_decay, learning_rate, betas, device_type, share_of=whole
     """
     named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups = by_share([(name, p) for name, p in named if p.dim() >= 2], learning_rate, share_of)
-    groups = [{**group, 'weight_decay': weight_decay} for group in groups]
-    groups.insert(1, {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0})
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
+    groups.append({'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0})
+    fused = device_type in ('cuda', 'cpu')
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,7 +45,7 @@ class Muon(torch.optim.Optimizer):
     Newton-Schulz iteration.
     """
 
-    def __init__(self, named, weight_decay, learning_rate, betas, device_type, share_of=whole):
+    def __init__(self, named, weight_decay, learning_rate, betas, device_type, share_of):
         named = list(named)
         matrices = [(name, p) for name, p in named if is_block_matrix(name, p) and p.requires_grad]
         rest = [(name, p) for name, p in named if not is_block_matrix(name, p)]
@@ -58,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         self.muon = torch.optim.Muon(
             groups, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'
         )
-        self.adamw = adamw(rest, weight_decay, learning_rate, betas, device_type)
+        self.adamw = adamw(rest, weight_decay, learning_rate, betas, device_type, share_of)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
 
     @torch.no_grad()
