@@ -36,6 +36,7 @@ BOUNDS = {
     'checkpoint_interval': '[0, 1000000000]',
     'keep_checkpoints': '[0, 1000000000]',
     'learning_rate': '(0, inf)',
+    'rates': '(0, inf)',
     'min_lr': '[0, inf)',
     'latent_lr': '(0, 1]',
     'weight_decay': '[0, inf)',

@@ -125,10 +125,15 @@ def flush_output():
 
 def whole_numbers(text, key):
     """The value of a key such as '1,8' as a list of whole numbers; UserError where one is out of the key's bounds."""
+    return numbers(text, key, int, 'whole numbers separated by commas, such as 1,8')
+
+
+def numbers(text, key, kind=float, wanted='numbers separated by commas, such as 1e-3,2e-3'):
+    """The same for numbers of any `kind`; wanted: what the message says they must be."""
     try:
-        values = [int(part) for part in text.split(',')] if text else []
+        values = [kind(part) for part in text.split(',')] if text else []
     except ValueError:
-        raise UserError(f"{key} is '{text}'; it must be whole numbers separated by commas, such as 1,8") from None
+        raise UserError(f"{key} is '{text}'; it must be {wanted}") from None
     for value in values:
         if found := bounds.problem(key, value):
             raise UserError(f"in {key}='{text}' a number {found}")

@@ -7,6 +7,10 @@ $ python studies/contest.py --full=True            # the whole grid and all seed
 $ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
 $ python studies/contest.py --full=True --dataset=code --earlier=assets/contest_code.json --arms=GQA-2    # adds an arm
 
+On a GPU, at a larger size:
+$ python studies/contest.py --full=True --dataset=code --n_layer=6 --n_embd=384 --block_size=256 \
+    --device=cuda --dtype=bfloat16 --jobs=8 --rates=1e-3,2e-3,4e-3 --arms="MHA;MQA;MLA, r=C/2"
+
 1. Tuning: each arm is trained at every learning rate of one grid, over `tuning_seeds` seeds.
 2. Contest: at its best rate it is trained with `final_seeds` other seeds, and compared with MHA, and with MQA, by seed.
 3. Conversion: the MHA models of the contest become the arms in CONVERTED, and are fine-tuned briefly.
@@ -34,7 +38,7 @@ from matplotlib.figure import Figure
 
 from analysis import comparison, report, stats
 from core import checkpoint as checkpoints
-from core import files, messages, scripts
+from core import files, messages, runtime, scripts
 from core.dataset import TokenData
 from core.evaluation import mean_and_stderr, window_losses
 from core.messages import UserError
@@ -51,19 +55,28 @@ final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
 arms = ''  # names of ARMS separated by semicolons; '': all
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
-earlier = (
-    ''  # the .json of an earlier study of this setting: its runs are not repeated, its arms stand in the tables too
-)
+earlier = ''  # the .json of an earlier study: its runs are not repeated, its arms stand in the tables too
+rates = ''  # the grid of learning rates, separated by commas; '': 2e-3, 4e-3, 8e-3 and 1.6e-2
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
+# size of the models and of a batch
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 16
+# machine
+device = 'cpu'
+dtype = 'float32'
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-C, H, T = 128, 4, 64
-SETTING = dict(n_layer=4, n_head=H, n_embd=C, block_size=T, batch_size=16, gradient_accumulation_steps=1, bias=False,
-               beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True,
-               checkpoint_interval=500, log_interval=50, device='cpu', dtype='float32', threads=1)  # fmt: skip
-# With learned positions MLA at r=C/2 caches what MQA caches, 64 numbers per token and layer, and at r=C, where its keys
-# and values have full rank, what GQA-2 caches. r=2C/3 gives MLA as many parameters as MHA, C/3 as GQA-2, C/6 as MQA.
+C = n_embd
+SETTING = dict(n_layer=n_layer, n_head=n_head, n_embd=C, block_size=block_size, batch_size=batch_size,
+               gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1,
+               always_save_checkpoint=True, checkpoint_interval=500, log_interval=50, device=device, dtype=dtype,
+               threads=1)  # fmt: skip
+# With four heads and learned positions MLA at r=C/2 caches what MQA caches, and at r=C, where its keys and values have
+# full rank, what GQA-2 caches. r=2C/3 gives MLA as many parameters as MHA, C/3 as GQA-2, C/6 as MQA.
 ARMS = {
     'MHA': {},
     'GQA-2': dict(n_kv_head=2),
@@ -83,6 +96,7 @@ ARMS = {
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
     'MLA, r=C/2, RoPE': dict(n_latent=C // 2, pos='rope'),
+    'MLA, r=C/2, RoPE, latent_lr=1/8': dict(n_latent=C // 2, pos='rope', latent_lr=1 / 8),
     'MLA, r=C/2, RoPE, latent norm': dict(n_latent=C // 2, pos='rope', latent_norm=True),
     'MHA, Muon': dict(optimizer='muon'),
     'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
@@ -161,7 +175,7 @@ def train_and_measure(item):
     """Train a run, unless that is done, and measure it: the run with 'val_loss', 'parameters', ...; diverged: None."""
     ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
     if not finished(item, ckpt):
-        keys = dict(item['keys'], out_dir=item['folder'])
+        keys = dict(item['keys'], compile=False, out_dir=item['folder'])  # compiling takes longer than a small run
         if not scripts.converges(script_of(item['keys']), [keys], item['folder']):
             return dict(item, val_loss=None)  # this rate is too high for this arm
     if not scripts.is_current(result, ckpt):
@@ -183,7 +197,7 @@ def finished(item, ckpt):
 
 def measured(ckpt):
     """Sizes of the model in a checkpoint and its loss on the validation windows, in nats per token: a dict."""
-    model = checkpoints.build_model(checkpoints.load(ckpt)).eval()
+    model = checkpoints.build_model(checkpoints.load(ckpt)).eval().to(device)
     losses = window_losses(model, data, 'val', WINDOWS, batch_size=64)
     return dict(val_loss=mean_and_stderr(losses)[0], **comparison.sizes(model))
 
@@ -195,7 +209,7 @@ def convert(item):
     folder = item['folder'] + '_converted'
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
         sizes = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
-        keys = dict(sizes, source=item['keys']['init_from'], data_dir=data_dir, device='cpu', threads=1,
+        keys = dict(sizes, source=item['keys']['init_from'], data_dir=data_dir, device=device, threads=1,
                     eval_tokens=4096, out_dir=folder)  # fmt: skip
         scripts.run_script('convert_mla.py', [keys], folder)
     item = dict(item, keys=dict(item['keys'], init_from=folder))
@@ -234,7 +248,7 @@ def best_rate(arm):
     found = {rate: losses(tuning, arm, rate=rate) for rate in rates_tried}
     whole = {rate: mean(values) for rate, values in found.items() if len(values) == seeds_of(arm)}
     if not whole:
-        raise UserError(f'{arm} diverged at every learning rate; add lower ones to RATES')
+        raise UserError(f'{arm} diverged at every learning rate; add lower ones to --rates')
     return min(whole, key=whole.get)
 
 
@@ -412,9 +426,10 @@ if unknown := set(named) - set(ARMS):
 iterations = max_iters or (2000 if full else 100)
 tuning_iterations = max(1, iterations // 10)
 n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
-rates_tried = RATES if full else RATES[1::2]
-data = TokenData(os.path.join(data_dir, dataset), T)
+rates_tried = tuple(messages.numbers(rates, 'rates')) or (RATES if full else RATES[1::2])
+data = TokenData(os.path.join(data_dir, dataset), block_size)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
+runtime.pick_device(device)  # checks it
 messages.check_folder(runs_dir)
 if figure:
     messages.check_file(figure, 'figure')
@@ -426,7 +441,7 @@ tuning = joined(in_order(make, plans), lambda r: r['rate'] in rates_tried and r[
 best = {arm: best_rate(arm) for arm in ARMS if seeds_of(arm)}
 final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in named for n in range(n_final)])
 if lost := [arm for arm in named if len(losses(final, arm)) < n_final]:
-    raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of RATES')
+    raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of --rates')
 sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
 final = joined(final, lambda r: (r['kind'], r['rate']) == ('scratch', best.get(r['arm'])) and r['seed'] >= FINAL_SEED)
 chosen = [arm for arm in ARMS if losses(final, arm)]
@@ -447,9 +462,9 @@ converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else conver
 converted = joined(converted, lambda r: r['kind'] == 'tuned')
 controls = joined(in_order(make, early), lambda r: r['kind'].startswith('from'))
 
-setting_line = f'{iterations} iterations on {data.corpus}, 4 layers, C = {C}'
+setting_line = f'{iterations} iterations on {data.corpus}, {n_layer} layers, C = {C}'
 intro = (
-    f'{setting_line}, {H} heads, {SETTING["batch_size"]} x {T} tokens per iteration. Learning rates: the best of '
+    f'{setting_line}, {n_head} heads, {batch_size} x {block_size} tokens per iteration. Learning rates: the best of '
     f'{len(rates_tried)} on the seeds that the second table counts. Losses: other seeds at that rate, mean ± half '
     'width of the 95 % t interval, with fewer than four seeds mean [range]; differences are by seed.'
     + ('' if full else ' A short form, whose losses say nothing about which arm is better.')

@@ -108,7 +108,7 @@ def all_parts():
     small_step = dict(batch_size=2, block_size=32) if rehearse else dict(batch_size=batch, block_size=1024)
     half_step = small_step if rehearse else dict(small_step, batch_size=max(1, batch // 2))
     contexts = '8,32' if rehearse else '128,1024,4096,16384'
-    sizes = (1, 2) if rehearse else (1, 8, 64, 256) if memory > 70e9 else (1, 8, 64)
+    sizes = (1, 2) if rehearse else (1, 64, 8, 256) if memory > 70e9 else (1, 64, 8)  # those of the goals first
     texts = dict(new_tokens=8, prompt_tokens=4) if rehearse else dict(new_tokens=256, prompt_tokens=16)
     shakespeare = [path(f'shakespeare-{arm}') for arm in ('mha', 'mla')]
     code = [path(f'code-{arm}') for arm in ('mha', 'mla')]
@@ -128,7 +128,8 @@ def all_parts():
             bench('train', mode='train', **small_step, **arms, **latents, **theirs, compile=not rehearse, rounds=5)]),
         'decode': Part(f'Decoding steps, {small}, {where}', 420, [
             bench(f'decode-B{size}', mode='sample', contexts=contexts, batch_sizes=size, **arms, **latents,
-                  new_tokens=0, uncached_tokens=0, huggingface=True, eager=True, plot=path(f'decode-B{size}.png'))
+                  new_tokens=0, uncached_tokens=0, huggingface=True, eager=True, rounds=5,
+                  plot=path(f'decode-B{size}.png'))
             for size in sizes]),
         'texts': Part(f'Texts, {small}, {where}', 120, [
             bench('texts', mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, **arms, **theirs, **texts,
