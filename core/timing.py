@@ -10,8 +10,10 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
+from collections import Counter
 
 import torch
 
@@ -69,7 +71,7 @@ def spread(values):
 def profile(function, path, device='cpu'):
     """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its share)], longest first."""
     quiet_profiler()
-    with torch.profiler.profile() as trace:  # of the CPU and the GPU
+    with torch.profiler.profile(acc_events=True) as trace:  # of the CPU and the GPU; it warns without acc_events
         function()
         synchronize(device)
     trace.export_chrome_trace(path)
@@ -77,11 +79,22 @@ def profile(function, path, device='cpu'):
     if device.startswith('cuda'):  # an operator's row repeats the time of its kernels, which have rows of their own
         kernels = torch.autograd.DeviceType.CUDA
         events = [e for e in events if e.device_type == kernels and not getattr(e, 'is_user_annotation', False)]
-        times = {event.key: event.self_device_time_total for event in events}
+        times = Counter()  # kernels of one short name are counted together
+        for event in events:
+            times[kernel_name(event.key)] += event.self_device_time_total
     else:
         times = {event.key.removeprefix('aten::'): event.self_cpu_time_total for event in events}
     total = sum(times.values()) or 1  # without the driver's profiling there are no kernels
     return [(name, time / total) for name, time in sorted(times.items(), key=lambda item: -item[1])]
+
+
+def kernel_name(signature, longest=60):
+    """The name of a CUDA kernel without namespaces, parameters and template arguments but for what it computes."""
+    whole = signature.removeprefix('void ').replace('(anonymous namespace)::', '')
+    name = re.split('[<(]', whole, maxsplit=1)[0].split('::')[-1]
+    functor = re.search(r'\w*Functor\w*', whole)
+    name = f'{name} ({functor[0]})' if functor else name
+    return name if len(name) <= longest else name[: longest - 1] + '…'
 
 
 def quiet_profiler():

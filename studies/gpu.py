@@ -133,7 +133,7 @@ def all_parts():
             for size in sizes]),
         'texts': Part(f'Texts, {small}, {where}', 120, [
             bench('texts', mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, **arms, **theirs, **texts,
-                  huggingface=True)]),
+                  huggingface=True, rounds=5)]),
         'train_eager': Part(f'Training steps, {small}, not compiled, {where}', 150, [
             bench('train_eager', mode='train', **small_step, **arms, **latents, **theirs, compile=False)]),
         'memory': Part(f'Largest batch, {small}, not compiled, {where}', 120, [

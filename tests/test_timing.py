@@ -103,6 +103,27 @@ def test_a_profile_is_a_trace_and_names_the_longest_operation_first(tmp_path):
     assert '"traceEvents"' in (tmp_path / 'trace.json').read_text()
 
 
+@pytest.mark.parametrize(
+    'signature, name',
+    [
+        ('nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN', 'nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN'),
+        (
+            'void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3> >'
+            '(int, at::native::CUDAFunctor_add<float>, std::array<char*, 3>)',
+            'vectorized_elementwise_kernel (CUDAFunctor_add)',
+        ),
+        (
+            'void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::'
+            'Metadata<1>, at::native::(anonymous namespace)::BinaryOpScalarTensorFunctor<float, 1, 1, 0> >(int)',
+            'multi_tensor_apply_kernel (BinaryOpScalarTensorFunctor)',
+        ),
+        ('triton_red_fused_' + 'x' * 100, 'triton_red_fused_' + 'x' * 42 + '…'),
+    ],
+)
+def test_a_kernel_has_a_short_name(signature, name):
+    assert timing.kernel_name(signature) == name
+
+
 def test_tables_are_markdown(capsys):
     columns = {'model': lambda row: row['name'], 'C': lambda row: str(row['n_embd'])}
     timing.print_table([{'name': 'a', 'n_embd': 1}, {'name': 'b', 'n_embd': 2}], columns)

@@ -14,7 +14,7 @@ def learn(model, device, dtype='float32', call=None, scale=1.0):
     idx, targets = tokens(3, BLOCK).to(device), tokens(3, BLOCK, seed=1).to(device)
     model.zero_grad()
     with runtime.autocast(device, dtype):
-        logits, loss = (call or model)(idx, targets)
+        logits, loss = (model if call is None else call)(idx, targets)  # a compiled model has no truth value
     (loss * scale).backward()
     gradients = {name: (p.grad / scale).float().cpu() for name, p in model.named_parameters()}
     return logits.detach().float().cpu(), loss.item(), gradients
