@@ -6,6 +6,7 @@ model.py and model_mla.py call these by name and never say how they are computed
     Linear                nn.Linear; few rows on a CPU, as in a decode step, are split over the cores
     dropout, Dropout      F.dropout and nn.Dropout; on a CPU the mask comes from 16 random bits per element
     attend                causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
+    attend_rows           its formula for the few queries of a decode step, on a GPU
     attention_pattern     the softmax alone, as the formula says it
     per_head              one matrix per head times that head's rows
     cast_once             a parameter in another dtype, copied once per cache and not once per step
@@ -206,6 +207,21 @@ class EagerAttention(torch.autograd.Function):
         return *(t.unflatten(0, (B, H)) for t in (grad_q, grad_k, grad_v)), None, None
 
 
+def attend_rows(q, k, v, scale, visible=None):
+    """
+    The formula, for few queries that share their keys and values: q (B, K, G, size), k and v (B, K, S, size).
+
+    On a GPU a step of GQA and MLA is faster so. SDPA's kernels give each block of queries to one multiprocessor, which
+    reads all S keys alone: with one key/value head and few sequences most of the GPU is idle, and heads beyond 256
+    dimensions, as MLA's latents are, or a mask rule out the kernel that divides the keys. cuBLAS divides them.
+    visible: a bool mask (G or 1, S).
+    """
+    scores = (q * scale) @ k.mT
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float('-inf'))
+    return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+
+
 def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
     """
     Attention of T queries over S keys: q (B, H, T, size), k and v (B, K, S, size) -> (B, H, T, size).
@@ -220,6 +236,8 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
             rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
             return attend(rows, k, v, scale, causal=False, visible=visible).reshape(*q.shape[:-1], v.size(-1))
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    if not causal and q.is_cuda:
+        return attend_rows(q, k, v, scale, visible)
     if visible is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     square = causal and T == S
@@ -238,6 +256,17 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
+def logits_gradient(log_p, ids):
+    """
+    The gradient of rows' losses with respect to their logits, in place of log_p (N, V): p, less 1 at each id (N, 1).
+
+    A compiler computes the 1 by a comparison, in the same pass as p; a scatter would be two passes more.
+    """
+    if torch.compiler.is_compiling():
+        return log_p.exp() - (torch.arange(log_p.size(1), device=ids.device) == ids).to(log_p.dtype)
+    return log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=log_p.dtype))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """
     Output head and cross-entropy in one, a few rows at a time, so that the (N, V) logits never exist as a whole.
@@ -246,7 +275,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     computed twice. `backward` can run only once: it scales the stored weight gradient (V x C) in place.
     """
 
-    ROWS = {'cuda': 1024, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
+    ROWS = {'cuda': 4096, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
 
     @staticmethod
     def piece(rows, vocab_size):
@@ -257,24 +286,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
         rows = LinearCrossEntropy.piece(LinearCrossEntropy.ROWS.get(kind, 512), weight.size(0))
-        low_x, low_weight, scored = x.to(dtype), weight.to(dtype), targets != -1
+        low_x, low_weight, scored = x.to(dtype), weight.to(dtype), (targets != -1)[:, None]
         grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
-        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+        total = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(kind, enabled=False):
             for first in range(0, x.size(0), rows):
                 part = slice(first, first + rows)
                 ids = targets[part].clamp(min=0)[:, None]
-                log_p = (low_x[part] @ low_weight.T).to(total.dtype).log_softmax(dim=-1)
-                total -= (log_p.gather(1, ids)[:, 0] * scored[part]).sum()
-                # the gradient of a row's loss with respect to its logits: p, less 1 at the target
-                error = log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=total.dtype))
-                error = error.mul_(scored[part, None]).to(dtype)
-                grad_x[part] = error @ low_weight
+                log_p = (low_x[part] @ low_weight.T).log_softmax(dim=-1, dtype=wide)
+                total -= (log_p.gather(1, ids) * scored[part]).sum()
+                # a row that isn't scored counts in neither product, which costs less than to zero its logits
+                error = logits_gradient(log_p, ids).to(dtype)
+                grad_x[part] = (error @ low_weight) * scored[part]
+                seen_x = low_x[part] * scored[part]
                 if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(error.T, low_x[part])
+                    grad_weight.addmm_(error.T, seen_x)
                 else:
-                    grad_weight += error.T @ low_x[part]
+                    grad_weight += error.T @ seen_x
         count = scored.sum()
         # divided by count only in `backward`: in float16 they would underflow
         ctx.save_for_backward(grad_x, grad_weight, count)

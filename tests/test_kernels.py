@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from core.kernels import EagerAttention, Linear, attend, attention_pattern, causal_mask, dropout, per_head
+from core.kernels import (
+    EagerAttention,
+    Linear,
+    attend,
+    attend_rows,
+    attention_pattern,
+    causal_mask,
+    dropout,
+    logits_gradient,
+    per_head,
+)
 from model import GPT, GPTConfig
 
 
@@ -28,6 +38,29 @@ def test_grouped_heads_attend_as_pytorch_says(kv_heads, T, S, grad):
             grads = (torch.autograd.grad((t * weights).sum(), (q, k, v), retain_graph=True) for t in (y, expected))
             for mine, theirs in zip(*grads, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize('masked', [True, False])
+def test_rows_attend_as_pytorch_says(masked, dtype, tolerance):
+    """What a GPU decodes GQA and MLA by, against SDPA in float64; the masked keys are huge."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator, dtype=torch.float64) for n in (4, 40, 40))
+    visible = torch.arange(40)[None] < 30 if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.3)
+    if masked:
+        k[..., 30:, :] = 1e4
+    found = attend_rows(*(t.to(dtype) for t in (q, k, v)), 0.3, visible)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_the_gradient_of_logits_is_the_same_for_a_compiler(monkeypatch):
+    log_p, ids = torch.randn(5, 9, dtype=torch.float64).log_softmax(-1), torch.tensor([[0], [8], [3], [3], [1]])
+    plain = logits_gradient(log_p.clone(), ids)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    torch.testing.assert_close(logits_gradient(log_p, ids), plain, rtol=0, atol=1e-15)
+    assert plain.sum(-1).abs().max() < 1e-14 and plain[1, 8] < 0
 
 
 def test_causal_mask_is_aligned_at_the_lower_right():

@@ -108,8 +108,8 @@ def test_a_profile_is_a_trace_and_names_the_longest_operation_first(tmp_path):
     [
         ('nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN', 'nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN'),
         (
-            'void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3> >'
-            '(int, at::native::CUDAFunctor_add<float>, std::array<char*, 3>)',
+            'void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<int, 3>>'
+            '(int, at::native::CUDAFunctor_add<float>, std::array<int, 3>)',
             'vectorized_elementwise_kernel (CUDAFunctor_add)',
         ),
         (
