@@ -88,19 +88,20 @@ ARMS = {
     'MLA, r=C/4': dict(n_latent=C // 4),
     'MLA, r=C/6': dict(n_latent=C // 6),
     'MLA, r=C/8': dict(n_latent=C // 8),
-    'MLA, r=C/2, 0.02 init': dict(n_latent=C // 2, latent_init='gpt2'),
-    'MLA, r=C/2, latent_lr=1/8': dict(n_latent=C // 2, latent_lr=1 / 8),
-    'MLA, r=C/4, latent_lr=1/8': dict(n_latent=C // 4, latent_lr=1 / 8),
-    'MLA, r=C/8, latent_lr=1/8': dict(n_latent=C // 8, latent_lr=1 / 8),
     'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
+    'MLA, r=C/2, latent_lr=1': dict(n_latent=C // 2, latent_lr=1.0),
+    'MLA, r=C/4, latent_lr=1': dict(n_latent=C // 4, latent_lr=1.0),
+    'MLA, r=C/8, latent_lr=1': dict(n_latent=C // 8, latent_lr=1.0),
+    'MLA, r=C/2, as in 0.1.0': dict(n_latent=C // 2, latent_lr=1.0, latent_init='gpt2'),
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
     'MLA, r=C/2, RoPE': dict(n_latent=C // 2, pos='rope'),
-    'MLA, r=C/2, RoPE, latent_lr=1/8': dict(n_latent=C // 2, pos='rope', latent_lr=1 / 8),
-    'MLA, r=C/2, RoPE, latent norm': dict(n_latent=C // 2, pos='rope', latent_norm=True),
+    'MLA, r=C/2, RoPE, latent_lr=1': dict(n_latent=C // 2, pos='rope', latent_lr=1.0),
+    'MLA, r=C/2, RoPE, latent norm, latent_lr=1': dict(n_latent=C // 2, pos='rope', latent_norm=True, latent_lr=1.0),
     'MHA, Muon': dict(optimizer='muon'),
     'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
     'MLA, r=C/2, Muon': dict(n_latent=C // 2, optimizer='muon'),
+    'MLA, r=C/2, Muon, latent_lr=1': dict(n_latent=C // 2, optimizer='muon', latent_lr=1.0),
 }
 CONVERTED = {'GQA-2': dict(n_kv_head=2), 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=C // 2),
              'MLA, r=C/4': dict(n_latent=C // 4), 'MLA, r=C/8': dict(n_latent=C // 8)}  # fmt: skip
@@ -378,11 +379,11 @@ def draw_cache():
     picture = Figure(figsize=(8, 5.5), layout='constrained')
     axes, sizes = picture.subplots(), set()
     scratch = [arm for arm in members('learned positions, AdamW') if arm.count(',') < 2]
-    slow = [arm for arm in chosen if arm.endswith(', latent_lr=1/8')]
+    whole = [arm for arm in members('learned positions, AdamW') if arm.endswith(', latent_lr=1')]
     curves = [
         ('MHA, GQA, MQA from scratch', final, 'scratch', [a for a in scratch if 'MLA' not in a], WARM, 'o', '-'),
         ('MLA from scratch', final, 'scratch', [a for a in scratch if 'MLA' in a], DARK, 's', '-'),
-        ('MLA from scratch, latent_lr=1/8', final, 'scratch', slow, LIGHT, 's', '-'),
+        ('MLA from scratch, latent_lr=1', final, 'scratch', whole, LIGHT, 's', '-'),
         ('GQA, MQA converted from MHA', converted, 'tuned', ['GQA-2', 'MQA'], WARM, 'o', ':'),
         ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
     ]
@@ -399,7 +400,7 @@ def draw_cache():
         if kind == 'scratch':
             for text, *place in zip(texts, x, y, strict=True):
                 axes.annotate(
-                    text.removesuffix(', latent_lr=1/8'),
+                    text.removesuffix(', latent_lr=1'),
                     place,
                     (6, -12 if color == LIGHT else 7),
                     textcoords='offset points',

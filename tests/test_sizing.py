@@ -125,7 +125,7 @@ def test_a_vocabulary_whose_logits_exceed_everything_else_is_counted_in_pieces()
     assert predicted['peak'] == pytest.approx(measured, rel=TOLERANCE)
     assert measured > 2 * predicted['kept']
     more = [arm.step_bytes(2048, False, device)['loss'] - predicted['kept'] for device in ('cpu', 'cuda')]
-    assert 1.8 < more[1] / more[0] < 2.1, "a GPU's pieces are twice as large"
+    assert 2.5 < more[1] / more[0] < 4, 'a GPU takes all 2,048 rows at once, a CPU 512'
     assert LinearCrossEntropy.ROWS == {'cuda': 4096, 'cpu': 512}
 
 
