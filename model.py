@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from core import gpt2
 from core.decoding import FixedStep, draw
 from core.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
-from core.optimizers import OPTIMIZERS
+from core.optimizers import OPTIMIZERS, slow_down
 
 
 @dataclass
@@ -236,6 +236,7 @@ class GPT(nn.Module):
     """The whole model. A subclass that names another `attention` class changes nothing else."""
 
     attention = CausalSelfAttention
+    kv_lr = 1.0  # share of the learning rate for keys and values
 
     def __init__(self, config, seed=1337):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
@@ -392,18 +393,21 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def is_factor(self, name):
-        """True where the parameter `name` is one of two matrices whose product projects; MLA has those."""
-        return False
+    def kv_rows(self, name):
+        """Which rows of the parameter `name` make keys and values, a slice; None where it doesn't."""
+        return slice(self.config.n_embd, None) if name.endswith('c_attn.weight') else None
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', latent_lr=1.0):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', kv_lr=0.0):
         """
         The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest.
 
-        latent_lr: share of the learning rate for what `is_factor` names; those groups have it as 'lr_share'.
+        kv_lr: share of the learning rate for what `kv_rows` names; 0: the class's own.
         """
-        named, share_of = self.named_parameters(), lambda name: latent_lr if self.is_factor(name) else 1.0
-        return OPTIMIZERS[optimizer](named, weight_decay, learning_rate, betas, device_type, share_of)
+        made = OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+        slow = [(parameter, rows) for name, parameter in self.named_parameters() if (rows := self.kv_rows(name))]
+        if (kv_lr or self.kv_lr) != 1:
+            slow_down(made, slow, kv_lr or self.kv_lr)
+        return made
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, num_samples=1,

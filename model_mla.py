@@ -218,6 +218,7 @@ class MLAGPT(GPT):
     """GPT with multi-head latent attention. Everything but the attention is model.py's."""
 
     attention = MultiHeadLatentAttention
+    kv_lr = 0.125
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -227,9 +228,9 @@ class MLAGPT(GPT):
             f'train_mla.py --init_from={model_type}'
         )
 
-    def is_factor(self, name):
+    def kv_rows(self, name):
         """
-        True for the projections to and from the latents, which `latent_lr` slows down.
+        All rows of the projections to and from the latents, which therefore learn at `kv_lr` of the learning rate.
 
         Keys are a product of two matrices that learn at once. After n steps of Adam whose signs agree, keys of MHA have
         moved by n lr C (see init_std). What either factor's change does to MLA's keys is together as much at r = C/2,
@@ -238,7 +239,7 @@ class MLAGPT(GPT):
         """
         kind, part = name.split('.')[-1], name.split('.')[-2]
         of_queries = ('c_q_down', 'c_q') if self.config.n_latent_q else ()
-        return kind == 'weight' and part in ('c_kv_down', 'c_kv_up', *of_queries)
+        return slice(None) if kind == 'weight' and part in ('c_kv_down', 'c_kv_up', *of_queries) else None
 
     def init_std(self, name):
         """

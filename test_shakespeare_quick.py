@@ -48,7 +48,7 @@ SIZES = {
 }  # fmt: skip
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
-OF_MLA = ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm', 'latent_init', 'latent_lr')
+OF_MLA = ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm', 'latent_init')
 device = runtime.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:

@@ -77,7 +77,7 @@ recompute = False  # recompute each block in the backward pass (activation check
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of attention and MLP, AdamW for the rest
 learning_rate = 6e-4
 max_iters = 600000
-latent_lr = 0.125  # MLA: share of learning_rate at which the latents' projections learn
+kv_lr = 0.0  # share of learning_rate for what makes keys and values; 0: 1/8 in MLA, 1 in MHA
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -142,7 +142,7 @@ if fsdp:
     runtime.shard(raw_model, device, compile)
 raw_model.to(device)
 kind = device.split(':')[0]
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), kind, optimizer, latent_lr)
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), kind, optimizer, kv_lr)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:
@@ -282,7 +282,7 @@ while True:
         break
 
     for group in optimizer.param_groups:
-        group['lr'] = lr * group.get('lr_share', 1)
+        group['lr'] = lr
     loss = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         if dropout:

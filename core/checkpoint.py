@@ -331,8 +331,7 @@ def restore_optimizer(optimizer, state):
     UserError where the state doesn't fit the optimizer's parameters.
     """
     made_with = [
-        {key: group[key] for key in ('weight_decay', 'betas', 'lr_share') if key in group}
-        for group in optimizer.param_groups
+        {key: group[key] for key in ('weight_decay', 'betas') if key in group} for group in optimizer.param_groups
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     names = [moments(group) for group in optimizer.param_groups for _ in group['params']]

@@ -7,32 +7,21 @@ Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 202
 
 import torch
 
-
-def by_share(named, learning_rate, share_of):
-    """
-    Groups of pairs of name and parameter: those that learn at the whole learning rate, then one for each other share.
-
-    share_of: function of a name. A share other than 1 is the group's 'lr_share': who sets its 'lr' multiplies by that.
-    """
-    groups = [{'params': [parameter for name, parameter in named if share_of(name) == 1]}]
-    for share in sorted({share_of(name) for name, _ in named} - {1}):
-        own = [parameter for name, parameter in named if share_of(name) == share]
-        groups.append({'params': own, 'lr': share * learning_rate, 'lr_share': share})
-    return groups
+from core.messages import UserError
 
 
-def adamw(named, weight_decay, learning_rate, betas, device_type, share_of):
+def adamw(named, weight_decay, learning_rate, betas, device_type):
     """
     AdamW in two groups: matrices and embeddings decay, biases and norm gains don't. Fused where PyTorch has that.
 
     named: pairs of name and parameter; parameters that need no gradient are left out. device_type: 'cpu', 'cuda', ...
-    share_of: see `by_share`.
     """
-    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    groups = by_share([(name, p) for name, p in named if p.dim() >= 2], learning_rate, share_of)
-    groups.append({'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0})
-    fused = device_type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
+    parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    groups = [
+        {'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
+        {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,22 +34,20 @@ class Muon(torch.optim.Optimizer):
     Newton-Schulz iteration.
     """
 
-    def __init__(self, named, weight_decay, learning_rate, betas, device_type, share_of):
+    def __init__(self, named, weight_decay, learning_rate, betas, device_type):
         named = list(named)
-        matrices = [(name, p) for name, p in named if is_block_matrix(name, p) and p.requires_grad]
+        matrices = [p for name, p in named if is_block_matrix(name, p) and p.requires_grad]
         rest = [(name, p) for name, p in named if not is_block_matrix(name, p)]
-        groups = by_share(matrices, learning_rate, share_of)
         self.muon = torch.optim.Muon(
-            groups, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'
+            matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'
         )
-        self.adamw = adamw(rest, weight_decay, learning_rate, betas, device_type, share_of)
+        self.adamw = adamw(rest, weight_decay, learning_rate, betas, device_type)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
 
     @torch.no_grad()
     def step(self):
         """One step of both. Groups and state are this optimizer's: load_state_dict replaces them."""
-        own = len(self.muon.param_groups)
-        for part, groups in ((self.muon, self.param_groups[:own]), (self.adamw, self.param_groups[own:])):
+        for part, groups in ((self.muon, self.param_groups[:1]), (self.adamw, self.param_groups[1:])):
             part.param_groups, part.state = groups, self.state
             part.step()
 
@@ -68,6 +55,29 @@ class Muon(torch.optim.Optimizer):
 def is_block_matrix(name, parameter):
     """True for the weight matrices of attention and MLP."""
     return '.h.' in name and parameter.dim() == 2
+
+
+def slow_down(optimizer, parts, share):
+    """
+    Let parts of parameters learn at a share of the learning rate: after each step they have moved that share of it.
+
+    Steps of AdamW and Muon, decay included, are proportional to the learning rate, so this is a rate of their own.
+    parts: pairs of a parameter and a slice of its rows. UserError for some rows of a sharded parameter.
+    """
+    views = [p.detach() if rows == slice(None) else p.detach()[rows] for p, rows in parts]
+    if any(view.shape != p.shape and hasattr(p, 'full_tensor') for view, (p, _) in zip(views, parts, strict=True)):
+        raise UserError('kv_lr slows down some rows of a matrix of MHA, which fsdp shards; leave out one of the two')
+    before = []
+
+    def remember(*_):
+        before[:] = [view.clone() for view in views]
+
+    def shorten(*_):
+        for view, old in zip(views, before, strict=True):
+            view.lerp_(old, 1 - share)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(shorten)
 
 
 OPTIMIZERS = {'adamw': adamw, 'muon': Muon}

@@ -39,7 +39,7 @@ def resolve(keys, given, folder):
     and checkpoint are None for a run that isn't resumed. `init_from` 'resume' and 'auto' mean `resume` 'yes' and
     'auto'. UserError where there is nothing to resume, or the folder holds a run that was not asked for.
     """
-    keys = dict(keys)
+    keys = dict(keys, kv_lr=keys['kv_lr'] or checkpoints.KINDS[keys['attention']][0].kv_lr)
     if keys['init_from'] in ('resume', 'auto'):
         keys['resume'] = {'resume': 'yes', 'auto': 'auto'}[keys['init_from']]
         keys['init_from'] = 'scratch'
@@ -73,7 +73,7 @@ def resumed_keys(keys, given, saved, path):
         if key in given and checkpoints.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
-    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw'), ('latent_lr', 1.0)):  # older ones name none
+    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw'), ('kv_lr', 1.0)):  # older ones name none
         found = then[key] if same_type(then.get(key), keys[key]) else default
         if key in given and keys[key] != found:
             raise unchangeable(key, keys[key], found, path, keys)

@@ -89,19 +89,21 @@ ARMS = {
     'MLA, r=C/6': dict(n_latent=C // 6),
     'MLA, r=C/8': dict(n_latent=C // 8),
     'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
-    'MLA, r=C/2, latent_lr=1': dict(n_latent=C // 2, latent_lr=1.0),
-    'MLA, r=C/4, latent_lr=1': dict(n_latent=C // 4, latent_lr=1.0),
-    'MLA, r=C/8, latent_lr=1': dict(n_latent=C // 8, latent_lr=1.0),
-    'MLA, r=C/2, as in 0.1.0': dict(n_latent=C // 2, latent_lr=1.0, latent_init='gpt2'),
+    'MHA, kv_lr=1/8': dict(kv_lr=1 / 8),
+    'MQA, kv_lr=1/8': dict(n_kv_head=1, kv_lr=1 / 8),
+    'MLA, r=C/2, kv_lr=1': dict(n_latent=C // 2, kv_lr=1.0),
+    'MLA, r=C/4, kv_lr=1': dict(n_latent=C // 4, kv_lr=1.0),
+    'MLA, r=C/8, kv_lr=1': dict(n_latent=C // 8, kv_lr=1.0),
+    'MLA, r=C/2, as in 0.1.0': dict(n_latent=C // 2, kv_lr=1.0, latent_init='gpt2'),
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
     'MLA, r=C/2, RoPE': dict(n_latent=C // 2, pos='rope'),
-    'MLA, r=C/2, RoPE, latent_lr=1': dict(n_latent=C // 2, pos='rope', latent_lr=1.0),
-    'MLA, r=C/2, RoPE, latent norm, latent_lr=1': dict(n_latent=C // 2, pos='rope', latent_norm=True, latent_lr=1.0),
+    'MLA, r=C/2, RoPE, kv_lr=1': dict(n_latent=C // 2, pos='rope', kv_lr=1.0),
+    'MLA, r=C/2, RoPE, latent norm, kv_lr=1': dict(n_latent=C // 2, pos='rope', latent_norm=True, kv_lr=1.0),
     'MHA, Muon': dict(optimizer='muon'),
     'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
     'MLA, r=C/2, Muon': dict(n_latent=C // 2, optimizer='muon'),
-    'MLA, r=C/2, Muon, latent_lr=1': dict(n_latent=C // 2, optimizer='muon', latent_lr=1.0),
+    'MLA, r=C/2, Muon, kv_lr=1': dict(n_latent=C // 2, optimizer='muon', kv_lr=1.0),
 }
 CONVERTED = {'GQA-2': dict(n_kv_head=2), 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=C // 2),
              'MLA, r=C/4': dict(n_latent=C // 4), 'MLA, r=C/8': dict(n_latent=C // 8)}  # fmt: skip
@@ -328,20 +330,16 @@ def control_table():
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-DARK, LIGHT, WARM, GREY = (
-    '#1f3b73',
-    '#6d9eeb',
-    '#c4622d',
-    '#7a7a7a',
-)  # of different brightness, to be distinguishable in grey
+# of different brightness, to be distinguishable in grey
+DARK, LIGHT, WARM, PALE, GREY = '#1f3b73', '#6d9eeb', '#c4622d', '#eda67c', '#7a7a7a'
 GROUPS = {'learned positions, AdamW': '', 'RoPE, AdamW': ', RoPE', 'learned positions, Muon': ', Muon'}
 
 
 def color_of(arm):
     """The color of an arm's curve."""
     if 'MLA' in arm:
-        return LIGHT if 'latent_lr' in arm else DARK
-    return WARM if 'MHA' in arm else GREY
+        return LIGHT if 'kv_lr' in arm else DARK
+    return PALE if 'kv_lr' in arm else WARM if 'MHA' in arm else GREY
 
 
 def members(group):
@@ -378,12 +376,14 @@ def draw_cache():
     """Loss over cache bytes per token: from scratch at the best rate, and converted from MHA."""
     picture = Figure(figsize=(8, 5.5), layout='constrained')
     axes, sizes = picture.subplots(), set()
-    scratch = [arm for arm in members('learned positions, AdamW') if arm.count(',') < 2]
-    whole = [arm for arm in members('learned positions, AdamW') if arm.endswith(', latent_lr=1')]
+    plain = members('learned positions, AdamW')
+    scratch = [arm for arm in plain if arm.count(',') < 2 and 'kv_lr' not in arm]
+    others = {share: [arm for arm in plain if arm.endswith(f', kv_lr={share}')] for share in ('1/8', '1')}
     curves = [
         ('MHA, GQA, MQA from scratch', final, 'scratch', [a for a in scratch if 'MLA' not in a], WARM, 'o', '-'),
         ('MLA from scratch', final, 'scratch', [a for a in scratch if 'MLA' in a], DARK, 's', '-'),
-        ('MLA from scratch, latent_lr=1', final, 'scratch', whole, LIGHT, 's', '-'),
+        ('MHA, MQA from scratch, kv_lr=1/8', final, 'scratch', others['1/8'], PALE, 'o', '-'),
+        ('MLA from scratch, kv_lr=1', final, 'scratch', others['1'], LIGHT, 's', '-'),
         ('GQA, MQA converted from MHA', converted, 'tuned', ['GQA-2', 'MQA'], WARM, 'o', ':'),
         ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
     ]
@@ -399,14 +399,8 @@ def draw_cache():
                       label=label, **fill)  # fmt: skip
         if kind == 'scratch':
             for text, *place in zip(texts, x, y, strict=True):
-                axes.annotate(
-                    text.removesuffix(', latent_lr=1'),
-                    place,
-                    (6, -12 if color == LIGHT else 7),
-                    textcoords='offset points',
-                    fontsize=8,
-                    color=color,
-                )
+                if 'kv_lr' not in text:  # those stand at the same caches
+                    axes.annotate(text, place, (6, 7), textcoords='offset points', fontsize=8, color=color)
     axes.set_xscale('log', base=2)
     axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
     axes.minorticks_off()

@@ -110,7 +110,7 @@ def train(run):
     keys = dict(out_dir=run['folder'], data_dir=data_dir, init_from='auto', max_iters=steps[-1], threads=1,
                 keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
     keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
-    keys |= dict(latent_init='gpt2', latent_lr=1.0)  # with which the figures of RESULTS.md were measured
+    keys |= dict(latent_init='gpt2', kv_lr=1.0)  # with which the figures of RESULTS.md were measured
     scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
 
 
@@ -131,7 +131,7 @@ def convert_and_measure(run):
     if not os.path.exists(os.path.join(tuned, f'ckpt_{TUNING:06}.pt')):
         keys = dict(out_dir=tuned, data_dir=data_dir, init_from=folder, resume='auto', max_iters=TUNING,
                     lr_decay_iters=TUNING, eval_interval=TUNING, warmup_iters=10, keep_checkpoints=TUNING, threads=1,
-                    seed=run['seed'], n_latent=run['n_latent'], latent_lr=1.0)  # fmt: skip
+                    seed=run['seed'], n_latent=run['n_latent'], kv_lr=1.0)  # fmt: skip
         scripts.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
     head = measurement(run['source'])['ranking'][0]
     out = dict(n_latent=run['n_latent'], seed=run['seed'], mha=head_numbers(run['source'], head))

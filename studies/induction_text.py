@@ -158,7 +158,7 @@ def train_and_measure(run):
                     max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations,
                     checkpoint_interval=500, threads=1, device='cpu', dtype='float32',
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
-        keys |= dict(latent_lr=1.0) if mla else {}  # with which the figures of RESULTS.md were measured
+        keys |= dict(kv_lr=1.0) if mla else {}  # with which the figures of RESULTS.md were measured
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
         if not scripts.converges('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder']):
             return None  # the rate is too high for this arm

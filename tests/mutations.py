@@ -95,8 +95,7 @@ MUTATIONS = [
     ('micro-batches add up instead of averaging', 'train.py',
      'micro_loss = model(x, y, logits=False)[1] / micro_steps', 'micro_loss = model(x, y, logits=False)[1]',
      'train_numerics processes'),
-    ('the learning rate never changes', 'train.py', "group['lr'] = lr * group.get('lr_share', 1)",
-     "group['lr'] = learning_rate * group.get('lr_share', 1)", 'train'),
+    ('the learning rate never changes', 'train.py', "group['lr'] = lr", "group['lr'] = learning_rate", 'train'),
     ('all ranks read the same rows', 'train.py',
      'first = (micro_step * processes.world_size + processes.rank) * batch_size',
      'first = micro_step * processes.world_size * batch_size', 'processes'),
@@ -137,8 +136,8 @@ MUTATIONS = [
     ('chance is off by one', 'analysis/induction.py', 'return (1.0 / (repeats.query.double() + 1)).mean().item()',
      'return (1.0 / repeats.query.double()).mean().item()', 'induction repeats'),
     ('the interval covers 90 %', 'analysis/stats.py', 'tail = (1 - level) / 2', 'tail = 1 - level', 'stats'),
-    ('factors learn at the whole rate after the first step', 'train.py', "group['lr'] = lr * group.get('lr_share', 1)",
-     "group['lr'] = lr", 'optimizers'),
+    ('keys and values move by what is left of a step', 'core/optimizers.py', 'view.lerp_(old, 1 - share)',
+     'view.lerp_(old, share)', 'optimizers'),
 ]  # fmt: skip
 
 

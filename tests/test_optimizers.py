@@ -11,12 +11,12 @@ SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 MUON = dict(optimizer='muon', gradient_accumulation_steps=4, batch_size=2, dropout=0.1)
 
 
-def stepped(name, weight_decay=0.0, lr=1e-2, latent_lr=1.0, **sizes):
+def stepped(name, weight_decay=0.0, lr=1e-2, kv_lr=1.0, classes=(MLAGPT, MLAConfig), **sizes):
     """{name: change of that parameter, divided by lr} in the first step of an optimizer, and the model after it."""
     torch.manual_seed(0)
-    model = MLAGPT(MLAConfig(**SIZES, **sizes))
+    model = classes[0](classes[1](**SIZES, **sizes))
     before = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    optimizer = model.configure_optimizers(weight_decay, lr, (0.9, 0.95), 'cpu', name, latent_lr)
+    optimizer = model.configure_optimizers(weight_decay, lr, (0.9, 0.95), 'cpu', name, kv_lr)
     idx = torch.randint(64, (4, 17))
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     optimizer.step()
@@ -59,24 +59,46 @@ def test_matrices_decay_and_vectors_do_not(name):
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 @pytest.mark.parametrize('sizes', [{}, dict(n_latent_q=8)], ids=['plain queries', 'compressed queries'])
 def test_the_projections_of_latents_learn_at_a_share_of_the_rate(name, sizes):
-    whole, shared = stepped(name, **sizes)[0], stepped(name, latent_lr=0.125, **sizes)[0]
-    slow = [key for key in whole if not torch.equal(whole[key], shared[key])]
+    whole, slowed = (stepped(name, weight_decay=0.5, kv_lr=share, **sizes)[0] for share in (1.0, 0.0))
+    slow = [key for key in whole if not torch.equal(whole[key], slowed[key])]
     parts = ['c_kv_down', 'c_kv_up'] + ['c_q_down', 'c_q'] * bool(sizes)
     assert sorted(slow) == sorted(f'transformer.h.{layer}.attn.{part}.weight' for layer in range(2) for part in parts)
-    for key in slow:
-        torch.testing.assert_close(shared[key], whole[key] / 8, rtol=1e-3, atol=1e-4)
+    for key in slow:  # 1/8 is MLA's default
+        torch.testing.assert_close(slowed[key], whole[key] / 8, rtol=1e-3, atol=1e-4)
 
 
-def test_the_share_holds_in_every_iteration_and_over_a_resume(data_dir, tmp_path):
-    whole, parts, keys = tmp_path / 'whole', tmp_path / 'parts', dict(latent_lr=0.125)
-    assert run('train_mla.py', data_dir, whole, **keys).returncode == 0
-    assert run('train_mla.py', data_dir, parts, **keys, max_iters=7).returncode == 0
-    other = run('train_mla.py', data_dir, parts, resume='yes', latent_lr=0.5)
-    assert other.returncode == 2 and 'latent_lr=0.5 cannot be applied to the run in' in other.stderr
-    assert run('train_mla.py', data_dir, parts, resume='yes').returncode == 0  # the share is the checkpoint's
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('kv_heads', [0, 1])
+def test_keys_and_values_of_mha_learn_at_a_share_of_the_rate(name, kv_heads):
+    sizes = dict(classes=(GPT, GPTConfig), weight_decay=0.5, n_kv_head=kv_heads)
+    whole, slowed, default = (stepped(name, kv_lr=share, **sizes)[0] for share in (1.0, 0.25, 0.0))
+    for key in whole:
+        assert torch.equal(default[key], whole[key])
+        share = torch.ones(len(whole[key]))
+        share[32:] = 0.25 if key.endswith('c_attn.weight') else 1
+        expected = whole[key] * share.view(-1, *[1] * (whole[key].dim() - 1))
+        torch.testing.assert_close(slowed[key], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('script, default', [('train.py', 1.0), ('train_mla.py', 0.125)])
+def test_the_share_holds_in_every_iteration_and_over_a_resume(script, default, data_dir, tmp_path):
+    whole, parts, keys = tmp_path / 'whole', tmp_path / 'parts', dict(kv_lr=0.25)
+    assert run(script, data_dir, whole, **keys).returncode == 0
+    assert run(script, data_dir, parts, **keys, max_iters=7).returncode == 0
+    other = run(script, data_dir, parts, resume='yes', kv_lr=0.5)
+    assert other.returncode == 2 and 'kv_lr=0.5 cannot be applied to the run in' in other.stderr
+    assert run(script, data_dir, parts, resume='yes').returncode == 0  # the share is the checkpoint's
     assert_same_run(whole, parts)
-    groups = torch.load(whole / 'ckpt.pt')['optimizer']['param_groups']
-    assert [group['lr'] / groups[0]['lr'] for group in groups] == [1, 0.125, 1]  # matrices, factors, vectors
+    assert torch.load(whole / 'ckpt.pt')['config']['kv_lr'] == 0.25
+    assert run(script, data_dir, tmp_path / 'default', max_iters=1, kv_lr=0).returncode == 0
+    assert torch.load(tmp_path / 'default' / 'ckpt.pt')['config']['kv_lr'] == default
+    assert log_of(whole)[15]['loss'] != log_of(tmp_path / 'default')[-1]['loss']
+
+
+def test_rows_of_a_sharded_matrix_cannot_learn_at_another_rate(data_dir, tmp_path):
+    keys = dict(kv_lr=0.5, fsdp=True, gradient_accumulation_steps=2)
+    done = run('train.py', data_dir, tmp_path, torchrun(2), **keys)
+    assert done.returncode and 'error: kv_lr slows down some rows of a matrix of MHA, which fsdp shards' in done.stderr
 
 
 def test_parameters_without_gradient_are_left_alone():
