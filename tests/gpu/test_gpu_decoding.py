@@ -10,6 +10,7 @@ from training import ROOT, environment, run
 
 from core import runtime
 from core.decoding import FixedStep
+from core.kernels import attend
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA GPUs')
 
@@ -53,6 +54,21 @@ def test_a_step_is_captured_on_the_gpu_of_its_cache(variant):
     texts = [text(model.to(f'cuda:{index}'), idx.to(f'cuda:{index}')) for index in (0, 1)]
     assert torch.cuda.current_device() == 0
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-9), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize('masked', [True, False])
+@pytest.mark.parametrize('kv_heads, size', [(1, 384), (1, 64), (4, 64)])
+def test_the_queries_of_a_step_attend_as_on_a_cpu(kv_heads, size, masked, dtype, tolerance, device):
+    """To shared keys, with the mask of a captured step and without, and to latents of more than 256 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, rows, size, generator=generator, dtype=torch.float64)
+               for heads, rows in ((12, 1), (kv_heads, 500), (kv_heads, 500)))  # fmt: skip
+    visible = torch.arange(500)[None] < 400 if masked else None
+    expected = attend(q, k, v, size**-0.5, visible=visible)
+    sent = (tensor.to(device, dtype) for tensor in (q, k, v))
+    y = attend(*sent, size**-0.5, visible=visible if visible is None else visible.to(device)).cpu().double()
+    assert (y - expected).norm() <= tolerance * expected.norm()
 
 
 def test_sampling(device, data_dir, tmp_path):
