@@ -469,6 +469,7 @@ if converted:
     text += (f'\nMHA converted and fine-tuned for {tuning_iterations} iterations at 1e-3:\n\n{conversion_table()}'
              f'\nControls: loss minus MHA, after as many iterations in all:\n\n{control_table()}')  # fmt: skip
 print(text, end='')
+os.makedirs(out_dir, exist_ok=True)  # where every run is an earlier one, nothing has made it
 report.save_text(os.path.join(out_dir, f'{os.path.basename(dataset)}.md'), text)
 path = figure or os.path.join(out_dir, f'{os.path.basename(dataset)}.png')
 report.save_figure(path, draw_cache())
