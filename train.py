@@ -76,8 +76,8 @@ recompute = False  # recompute each block in the backward pass (activation check
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of attention and MLP, AdamW for the rest
 learning_rate = 6e-4
-max_iters = 600000
 kv_lr = 0.0  # share of learning_rate for what makes keys and values; 0: 1/8 in MLA, 1 in MHA
+max_iters = 600000
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -106,8 +106,6 @@ if not eval_only:
         folder.acquire()  # before looking: what is in it must not change any more
 config, resumed_from, resumed = starting.resolve(config, given, folder)
 globals().update(config)
-if attention == 'mha' and (n_latent or n_latent_q or n_rope or latent_norm):
-    raise UserError('n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out')
 kept_iterations = set(runtime.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
