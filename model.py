@@ -236,7 +236,7 @@ class GPT(nn.Module):
     """The whole model. A subclass that names another `attention` class changes nothing else."""
 
     attention = CausalSelfAttention
-    kv_lr = 1.0  # share of the learning rate for keys and values
+    kv_lr = 1.0  # share of the learning rate for what `slow_rows` names
 
     def __init__(self, config, seed=1337):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
@@ -393,18 +393,18 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def kv_rows(self, name):
-        """Which rows of the parameter `name` make keys and values, a slice; None where it doesn't."""
+    def slow_rows(self, name):
+        """The rows of parameter `name` that learn at `kv_lr` of the rate, a slice or None: those of keys and values."""
         return slice(self.config.n_embd, None) if name.endswith('c_attn.weight') else None
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', kv_lr=0.0):
         """
         The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest.
 
-        kv_lr: share of the learning rate for what `kv_rows` names; 0: the class's own.
+        kv_lr: share of the learning rate for what `slow_rows` names; 0: the class's own.
         """
         made = OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
-        slow = [(parameter, rows) for name, parameter in self.named_parameters() if (rows := self.kv_rows(name))]
+        slow = [(parameter, rows) for name, parameter in self.named_parameters() if (rows := self.slow_rows(name))]
         if (kv_lr or self.kv_lr) != 1:
             slow_down(made, slow, kv_lr or self.kv_lr)
         return made

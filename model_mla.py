@@ -228,9 +228,9 @@ class MLAGPT(GPT):
             f'train_mla.py --init_from={model_type}'
         )
 
-    def kv_rows(self, name):
+    def slow_rows(self, name):
         """
-        All rows of the projections to and from the latents, which therefore learn at `kv_lr` of the learning rate.
+        All rows of the projections to and from the latents, those of queries included.
 
         Keys are a product of two matrices that learn at once. After n steps of Adam whose signs agree, keys of MHA have
         moved by n lr C (see init_std). What either factor's change does to MLA's keys is together as much at r = C/2,

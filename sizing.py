@@ -55,7 +55,7 @@ dtype = 'auto'  # of matrix multiplications, weights in decoding and the cache; 
 # training
 batch_size = 12  # sequences per micro-batch on one GPU
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks
-mfu = 0.4  # assumed share of the GPU's peak FLOP/s that goes into the model's arithmetic
+mfu = 0.4  # share of the peak FLOP/s that goes into the model's arithmetic; .42 was measured at 124M on an H200
 tokens = 10_000_000_000  # of the run
 price = 0.0  # of one GPU for an hour, in any currency; 0: unknown
 # output

@@ -213,13 +213,16 @@ def attend_rows(q, k, v, scale, visible=None):
 
     visible: a bool mask (G or 1, S). On a GPU this is how a step of GQA and MLA attends where there is a mask, as in a
     captured step, or a size above 256, as a latent has. Both rule out the one kernel of SDPA that divides the keys
-    among the multiprocessors; the others give all S keys of a sequence to one. cuBLAS divides them, and 12 queries over
-    one sequence's 16,384 latents of 384 took .03 ms in place of 1.1 (H200; BENCHMARKS.md).
+    among the multiprocessors; the others give all S keys of a sequence to one. cuBLAS divides them (BENCHMARKS.md).
     """
-    scores = (q * scale) @ k.mT
+    B, K, G, size = q.shape
+    q, k = (q * scale).reshape(B * K, G, size), k.reshape(B * K, -1, size).mT
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # on a GPU without a rounding in between: large scores would lose too much by it
+    scores = torch.bmm(q, k, out_dtype=wide) if q.is_cuda and q.dtype != wide else torch.bmm(q, k).to(wide)
     if visible is not None:
         scores = scores.masked_fill(~visible, float('-inf'))
-    return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+    return scores.softmax(dim=-1).to(v.dtype).view(B, K, G, -1) @ v
 
 
 def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
@@ -258,9 +261,10 @@ def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
 
 def logits_gradient(log_p, ids):
     """
-    The gradient of rows' losses with respect to their logits, in place of log_p (N, V): p, less 1 at each id (N, 1).
+    The gradient of rows' losses with respect to their logits, from log_p (N, V): p, less 1 at each id (N, 1).
 
-    A compiler computes the 1 by a comparison, in the same pass as p; a scatter would be two passes more.
+    May overwrite log_p. A compiler computes the 1 by a comparison, in the same pass as p; a scatter would be two passes
+    more.
     """
     if torch.compiler.is_compiling():
         return log_p.exp() - (torch.arange(log_p.size(1), device=ids.device) == ids).to(log_p.dtype)
@@ -305,6 +309,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(error.T, seen_x)
                 else:
                     grad_weight += error.T @ seen_x
+                del log_p, error  # before the next piece's are made
         count = scored.sum()
         # divided by count only in `backward`: in float16 they would underflow
         ctx.save_for_backward(grad_x, grad_weight, count)

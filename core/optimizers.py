@@ -66,7 +66,7 @@ def slow_down(optimizer, parts, share):
     """
     views = [p.detach() if rows == slice(None) else p.detach()[rows] for p, rows in parts]
     if any(view.shape != p.shape and hasattr(p, 'full_tensor') for view, (p, _) in zip(views, parts, strict=True)):
-        raise UserError('kv_lr slows down some rows of a matrix of MHA, which fsdp shards; leave out one of the two')
+        raise UserError('kv_lr slows down some rows of a matrix of MHA, which fsdp shards; train it without fsdp')
     before = []
 
     def remember(*_):
@@ -75,6 +75,7 @@ def slow_down(optimizer, parts, share):
     def shorten(*_):
         for view, old in zip(views, before, strict=True):
             view.lerp_(old, 1 - share)
+        before.clear()
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(shorten)

@@ -303,8 +303,13 @@ class Arm:
 
     def largest_training_batch(self, room, block_size, recompute=False):
         """How many sequences of block_size tokens a step can have whose memory is `room` bytes; 0: none fits."""
-        lines = self.step_lines(recompute).values()
-        return max(0, int(min(line.most(room) for line in lines) // block_size))
+        lines, V = self.step_lines(recompute).values(), self.config.vocab_size
+        found = max(0, int(min(line.most(room) for line in lines) // block_size))
+        if found * block_size >= (few := 2 * LinearCrossEntropy.piece(LinearCrossEntropy.ROWS['cuda'], V)):
+            return found
+        sizes = range(few // block_size, 0, -1)  # for which the loss's line doesn't hold
+        fits = (n for n in sizes if self.step_bytes(n * block_size, recompute)['peak'] <= room)
+        return next(fits, 0)
 
     # decoding
 

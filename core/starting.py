@@ -37,12 +37,14 @@ def resolve(keys, given, folder):
 
     keys: {key: value} as configured; given: the keys that a file or flag set; folder: the RunFolder of out_dir. Path
     and checkpoint are None for a run that isn't resumed. `init_from` 'resume' and 'auto' mean `resume` 'yes' and
-    'auto'. UserError where there is nothing to resume, or the folder holds a run that was not asked for.
+    'auto'. UserError where there is nothing to resume, the folder holds a run that was not asked for, or MHA is given
+    keys of MLA.
     """
     if keys['attention'] == 'mha' and any(keys[key] for key in ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm')):
         raise UserError(
             'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'
         )
+    given = given if keys['kv_lr'] else given - {'kv_lr'}  # 0 is the default
     keys = dict(keys, kv_lr=keys['kv_lr'] or checkpoints.KINDS[keys['attention']][0].kv_lr)
     if keys['init_from'] in ('resume', 'auto'):
         keys['resume'] = {'resume': 'yes', 'auto': 'auto'}[keys['init_from']]

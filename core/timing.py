@@ -89,11 +89,11 @@ def profile(function, path, device='cpu'):
 
 
 def kernel_name(signature, longest=60):
-    """The name of a CUDA kernel without namespaces, parameters and template arguments but for what it computes."""
+    """The name of a CUDA kernel without namespaces, parameters and template arguments, but for what it computes."""
     whole = signature.removeprefix('void ').replace('(anonymous namespace)::', '')
-    name = re.split('[<(]', whole, maxsplit=1)[0].split('::')[-1]
-    functor = re.search(r'\w*Functor\w*', whole)
-    name = f'{name} ({functor[0]})' if functor else name
+    name = re.split('[<(]', whole, maxsplit=1)[0].split('::')[-1].strip()
+    what = re.search(r'\w*(Functor|_kernel_cuda|cutlass_\d|flash_\w)\w*', whole[len(name) :])
+    name = f'{name} ({what[0]})' if what and what[0] not in name else name
     return name if len(name) <= longest else name[: longest - 1] + '…'
 
 

@@ -49,14 +49,14 @@ figure = ''  # the picture, with the numbers in a .json beside it; '': DATASET.p
 full = False  # the whole grid and all seeds
 dataset = 'shakespeare_char'
 data_dir = 'data'
-max_iters = 0  # iterations of each training; 0: 2000, in the short form 100
+max_iters = 0  # iterations of each training; 0: 2000, in the short form 50
 tuning_seeds = 0  # seeds per learning rate; 0: 3, in the short form 1
 final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
 arms = ''  # names of ARMS separated by semicolons; '': all
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
 earlier = ''  # the .json of an earlier study: its runs are not repeated, its arms stand in the tables too
-rates = ''  # the grid of learning rates, separated by commas; '': 2e-3, 4e-3, 8e-3 and 1.6e-2
+rates = ''  # the grid of learning rates, separated by commas, also of earlier arms; '': 2e-3, 4e-3, 8e-3, 1.6e-2
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 # size of the models and of a batch
 n_layer = 4
@@ -70,47 +70,56 @@ dtype = 'float32'
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
+device = runtime.pick_device(device)
+dtype = runtime.pick_dtype(dtype, device, n_embd)
 C = n_embd
 SETTING = dict(n_layer=n_layer, n_head=n_head, n_embd=C, block_size=block_size, batch_size=batch_size,
                gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1,
                always_save_checkpoint=True, checkpoint_interval=500, log_interval=50, device=device, dtype=dtype,
                threads=1)  # fmt: skip
+
+
+def mla(n_latent, **more):
+    """Keys of an arm with MLA. They name kv_lr although it is the default: what a name means must not change."""
+    return dict(n_latent=n_latent, kv_lr=1 / 8) | more
+
+
 # With four heads and learned positions MLA at r=C/2 caches what MQA caches, and at r=C, where its keys and values have
 # full rank, what GQA-2 caches. r=2C/3 gives MLA as many parameters as MHA, C/3 as GQA-2, C/6 as MQA.
 ARMS = {
     'MHA': {},
     'GQA-2': dict(n_kv_head=2),
     'MQA': dict(n_kv_head=1),
-    'MLA, r=C': dict(n_latent=C),
-    'MLA, r=2C/3': dict(n_latent=2 * C // 3),
-    'MLA, r=C/2': dict(n_latent=C // 2),
-    'MLA, r=C/3': dict(n_latent=C // 3),
-    'MLA, r=C/4': dict(n_latent=C // 4),
-    'MLA, r=C/6': dict(n_latent=C // 6),
-    'MLA, r=C/8': dict(n_latent=C // 8),
-    'MLA, r=C/2, latent norm': dict(n_latent=C // 2, latent_norm=True),
+    'MLA, r=C': mla(C),
+    'MLA, r=2C/3': mla(2 * C // 3),
+    'MLA, r=C/2': mla(C // 2),
+    'MLA, r=C/3': mla(C // 3),
+    'MLA, r=C/4': mla(C // 4),
+    'MLA, r=C/6': mla(C // 6),
+    'MLA, r=C/8': mla(C // 8),
+    'MLA, r=C/2, latent norm': mla(C // 2, latent_norm=True),
     'MHA, kv_lr=1/8': dict(kv_lr=1 / 8),
     'MQA, kv_lr=1/8': dict(n_kv_head=1, kv_lr=1 / 8),
-    'MLA, r=C/2, kv_lr=1': dict(n_latent=C // 2, kv_lr=1.0),
-    'MLA, r=C/4, kv_lr=1': dict(n_latent=C // 4, kv_lr=1.0),
-    'MLA, r=C/8, kv_lr=1': dict(n_latent=C // 8, kv_lr=1.0),
-    'MLA, r=C/2, as in 0.1.0': dict(n_latent=C // 2, kv_lr=1.0, latent_init='gpt2'),
+    'MLA, r=C/2, kv_lr=1': mla(C // 2, kv_lr=1.0),
+    'MLA, r=C/4, kv_lr=1': mla(C // 4, kv_lr=1.0),
+    'MLA, r=C/8, kv_lr=1': mla(C // 8, kv_lr=1.0),
+    'MLA, r=C/2, as in 0.1.0': mla(C // 2, kv_lr=1.0, latent_init='gpt2'),
     'MHA, RoPE': dict(pos='rope'),
     'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
-    'MLA, r=C/2, RoPE': dict(n_latent=C // 2, pos='rope'),
-    'MLA, r=C/2, RoPE, kv_lr=1': dict(n_latent=C // 2, pos='rope', kv_lr=1.0),
-    'MLA, r=C/2, RoPE, latent norm, kv_lr=1': dict(n_latent=C // 2, pos='rope', latent_norm=True, kv_lr=1.0),
+    'MLA, r=C/2, RoPE': mla(C // 2, pos='rope'),
+    'MLA, r=C/2, RoPE, kv_lr=1': mla(C // 2, pos='rope', kv_lr=1.0),
+    'MLA, r=C/2, RoPE, latent norm, kv_lr=1': mla(C // 2, pos='rope', latent_norm=True, kv_lr=1.0),
     'MHA, Muon': dict(optimizer='muon'),
     'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
-    'MLA, r=C/2, Muon': dict(n_latent=C // 2, optimizer='muon'),
-    'MLA, r=C/2, Muon, kv_lr=1': dict(n_latent=C // 2, optimizer='muon', kv_lr=1.0),
+    'MLA, r=C/2, Muon': mla(C // 2, optimizer='muon'),
+    'MLA, r=C/2, Muon, kv_lr=1': mla(C // 2, optimizer='muon', kv_lr=1.0),
 }
-CONVERTED = {'GQA-2': dict(n_kv_head=2), 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=C // 2),
-             'MLA, r=C/4': dict(n_latent=C // 4), 'MLA, r=C/8': dict(n_latent=C // 8)}  # fmt: skip
-CONTROLS = {'MHA': {}, 'MLA, r=C/2': dict(n_latent=C // 2), 'MLA, r=C': dict(n_latent=C)}
+CONVERTED = {arm: ARMS[arm] for arm in ('GQA-2', 'MQA', 'MLA, r=C/2', 'MLA, r=C/4', 'MLA, r=C/8')}
+CONTROLS = {arm: ARMS[arm] for arm in ('MHA', 'MLA, r=C/2', 'MLA, r=C')}
+OLDER = {'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
 STARTS = (0, 100, 500)  # iterations of MHA before a control
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-WINDOWS = 4000  # of the validation split, evenly spaced; tinyshakespeare has 1,742
+WINDOWS = 4000 if full else 400  # of the validation split, evenly spaced; tinyshakespeare has 1,742
 TUNING_SEED, FINAL_SEED = 1000, 2000  # where the seeds begin: the rate is chosen on others than those that are reported
 
 
@@ -150,11 +159,16 @@ def read_earlier():
         found = {identity(r): r for r in numbers['runs']}
         of_mha = numbers['best_rates'].get('MHA')
         theirs = {'corpus': numbers['corpus'], 'iterations': numbers['iterations'], **numbers['setting']}
+        unknown = {r['arm'] for r in numbers['runs']} - set(ARMS)
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{earlier} can't be read as a study ({error}); name the .json of another") from error
     for key, value in {'corpus': data.corpus, 'iterations': iterations, **SETTING}.items():
         if theirs.get(key) != value:
             raise UserError(f'{earlier} has {key}={theirs.get(key)}, not {value}; leave out --earlier')
+    if unknown:
+        raise UserError(
+            f'{earlier} has arms that are not known here ({"; ".join(sorted(unknown))}); leave out --earlier'
+        )
     return found, of_mha
 
 
@@ -193,8 +207,9 @@ def finished(item, ckpt):
         return False
     saved = checkpoints.load(ckpt, mapped=True)
     for key, value in item['keys'].items():
-        if key in saved['config'] and key not in ('resume', 'init_from', 'data_dir') and saved['config'][key] != value:
-            raise UserError(f'{item["folder"]} has {key}={saved["config"][key]}, not {value}; choose another --out_dir')
+        found = saved['config'].get(key, OLDER.get(key, value))
+        if key not in ('resume', 'init_from', 'data_dir') and found != value:
+            raise UserError(f'{item["folder"]} has {key}={found}, not {value}; choose another --out_dir')
     return saved['iter_num'] >= item['keys']['max_iters']
 
 
@@ -331,6 +346,7 @@ def control_table():
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 # of different brightness, to be distinguishable in grey
+MARKERS = 'osD^vP*X<>hp8dH'
 DARK, LIGHT, WARM, PALE, GREY = '#1f3b73', '#6d9eeb', '#c4622d', '#eda67c', '#7a7a7a'
 GROUPS = {'learned positions, AdamW': '', 'RoPE, AdamW': ', RoPE', 'learned positions, Muon': ', Muon'}
 
@@ -358,7 +374,7 @@ def draw_rates():
             found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
             points = [(rate, mean(values)) for rate, values in found if len(values) == seeds_of(arm)]
             color = color_of(arm)
-            axes.plot(*zip(*points, strict=True), color=color, marker='osD^vP*X<>hp8dH'[number],
+            axes.plot(*zip(*points, strict=True), color=color, marker=MARKERS[number % len(MARKERS)],
                       linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
         axes.set_xscale('log', base=2)
         axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])
@@ -418,13 +434,12 @@ def draw_cache():
 named = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS)
 if unknown := set(named) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
-iterations = max_iters or (2000 if full else 100)
+iterations = max_iters or (2000 if full else 50)
 tuning_iterations = max(1, iterations // 10)
 n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
-rates_tried = tuple(messages.numbers(rates, 'rates')) or (RATES if full else RATES[1::2])
+rates_tried = tuple(sorted(set(messages.numbers(rates, 'rates')))) or (RATES if full else RATES[1::2])
 data = TokenData(os.path.join(data_dir, dataset), block_size)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
-runtime.pick_device(device)  # checks it
 messages.check_folder(runs_dir)
 if figure:
     messages.check_file(figure, 'figure')
@@ -472,9 +487,9 @@ print(text, end='')
 os.makedirs(out_dir, exist_ok=True)  # where every run is an earlier one, nothing has made it
 report.save_text(os.path.join(out_dir, f'{os.path.basename(dataset)}.md'), text)
 path = figure or os.path.join(out_dir, f'{os.path.basename(dataset)}.png')
-report.save_figure(path, draw_cache())
-report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates())
 keep = ('arm', 'kind', 'rate', 'seed', 'val_loss', 'before', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
 every = [{key: item[key] for key in keep if key in item} for item in (*tuning, *final, *converted, *controls)]
 numbers = dict(corpus=data.corpus, iterations=iterations, setting=SETTING, best_rates=best, runs=every)
 report.save_json(os.path.splitext(path)[0] + '.json', numbers)
+report.save_figure(path, draw_cache())
+report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates())

@@ -5,7 +5,7 @@ $ python studies/gpu.py                        # 20 to 30 minutes on an H100; si
 $ python studies/gpu.py --rehearse             # every part on a CPU, in miniature: shows that the parts run
 $ python studies/gpu.py --parts=decode,texts   # some of them
 
-Needs what a CUDA image with PyTorch, transformers, datasets, tiktoken and matplotlib has; no network. Without pytest
+Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network. Without pytest
 the tests are left out, and without a nanoGPT checkout its rows are.
 
 Every part is a few commands of this repository with a time limit of its own. After each one gpu.json and gpu.md in

@@ -90,9 +90,23 @@ def test_the_share_holds_in_every_iteration_and_over_a_resume(script, default, d
     assert run(script, data_dir, parts, resume='yes').returncode == 0  # the share is the checkpoint's
     assert_same_run(whole, parts)
     assert torch.load(whole / 'ckpt.pt')['config']['kv_lr'] == 0.25
-    assert run(script, data_dir, tmp_path / 'default', max_iters=1, kv_lr=0).returncode == 0
+    assert run(script, data_dir, tmp_path / 'default', kv_lr=0).returncode == 0
     assert torch.load(tmp_path / 'default' / 'ckpt.pt')['config']['kv_lr'] == default
-    assert log_of(whole)[15]['loss'] != log_of(tmp_path / 'default')[-1]['loss']
+    assert log_of(whole)[15]['loss'] != log_of(tmp_path / 'default')[15]['loss'] != ''
+
+
+@pytest.mark.parametrize('given', [{}, dict(kv_lr=0)])
+def test_a_run_of_before_there_was_a_share_goes_on_at_the_whole_rate(given, data_dir, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert run('train_mla.py', data_dir, whole, kv_lr=1).returncode == 0
+    assert run('train_mla.py', data_dir, parts, kv_lr=1, max_iters=7).returncode == 0
+    saved = torch.load(parts / 'ckpt.pt')
+    del saved['config']['kv_lr']
+    torch.save(saved, parts / 'ckpt.pt')
+    done = run('train_mla.py', data_dir, parts, resume='yes', **given)
+    assert done.returncode == 0, done.stderr
+    losses = [next(row['loss'] for row in log_of(folder) if row['iter'] == '15') for folder in (whole, parts)]
+    assert losses[0] == losses[1]
 
 
 def test_rows_of_a_sharded_matrix_cannot_learn_at_another_rate(data_dir, tmp_path):

@@ -11,8 +11,8 @@ from training import write_characters
 ITERS = 4
 RATES = (4e-3, 1.6e-2)  # of the short form
 ARMS = {'MHA': (4096, 0.0), 'MQA': (1024, 0.3), 'MLA, r=C/2': (1024, 0.1)}  # cache, loss minus MHA's
-SLUGS = {'MHA': 'mha', 'MQA': 'mqa', 'MLA, r=C/2': 'mla_r-c-2'}
-KEYS = {'MHA': {}, 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=64)}
+SLUGS = {'MHA': 'mha', 'MQA': 'mqa', 'MLA, r=C/2': 'mla-r-c-2'}
+KEYS = {'MHA': {}, 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=64, kv_lr=1 / 8)}
 
 
 def study(place, *more, arms='MHA;MQA;MLA, r=C/2'):
@@ -121,3 +121,19 @@ def test_a_folder_with_another_run_is_refused(place):
 def test_an_unknown_arm_is_named(place):
     done = study(place, arms='MHA;MLP')
     assert done.returncode == 2 and 'unknown arms: MLP; choose from MHA; GQA-2; MQA' in done.stderr
+
+
+def test_every_arm_can_be_drawn_and_an_unknown_one_is_not_lost(place):
+    every = study(place, arms='x').stderr.split('choose from ')[1].strip().split('; ')
+    plant(place, 'MHA', RATES[1], 2000, 2.0)
+    assert study(place, '--final_seeds=1', arms='MHA').returncode == 0
+    earlier = place / 'earlier.json'
+    numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
+    numbers['runs'] = [dict(run, arm=arm) for run in numbers['runs'] for arm in every]
+    earlier.write_text(json.dumps(numbers))
+    done = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='MHA')
+    assert done.returncode == 0, done.stderr
+    assert {row[0] for row in rows_of(done.stdout)} >= set(every) and len(every) > 20
+    earlier.write_text(earlier.read_text().replace('MQA, Muon', 'MQA, Muoff'))
+    done = study(place, f'--earlier={earlier}', arms='MHA')
+    assert done.returncode == 2 and 'has arms that are not known here (MQA, Muoff); leave out' in done.stderr

@@ -44,6 +44,17 @@ def test_compiled_is_eager(variant, device):
     assert_near(learn(model, device, call=torch.compile(model)), learn(model, device), TOLERANCE['float32'])
 
 
+@pytest.mark.cuda
+def test_a_compiled_loss_without_logits_is_the_eager_one(device):
+    model, idx = make('mla', torch.float32).to(device), tokens(3, BLOCK).to(device)
+    targets = tokens(3, BLOCK, seed=1).to(device)
+    targets[:, 5:9] = -1
+    losses = [call(idx, targets, logits=False)[1] for call in (model, torch.compile(model))]
+    gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in losses]
+    for one, other in (losses, gradients):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('variant', ['mha', 'gqa', 'mla', 'mla-rope-all'])
 def test_recomputed_is_stored(variant, device):
     model = make(variant, torch.float32).to(device).train()
