@@ -23,8 +23,6 @@ from core import messages, runtime, scripts
 from core.dataset import TokenData
 from core.messages import UserError
 from core.tokenizer import load_tokenizer
-from model import GPT
-from model_mla import MLAGPT
 
 globals().update(scripts.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,7 +46,6 @@ SIZES = {
     'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, dropout=0.0, learning_rate=4e-3,
                 min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
 }  # fmt: skip
-OLDER = {'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
 OF_MLA = ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm', 'latent_init')
@@ -72,15 +69,12 @@ comparison.prompt_ids(load_tokenizer(data.meta), start)  # a prompt that can't b
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
 keys = {name: {key: value for key, value in setting.items() if name == 'mla' or key not in OF_MLA} for name in models}
 keys['mla'].pop('n_kv_head', None)
-for name, model_class in (('mha', GPT), ('mla', MLAGPT)):
-    keys[name]['kv_lr'] = keys[name].get('kv_lr') or model_class.kv_lr  # the comparison is of these
 for name in models:
+    keys[name]['kv_lr'] = keys[name].get('kv_lr') or checkpoints.KINDS[name][0].kv_lr  # 0: the default
     folder = os.path.join(out_dir, name)
     if os.path.exists(os.path.join(folder, 'ckpt.pt')) and not overwrite:
-        earlier = checkpoints.load(folder, mapped=True)['config']
-        changed = [
-            key for key, value in keys[name].items() if key != 'threads' and earlier.get(key, OLDER.get(key)) != value
-        ]
+        earlier = checkpoints.OLDER | checkpoints.load(folder, mapped=True)['config']
+        changed = [key for key, value in keys[name].items() if key != 'threads' and earlier.get(key) != value]
         if changed:
             raise UserError(f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or discard it '
                             'with --overwrite=True')  # fmt: skip

@@ -26,6 +26,7 @@ from model_mla import MLAGPT, MLAConfig
 
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # its resume needs each
 NOT_THE_MODEL = ('flash', 'recompute')  # fields that say how to compute, not what
+OLDER = {'optimizer': 'adamw', 'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
 KINDS = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
 OTHER_COPY = 'use ckpt_best.pt beside it, or an older copy'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or

@@ -218,8 +218,9 @@ def attend_rows(q, k, v, scale, visible=None):
     B, K, G, size = q.shape
     q, k = (q * scale).reshape(B * K, G, size), k.reshape(B * K, -1, size).mT
     wide = torch.promote_types(q.dtype, torch.float32)
-    # on a GPU without a rounding in between: large scores would lose too much by it
-    scores = torch.bmm(q, k, out_dtype=wide) if q.is_cuda and q.dtype != wide else torch.bmm(q, k).to(wide)
+    # a rounding in between would cost large scores too much; a product without one is for GPUs, and has no gradient
+    unrounded = q.is_cuda and q.dtype != wide and not torch.is_grad_enabled()
+    scores = torch.bmm(q, k, out_dtype=wide) if unrounded else torch.bmm(q, k).to(wide)
     if visible is not None:
         scores = scores.masked_fill(~visible, float('-inf'))
     return scores.softmax(dim=-1).to(v.dtype).view(B, K, G, -1) @ v

@@ -79,7 +79,7 @@ def resumed_keys(keys, given, saved, path):
         if key in given and checkpoints.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
-    for key, default in (('seed', keys['seed']), ('optimizer', 'adamw'), ('kv_lr', 1.0)):  # older ones name none
+    for key, default in {'seed': keys['seed'], **checkpoints.OLDER}.items():
         found = then[key] if same_type(then.get(key), keys[key]) else default
         if key in given and keys[key] != found:
             raise unchangeable(key, keys[key], found, path, keys)

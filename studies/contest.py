@@ -116,7 +116,6 @@ ARMS = {
 }
 CONVERTED = {arm: ARMS[arm] for arm in ('GQA-2', 'MQA', 'MLA, r=C/2', 'MLA, r=C/4', 'MLA, r=C/8')}
 CONTROLS = {arm: ARMS[arm] for arm in ('MHA', 'MLA, r=C/2', 'MLA, r=C')}
-OLDER = {'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
 STARTS = (0, 100, 500)  # iterations of MHA before a control
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 WINDOWS = 4000 if full else 400  # of the validation split, evenly spaced; tinyshakespeare has 1,742
@@ -207,7 +206,7 @@ def finished(item, ckpt):
         return False
     saved = checkpoints.load(ckpt, mapped=True)
     for key, value in item['keys'].items():
-        found = saved['config'].get(key, OLDER.get(key, value))
+        found = saved['config'].get(key, checkpoints.OLDER.get(key, value))
         if key not in ('resume', 'init_from', 'data_dir') and found != value:
             raise UserError(f'{item["folder"]} has {key}={found}, not {value}; choose another --out_dir')
     return saved['iter_num'] >= item['keys']['max_iters']

@@ -395,10 +395,7 @@ chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS) if ful
 if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
-try:
-    grid = [float(rate) for rate in messages.names(rates or (RATES if full else f'{RATE}'), 'rates')]
-except ValueError as error:
-    raise UserError(f"rates is '{rates}'; give learning rates separated by commas, such as 4e-3,8e-3") from error
+grid = messages.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
 messages.check_folder(out_dir)
 if figure:
     messages.check_file(figure, 'figure')

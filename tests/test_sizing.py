@@ -129,6 +129,14 @@ def test_a_vocabulary_whose_logits_exceed_everything_else_is_counted_in_pieces()
     assert LinearCrossEntropy.ROWS == {'cuda': 4096, 'cpu': 512}
 
 
+@pytest.mark.parametrize('sequences', [1, 3, 7, 8, 20])
+def test_the_largest_batch_is_found_below_and_above_two_pieces_of_the_loss(sequences):
+    arm = planned('MHA', n_layer=1, n_embd=64, vocab_size=50304, block_size=1024)
+    room = arm.step_bytes(sequences * 1024, False)['peak']
+    assert arm.largest_training_batch(room + 1, 1024) == sequences
+    assert arm.largest_training_batch(room - 2**20, 1024) < sequences
+
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_states_are_those_of_the_real_optimizers(optimizer):
     arm = planned('MLA, r=64', bias=False)
