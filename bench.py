@@ -25,7 +25,7 @@ $ python bench.py --mode=compare --files=before.json,after.json
 Weights are random: times don't depend on them. Other programs on the machine disturb the times: check the quartiles.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -46,9 +46,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core import checkpoint as checkpoints
-from core import messages, peers, runtime, timing
-from core.contenders import (
+from core.cli import arguments, errors, machine
+from core.cli.arguments import whole_numbers
+from core.cli.errors import UserError
+from core.cli.files import write_json
+from core.convert.int8 import quantize, weight_bytes
+from core.runs import checkpoint as checkpoints
+from core.speed import gpus, peers, timing
+from core.speed.rivals import (
     WITHOUT,
     Decoding,
     HuggingFaceDecoding,
@@ -58,12 +63,9 @@ from core.contenders import (
     random_data,
     random_words,
 )
-from core.dataset import TokenData, read_meta
-from core.files import write_json
-from core.int8 import quantize, weight_bytes
-from core.messages import UserError, whole_numbers
-from core.timing import ms_text, print_table, shown, spread
-from core.tokenizer import TOKENIZERS
+from core.speed.timing import ms_text, print_table, shown, spread
+from core.text.dataset import TokenData, read_meta
+from core.text.tokenizer import TOKENIZERS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -119,16 +121,16 @@ if int8 and device not in ('auto', 'cpu'):
     raise UserError('int8 is for a CPU; leave it out, or add --device=cpu')
 for key in ('json', 'plot'):
     if config[key]:
-        messages.check_file(config[key], key)
-device = runtime.pick_device(device)
-dtype = runtime.pick_dtype(dtype, device, n_embd)
+        arguments.check_file(config[key], key)
+device = machine.pick_device(device)
+dtype = machine.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
-runtime.set_threads(threads)
+machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 on GPUs for what stays float32
 ROOT = Path(__file__).resolve().parent
 alternate = functools.partial(timing.alternate, device=device)
 peak_bytes = functools.partial(timing.peak_bytes, device=device)
-machine = timing.machine(device, dtype)
+host = timing.describe_machine(device, dtype)
 
 
 def model_args(config_class, **settings):
@@ -180,7 +182,7 @@ def bench_train():
     if set(parts) - set(WITHOUT):
         raise UserError(f"without is '{without}'; it must be a list of {', '.join(WITHOUT)}")
     if device == 'cpu':
-        runtime.keep_freed_memory()
+        machine.keep_freed_memory()
     models = build_all((2,))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -194,7 +196,7 @@ def bench_train():
             contenders[name] = stack.enter_context(process)
         peak = timing.peak_flops(device, dtype)
         rate = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'unknown'
-        print(', '.join(f'{k}: {v}' for k, v in (machine | {'compiled': compile}).items()), end='; ')
+        print(', '.join(f'{k}: {v}' for k, v in (host | {'compiled': compile}).items()), end='; ')
         print(f'{n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}')
         print(f'peak rate of matrix multiplications (MFU 100 %): {rate}\n')
         flops = {name: model.flops_per_token() for name, model in models.items()}
@@ -237,7 +239,7 @@ def step_peak(model, batch, folder):
 def bench_memory():
     """Find the largest batches that can be trained, and print a table. Returns the numbers as a dict."""
     rows = []
-    print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}; {n_layer} layers, C={n_embd}, T={block_size}\n')
+    print(f'{", ".join(f"{k}: {v}" for k, v in host.items())}; {n_layer} layers, C={n_embd}, T={block_size}\n')
     with tempfile.TemporaryDirectory() as folder:
         random_data(folder, vocab_size, block_size, seed)
         for name, model in build_all((2,)).items():
@@ -306,7 +308,7 @@ def measure_steps(models, hf_model, batch_size, context):
             row['attention']['of_mha'] = row['attention']['ms'] / rows[0]['attention']['ms']
         if row['cache_bytes']:
             model = models.get(row['name'].removesuffix(', eager'), models['MHA'])
-            weights = weight_bytes(model, runtime.DTYPES[dtype].itemsize)
+            weights = weight_bytes(model, machine.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
     return rows
 
@@ -347,15 +349,15 @@ def bench_sample():
     models = {name: model.eval() for name, model in all_models.items()}
     if int8:
         models |= {f'{name}, int8': quantize(copy.deepcopy(model)) for name, model in all_models.items()}
-    print(f'{", ".join(f"{k}: {v}" for k, v in machine.items())}\n')
+    print(f'{", ".join(f"{k}: {v}" for k, v in host.items())}\n')
     steps, texts = [], []
-    with torch.no_grad(), runtime.autocast(device, dtype):
+    with torch.no_grad(), machine.autocast(device, dtype):
         hf_model = huggingface and peers.huggingface_model(models['MHA'], random_prompt())
         for batch_size in sizes:
             for context in lengths:
-                runtime.notice(f'timing steps at batch size {batch_size}, context {context}')
+                errors.notice(f'timing steps at batch size {batch_size}, context {context}')
                 steps += measure_steps(models, hf_model, batch_size, context)
-        gpu = runtime.gpu_of(device)
+        gpu = gpus.gpu_of(device)
         bandwidth = gpu.bandwidth if gpu else timing.read_bandwidth() if device == 'cpu' else None
         step_columns = {
             'B': lambda row: str(row['batch_size']),
@@ -378,7 +380,7 @@ def bench_sample():
             )  # fmt: skip
         print_table(steps, step_columns)
         if new_tokens > 0:
-            runtime.notice(f'timing texts of {new_tokens} tokens')
+            errors.notice(f'timing texts of {new_tokens} tokens')
             texts = measure_texts(models, hf_model)
             text_columns = {
                 f'generate {new_tokens} tokens': lambda row: row['name'],
@@ -390,7 +392,7 @@ def bench_sample():
     if plot:
         from analysis import report, speed  # matplotlib is slow to import
 
-        setting = f'{machine["device"]}, {machine["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
+        setting = f'{host["device"]}, {host["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
         report.save_figure(plot, speed.decoding_figure(steps, n_embd, setting), dpi=120)
     return {'steps': steps, 'texts': texts}
 
@@ -404,13 +406,13 @@ def measure_tokenizing(path, folder):
     for name in TOKENIZERS:
         to, script = os.path.join(folder, name), ROOT / 'data' / 'text' / 'prepare.py'
         command = [sys.executable, script, f'--input={path}', f'--out_dir={to}', f'--tokenizer={name}']
-        runtime.notice(f'tokenizing with {name}')
+        errors.notice(f'tokenizing with {name}')
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         memory = timing.most_memory(process)
         seconds = time.perf_counter() - began
         if process.returncode:
-            runtime.notice(process.stderr.read().strip())
+            errors.notice(process.stderr.read().strip())
             continue
         count = sum(read_meta(Path(to))['tokens'].values())
         row = {'name': f'tokenize, {name}', 'ms': 1e3 * seconds, 'tokens': count, 'peak_bytes': memory}
@@ -447,7 +449,7 @@ def bench_data():
         path = text or os.path.join(folder, 'words.txt')
         if not text:
             random_words(path, megabytes * 1e6, seed)
-        print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {runtime.available_cores()} cores\n')
+        print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {machine.available_cores()} cores\n')
         tokenizing = measure_tokenizing(path, folder)
         columns = {
             'tokenizer': lambda row: row['name'].split()[-1],
@@ -469,7 +471,7 @@ def bench_data():
 
 def compare():
     """Print the ratios of two measurements' times, and exit: with 1 if one exceeds `tolerance`, else with 0."""
-    paths = messages.names(files, 'files')
+    paths = arguments.names(files, 'files')
     if len(paths) != 2:
         raise UserError(f"files is '{files}'; it must be two files written by --json: --files=before.json,after.json")
     before, after = (timing.read_times(path) for path in paths)
@@ -493,6 +495,6 @@ def compare():
 modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
 if mode not in modes:
     raise UserError(f"mode is '{mode}'; it must be {', '.join(list(modes)[:-1])} or {list(modes)[-1]}")
-results = {'mode': mode, 'machine': machine, 'config': config, **modes[mode]()}
+results = {'mode': mode, 'machine': host, 'config': config, **modes[mode]()}
 if json:
     write_json(json, results)

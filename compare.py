@@ -11,7 +11,7 @@ would give: train several, or see studies/contest.py.
 Writes comparison.png, comparison.md and comparison.json (all numbers, and the samples) into out_dir.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -22,8 +22,9 @@ import time
 import torch
 
 from analysis import comparison, report
-from core import messages, runtime, timing
-from core.messages import UserError
+from core.cli import arguments, errors, machine
+from core.cli.errors import UserError
+from core.speed import timing
 
 # ----------------------------------------------------------------------------------------------------------------------
 runs = 'out,out-mla'  # folders of runs, separated by commas; differences are to the first
@@ -41,12 +42,12 @@ seed = 1337  # of the samples
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-folders = messages.names(runs, 'runs')
+folders = arguments.names(runs, 'runs')
 if not folders:
     raise UserError('runs is empty; name the folders of trainings, such as --runs=out,out-mla')
-messages.check_folder(out_dir)
-device = runtime.pick_device(device)
-runtime.set_threads(threads)
+arguments.check_folder(out_dir)
+device = machine.pick_device(device)
+machine.set_threads(threads)
 
 
 def look(wait):
@@ -58,20 +59,22 @@ def look(wait):
     for run in found:
         comparison.measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed)
     heading, rows = comparison.table(found)
-    messages.output(comparison.aligned(heading, rows))
+    errors.output(comparison.aligned(heading, rows))
     if any(run.windows for run in found):
         print('val loss: mean ± standard error over windows; differences: by window, ± half of the 95 % interval')
     if len({run.iterations for run in found}) > 1:
         print('note: the runs have different numbers of iterations, so the differences are not of the models alone')
     if tokens:
         print()
-        messages.output(comparison.side_by_side(found, max(60, shutil.get_terminal_size((120, 0)).columns)))
+        errors.output(comparison.side_by_side(found, max(60, shutil.get_terminal_size((120, 0)).columns)))
     os.makedirs(out_dir, exist_ok=True)
     report.save_figure(os.path.join(out_dir, 'comparison.png'), comparison.curves(found), dpi=130)
     report.save_text(os.path.join(out_dir, 'comparison.md'), report.markdown_table(heading, rows))
     gaps = {run.folder: comparison.difference(run, found[0]) for run in found}
     results = {run.label: dict(run.numbers, minus_first=gaps[run.folder]) for run in found}
-    numbers = dict(device=device, torch=torch.__version__, machine=timing.machine(device, dtype), results=results)
+    numbers = dict(
+        device=device, torch=torch.__version__, machine=timing.describe_machine(device, dtype), results=results
+    )
     report.save_json(os.path.join(out_dir, 'comparison.json'), numbers)
     return finished
 

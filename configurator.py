@@ -8,7 +8,7 @@
 # Notable features:
 # - a script's keys are its globals of type int, float, bool or str whose names have no leading '_'
 # - config files (Python) and flags (--key=value or --key value) apply strictly from left to right
-# - a key keeps the type of its default, and the bounds in core/bounds.py: an unknown key, another type or a value out
+# - a key keeps the type of its default, and the bounds in core/cli/ranges.py: an unknown key, another type or a value out
 #   of bounds is an error of one line, in files as on the command line
 # - --help prints the script's docstring, and every key with its current value and its comment
 # - it leaves two names in the script: `config`, a dict of all keys, to be stored with the script's output, and `given`,
@@ -27,9 +27,9 @@ class _Configurator:
         """Override the keys in the namespace `script` from sys.argv: ({key: value}, {given keys}), or UserError."""
         import sys
 
-        from core import messages
+        from core.cli import errors
 
-        messages.install()
+        errors.install()
         keys = [k for k, v in script.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
         self = cls()
         self.script_file = script.get('__file__')
@@ -58,16 +58,16 @@ class _Configurator:
             raise self.error(f"run it from the repository's folder, where its data and configs are: cd {root}")
 
     def check_values(self):
-        """UserError where a key is out of the bounds that core/bounds.py has for it."""
-        from core import bounds
+        """UserError where a key is out of the bounds that core/cli/ranges.py has for it."""
+        from core.cli import ranges
 
         for key, value in self.values.items():
-            if found := bounds.problem(key, value):
+            if found := ranges.problem(key, value):
                 raise self.error(f'{key} {found}')
 
     def read(self, arguments):
         """Apply the command line, a list of str, from left to right."""
-        from core import messages
+        from core.cli import errors
 
         flags = []
         while arguments:
@@ -80,23 +80,23 @@ class _Configurator:
             else:
                 flags = self.say_flags(flags)
                 changed = self.read_file(argument)
-                messages.notice(f'{argument} sets {", ".join(changed)}' if changed else f'{argument} changes nothing')
+                errors.notice(f'{argument} sets {", ".join(changed)}' if changed else f'{argument} changes nothing')
         self.say_flags(flags)
 
     def say_flags(self, flags):
         """Print a group of flags, a list of keys, with their values; returns an empty group."""
-        from core import messages
+        from core.cli import errors
 
         if flags:
             settings = (f'{key}={self.values[key]!r}' for key in dict.fromkeys(flags))
-            messages.notice(f'command line sets {", ".join(settings)}')
+            errors.notice(f'command line sets {", ".join(settings)}')
         return []
 
     def error(self, text):
         """The exception to raise for a user's mistake."""
-        from core import messages
+        from core.cli import errors
 
-        return messages.UserError(text)
+        return errors.UserError(text)
 
     # ---- flags
 

@@ -15,21 +15,23 @@ $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --js
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
-The algebra is in core/conversion.py. Fine-tuning recovers most of the loss: train_mla.py --init_from=out-converted.
+The algebra is in core/convert/factorize.py. Fine-tuning recovers most of the loss: train_mla.py --init_from=out-converted.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
 import os
 
-from core import checkpoint as checkpoints
-from core import evaluation, files, messages, runtime, starting
-from core.conversion import check_mha, collect_statistics, to_gqa, to_mla, training_text
-from core.dataset import TokenData
-from core.messages import UserError
-from core.tokenizer import GPT2Tokenizer
+from core.cli import arguments, errors, files, machine
+from core.cli.errors import UserError
+from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
+from core.runs import checkpoint as checkpoints
+from core.runs import evaluation
+from core.runs import resume as resuming
+from core.text.dataset import TokenData
+from core.text.tokenizer import GPT2Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
@@ -52,21 +54,21 @@ threads = 0
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-sizes = messages.whole_numbers(sweep, 'sweep') or [n_latent]
+sizes = arguments.whole_numbers(sweep, 'sweep') or [n_latent]
 if n_kv_head and (sweep or n_latent):
     raise UserError('n_kv_head converts to grouped-query attention, which has no latent; leave out sweep and n_latent')
 target = os.path.join(out_dir, 'ckpt.pt')
-messages.check_folder(out_dir)
+arguments.check_folder(out_dir)
 if json:
-    messages.check_file(json, 'json')
+    arguments.check_file(json, 'json')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 
 # ---- the model and its text ------------------------------------------------------------------------------------------
-device = runtime.pick_device(device)
-runtime.set_threads(threads)
-dtype = runtime.pick_dtype(dtype, device)
-autocast = runtime.autocast(device, dtype)
+device = machine.pick_device(device)
+machine.set_threads(threads)
+dtype = machine.pick_dtype(dtype, device)
+autocast = machine.autocast(device, dtype)
 model, saved = checkpoints.pretrained(source)
 try:
     check_mha(model)
@@ -81,7 +83,7 @@ if not dataset and (sweep or method == 'data'):
 data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
 # nanoGPT's checkpoints don't say which tokens they read, and a folder's GPT-2 with another vocabulary may read any
 if data and saved.get('tokenizer') and ('model' in saved or model.config.vocab_size >= GPT2Tokenizer.n_vocab):
-    starting.check_tokenizer(saved['tokenizer'], data, source)
+    resuming.check_tokenizer(saved['tokenizer'], data, source)
 if data and data.n_vocab > model.config.vocab_size:
     raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; '
                     'use the data set that the model was made for')  # fmt: skip
@@ -104,7 +106,7 @@ losses = {}  # of each validation window, by the name of the row
 def measured(name, model):
     """A row of the table. The standard error of the rise is that of the differences per window."""
     row = dict(method=name, n_latent=getattr(model.config, 'n_latent', None))
-    row['cache_bytes_per_token'] = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+    row['cache_bytes_per_token'] = model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token
     row['cache_saved'] = 1 - row['cache_bytes_per_token'] / bytes_before
     if data:
         losses[name] = evaluation.window_losses(model, data, 'val', windows(eval_tokens), batch_size, autocast)
@@ -124,7 +126,7 @@ def shown(row):
 
 
 before = checkpoints.arm_of(model.config)
-bytes_before = model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+bytes_before = model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token
 methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
 if sweep:
     methods = {'weights': (False, True), 'data, not balanced': (True, False), 'data': (True, True)}
@@ -135,7 +137,7 @@ if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
 
 about = f'; losses on {data.corpus}' if data else ''
-messages.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
+errors.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
 heading = f'{"method":18}{"n_latent":>8}{"bytes/token":>15}{"saved":>9}'
 print(heading + (f'{"val loss":>22}{"rise":>23}' if data else ''))
 rows = [measured(before, model)]
@@ -163,7 +165,7 @@ if not sweep:
     contents = checkpoints.contents(converted, {**saved.get('config', {}), **config, 'dataset': dataset},
                                     val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)  # fmt: skip
     checkpoints.save(target, contents)
-    messages.output(f'checkpoint: {target}')
+    errors.output(f'checkpoint: {target}')
     raise SystemExit
 
 # ---- several: a picture ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ split, as a model reads them, so one may hold the end of a document and the star
 have the same tokenizer, vocabulary size and block_size.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -27,11 +27,11 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from analysis import corpus, report
-from core import messages
-from core.dataset import TokenData
-from core.messages import UserError
-from core.tokenizer import tokenizer_of
+from analysis import bigrams, report
+from core.cli import arguments, errors
+from core.cli.errors import UserError
+from core.text.dataset import TokenData
+from core.text.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 datasets = ''  # folders in data_dir, separated by commas
@@ -71,7 +71,7 @@ def document_windows(data):
         raise UserError(f'the tokens of {data.folder} ({data.meta["tokenizer"]}) do not say where a document ends; use '
                         '--inside_documents=False')  # fmt: skip
     tokens = np.memmap(data.folder / 'val.bin', dtype=data.dtype, mode='r')
-    starts = corpus.starts_inside(np.flatnonzero(tokens == end), block_size)
+    starts = bigrams.starts_inside(np.flatnonzero(tokens == end), block_size)
     count = min(text_windows, len(starts))
     return starts[np.arange(count) * len(starts) // max(1, count)]
 
@@ -81,7 +81,7 @@ def measure(name):
     started = time.perf_counter()
     data, starts = opened(name)
     x, y = (tensor.numpy() for tensor in data.windows('val', starts))
-    found, errors = corpus.induction_columns(x, y, training_pairs(data), data.n_vocab)
+    found, errors = bigrams.induction_columns(x, y, training_pairs(data), data.n_vocab)
     return dict(name=name, corpus=data.corpus, tokenizer=data.meta['tokenizer'], vocab_size=data.n_vocab,
                 tokens=data.tokens, windows=len(starts), **found._asdict(), stderr=errors._asdict(),
                 seconds=time.perf_counter() - started)  # fmt: skip
@@ -89,23 +89,23 @@ def measure(name):
 
 def table(results):
     """The Markdown table of some results of `measure`, a str."""
-    heading = ['data set', 'tokenizer', 'windows', *(name.replace('_', ' ') for name in corpus.Columns._fields)]
+    heading = ['data set', 'tokenizer', 'windows', *(name.replace('_', ' ') for name in bigrams.Columns._fields)]
     rows = [
         [row['name'], f'{row["tokenizer"]}, {row["vocab_size"]:,} ids', f'{row["windows"]:,}',
-         *(f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in corpus.Columns._fields)]
+         *(f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in bigrams.Columns._fields)]
         for row in results
     ]  # fmt: skip
     return report.markdown_table(heading, rows)
 
 
-chosen = messages.names(datasets, 'datasets')
+chosen = arguments.names(datasets, 'datasets')
 if not chosen:
     raise UserError('say which data sets to measure: --datasets=NAME, or several, separated by commas')
 if json:
-    messages.check_file(json, 'json')
+    arguments.check_file(json, 'json')
 for name in chosen:
     opened(name)  # before the first measurement, so that a wrong name doesn't show after it
 results = [measure(name) for name in chosen]
-messages.output(table(results).rstrip('\n'))
+errors.output(table(results).rstrip('\n'))
 if json:
     report.save_json(json, report.plain(dict(command=sys.argv, config=config, datasets=results)))

@@ -4,7 +4,7 @@ Write a checkpoint as a folder that the `transformers` library loads.
 $ python export_hf.py --source=out-shakespeare-cpu --out_dir=hf-shakespeare
 
 A model with multi-head attention becomes an ordinary GPT-2. A model with multi-head latent attention comes with its
-code in one file, core/hf_modeling_mla.py, which transformers runs only with trust_remote_code:
+code in one file, core/convert/hf_modeling_mla.py, which transformers runs only with trust_remote_code:
 
     AutoModelForCausalLM.from_pretrained('hf-shakespeare')
     AutoModelForCausalLM.from_pretrained('hf-shakespeare-mla', trust_remote_code=True)
@@ -24,7 +24,7 @@ no token for the start of a text: --model_args ...,prefix_token_id=ID gives lm_e
 decode(..., skip_special_tokens=True) omits the token; no logits and no other ids are changed.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -34,11 +34,12 @@ import shutil
 from dataclasses import fields
 from json import dump
 
-from core import checkpoint as checkpoints
-from core import gpt2, messages, scripts
-from core.conversion import to_mha
-from core.messages import UserError
-from core.tokenizer import tokenizer_of
+from core.cli import arguments, errors, subprocesses
+from core.cli.errors import UserError
+from core.convert import gpt2
+from core.convert.factorize import to_mha
+from core.runs import checkpoint as checkpoints
+from core.text.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint, or a folder with one
@@ -48,7 +49,7 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 MODEL_CODE = 'hf_modeling_mla.py'  # of core/
-messages.check_folder(out_dir)
+arguments.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)
@@ -81,7 +82,7 @@ def mla_config():
 
 def model_card():
     """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
-    config, keys = model.config, scripts.keys_of('train.py')
+    config, keys = model.config, subprocesses.keys_of('train.py')
     script = 'train_mla.py' if is_mla else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
     made_with = [f'--{key}={shlex.quote(str(value))}' for key, value in saved['config'].items()
@@ -121,7 +122,7 @@ Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} 
 is_mla, arm = checkpoints.attention_of(model) == 'mla', checkpoints.arm_of(model.config)
 parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 if not is_mla and model.config.n_kv_head:
-    messages.notice(
+    errors.notice(
         f'{checkpoints.arm_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
     )
     model = to_mha(model)
@@ -150,7 +151,7 @@ os.chmod(weights, os.stat(os.path.join(out_dir, 'config.json')).st_mode)  # safe
 if is_mla:
     shutil.copyfile(os.path.join('core', MODEL_CODE), os.path.join(out_dir, MODEL_CODE))
 with open(os.path.join(out_dir, 'README.md'), 'w', encoding='utf-8') as file:
-    file.write(messages.printable(model_card()))
+    file.write(errors.printable(model_card()))
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -165,5 +166,5 @@ if fast_tokenizer is not None:
         **dict.fromkeys(roles, tokenizer.special_token),
     ).save_pretrained(out_dir)
 else:
-    messages.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
-messages.output(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')
+    errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
+errors.output(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')

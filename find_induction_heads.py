@@ -20,7 +20,7 @@ Prints a table and writes into out_dir: induction.json (all numbers), induction_
 and writes formation.json and formation.png.
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -36,12 +36,12 @@ import torch
 from tqdm import tqdm
 
 from analysis import circuits, forward, induction, latent, report, stats
-from core import checkpoint as checkpoints
-from core import files, messages, runtime
-from core.dataset import TokenData
-from core.gpt2 import GPT2_SIZES
-from core.messages import UserError
-from core.tokenizer import Tokenizer, tokenizer_of
+from core.cli import arguments, errors, files, machine
+from core.cli.errors import UserError
+from core.convert.gpt2 import GPT2_SIZES
+from core.runs import checkpoint as checkpoints
+from core.text.dataset import TokenData
+from core.text.tokenizer import Tokenizer, tokenizer_of
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def validation_text(dataset, config, count):
         data = TokenData(folder, config.block_size)
         tokens, targets = data.windows('val', data.eval_windows('val', count))
     except UserError as error:
-        messages.notice(f'not using the validation data: {error}')
+        errors.notice(f'not using the validation data: {error}')
         return None
     return None if int(tokens.max()) >= config.vocab_size else (tokens, targets)
 
@@ -394,18 +394,18 @@ if sort not in report.SORTS:
     raise UserError(f"sort is '{sort}'; it must be {', '.join(list(report.SORTS)[:-1])} or {list(report.SORTS)[-1]}")
 if text and not os.path.isfile(text):
     raise UserError(f'{text} is missing; --text must be a text file')
-specs, folders = messages.names(models, 'models'), messages.names(sweep, 'sweep')
-messages.check_folder(out_dir)
+specs, folders = arguments.names(models, 'models'), arguments.names(sweep, 'sweep')
+arguments.check_folder(out_dir)
 induction.self_test()
-messages.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
-device = runtime.pick_device(device)
-threads = runtime.set_threads(threads)
+errors.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
+device = machine.pick_device(device)
+threads = machine.set_threads(threads)
 about = dict(command=sys.argv, config=config, torch=torch.__version__)
 
 if folders:
     runs = [formation(folder) for folder in folders]
     os.makedirs(out_dir, exist_ok=True)
-    messages.output('\n'.join(report.formation_table(run) for run in runs))
+    errors.output('\n'.join(report.formation_table(run) for run in runs))
     report.save_json(os.path.join(out_dir, 'formation.json'), report.plain(dict(about, runs=runs)))
     report.save_figure(os.path.join(out_dir, 'formation.png'), report.formation_curves(runs))
 
@@ -417,15 +417,15 @@ for spec in specs:
 results, entries = [], []
 for spec in specs:
     started, loaded = time.perf_counter(), load(spec)
-    messages.output(report.describe(loaded.facts))
+    errors.output(report.describe(loaded.facts))
     result = dict(loaded.facts, **measure(loaded))
     results.append(dict(result, seconds=time.perf_counter() - started))
-    messages.output(report.head_table(result, show, sort) + '\n')
+    errors.output(report.head_table(result, show, sort) + '\n')
     if html:
         entries.append(page_entry(loaded, result))
     del loaded  # before the next model is loaded
 if results:
-    messages.output(report.LEGEND)
+    errors.output(report.LEGEND)
     os.makedirs(out_dir, exist_ok=True)
     report.save_json(os.path.join(out_dir, 'induction.json'), report.plain(dict(about, models=results)))
     report.save_figure(os.path.join(out_dir, 'induction_heads.png'), report.heat_maps(results))

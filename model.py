@@ -13,7 +13,7 @@ Notable features:
 
 Shapes: B batch, T query length, S key length, L layers, H heads, K key/value heads (K = H in MHA), C = n_embd, d = C/H
 head size, V vocabulary.
-How an operation is made fast is in core/kernels.py: Linear, dropout, attend and the loss come from there.
+How an operation is made fast is in ops/kernels.py: Linear, dropout, attend and the loss come from there.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Vaswani et al. 2017,
 arXiv:1706.03762 (attention); Shazeer 2019, arXiv:1911.02150 (MQA); Ainslie et al. 2023, arXiv:2305.13245 (GQA); Su et
@@ -29,10 +29,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from core import gpt2
-from core.decoding import FixedStep, draw
-from core.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
-from core.optimizers import OPTIMIZERS, slow_down
+from core.convert import gpt2
+from ops.decoding import FixedStep, draw
+from ops.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
+from ops.optimizers import OPTIMIZERS, slow_down
 
 
 @dataclass
@@ -415,7 +415,7 @@ class GPT(nn.Module):
         """
         Continue idx (B, t) by max_new_tokens drawn tokens; returns (B * num_samples, t + new), prompt included.
 
-        temperature, top_k, top_p, valid_ids, generator: see core/decoding.py's `draw`. num_samples: samples per prompt,
+        temperature, top_k, top_p, valid_ids, generator: see ops/decoding.py's `draw`. num_samples: samples per prompt,
         which share its prefill. stop_token: stop when every sample has drawn it; one that has is filled up with it.
         on_token: called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only).
         use_cache=False recomputes every token, with a window that slides over the last block_size tokens. Learned

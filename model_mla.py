@@ -44,8 +44,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from core.kernels import Dropout, Linear, RMSNorm, attend, cast_once, per_head
 from model import GPT, GPTConfig, apply_rope
+from ops.kernels import Dropout, Linear, RMSNorm, attend, cast_once, per_head
 
 
 @dataclass

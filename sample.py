@@ -9,7 +9,7 @@ From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Huggi
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint as checkpoints
-from core import evaluation, files, runtime
-from core.dataset import TokenData, read_meta, read_meta_pickle
-from core.int8 import quantize
-from core.messages import UserError, printable
-from core.tokenizer import GPT2Tokenizer, load_tokenizer
+from core.cli import errors, files, machine
+from core.cli.errors import UserError, printable
+from core.convert.int8 import quantize
+from core.runs import checkpoint as checkpoints
+from core.runs import evaluation
+from core.text.dataset import TokenData, read_meta, read_meta_pickle
+from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder
@@ -51,8 +52,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
-device = runtime.pick_device(device)
-runtime.set_threads(threads)
+device = machine.pick_device(device)
+machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 captured = device.startswith('cuda') and compile in ('auto', True)
 
@@ -70,12 +71,12 @@ if init_from == 'resume':
             meta = read_meta_pickle(folder)
         else:
             meta = GPT2Tokenizer().meta()
-            runtime.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
+            errors.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
     model, checkpoint = checkpoints.pretrained(init_from)
     meta = checkpoint['tokenizer']
 model.eval().to(device)
-dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
+dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
 tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
     raise UserError(
@@ -89,7 +90,7 @@ if tokenizer.n_vocab > model.config.vocab_size:
 def validation_losses():
     """The model's loss on each of `int8_windows` windows of its validation data."""
     data = TokenData(Path(data_dir, str((checkpoint.get('config') or {}).get('dataset', ''))), model.config.block_size)
-    with runtime.autocast(device, dtype):
+    with machine.autocast(device, dtype):
         return evaluation.window_losses(model, data, 'val', int8_windows, batch_size=1)
 
 
@@ -105,7 +106,7 @@ if weights == 'int8':
     precision = f'weights in int8, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)
-        runtime.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
+        errors.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 if start.startswith('FILE:'):
@@ -117,7 +118,7 @@ prompt = tokenizer.encode(start, special=True)
 if not prompt:
     raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
 if len(prompt) > model.config.block_size:
-    runtime.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
+    errors.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
 stop_ids = tokenizer.encode(stop, special=True)
 if len(stop_ids) > 1:
     raise UserError(f'stop must be one token, and {stop!r} is {len(stop_ids)} ({tokenizer.name}); choose a shorter one')
@@ -142,13 +143,13 @@ def show_first(tokens):
     show([] if token == stop_token else [token])
 
 
-cache_bytes = model.init_cache(1, 1, dtype=runtime.DTYPES[dtype]).bytes_per_token
+cache_bytes = model.init_cache(1, 1, dtype=machine.DTYPES[dtype]).bytes_per_token
 kind = checkpoints.attention_of(model).upper()
 about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
-runtime.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
+errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()
 show(prompt)
-with runtime.autocast(device, dtype):
+with machine.autocast(device, dtype):
     samples = model.generate(
         torch.tensor([prompt], device=device),
         max_new_tokens,
@@ -170,4 +171,4 @@ for sample in samples[1:].tolist():
     show(prompt + [token for token in sample[len(prompt) :] if token != stop_token], final=True)
     print('\n---------------', flush=True)
 drawn = samples[:, len(prompt) :].numel()
-runtime.notice(f'{drawn} tokens in {seconds:.1f} s, {drawn / seconds:.1f} tokens/s')
+errors.notice(f'{drawn} tokens in {seconds:.1f} s, {drawn / seconds:.1f} tokens/s')

@@ -16,7 +16,7 @@ Decoding speed and largest batch over the context, from 124M to DeepSeek-V3's sh
 $ python sizing.py --gpu=H200 --plot=sizing.png --json=sizing.json
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -25,9 +25,11 @@ import textwrap
 from dataclasses import fields
 
 from analysis import report
-from core import messages, sizing
-from core.messages import UserError, whole_numbers
-from core.runtime import GPUS
+from core.cli import arguments, errors
+from core.cli.arguments import whole_numbers
+from core.cli.errors import UserError
+from core.speed import planner
+from core.speed.gpus import GPUS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -47,7 +49,7 @@ n_latent_q = 0  # MLA: size of the queries' latent; 0: queries are not compresse
 n_rope = 0  # MLA: dimensions per head that RoPE rotates; 0 with pos='rope': half of the head size
 latent_norm = False  # MLA: RMSNorm on the latents
 # machine
-gpu = 'H100'  # a name in core/runtime.py's table
+gpu = 'H100'  # a name in core/cli/machine.py's table
 gpus = 1  # how many, each with batches of its own
 fsdp = False  # share weights, gradients and optimizer out over the GPUs
 usable = 0.9  # share of a GPU's memory for tensors; the rest is for CUDA, its libraries, and gaps between tensors
@@ -68,8 +70,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 for key in ('json', 'plot'):
     if config[key]:
-        messages.check_file(config[key], key)
-hardware = sizing.gpu_called(gpu)
+        arguments.check_file(config[key], key)
+hardware = planner.gpu_called(gpu)
 if hardware is None:
     raise UserError(f"gpu is '{gpu}'; it must be one of {', '.join(entry.name for entry in GPUS)}")
 dtype = hardware.dtype if dtype == 'auto' else dtype
@@ -83,9 +85,9 @@ share = gpus if fsdp else 1
 
 def sizes_of(name):
     """All keys, with the sizes of a named shape where they weren't given. UserError for an unknown name."""
-    if name and name not in sizing.SHAPES:
-        raise UserError(f"'{name}' is no shape; choose {', '.join(sizing.SHAPES)}")
-    named = sizing.SHAPES[name] if name else {}
+    if name and name not in planner.SHAPES:
+        raise UserError(f"'{name}' is no shape; choose {', '.join(planner.SHAPES)}")
+    named = planner.SHAPES[name] if name else {}
     return config | {key: value for key, value in named.items() if key not in given}
 
 
@@ -93,7 +95,7 @@ def arm(model_class, config_class, sizes, **own):
     """One sizing.Arm. UserError where the sizes don't fit together."""
     keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
     try:
-        return sizing.Arm(model_class, config_class(**keys | own), dtype)
+        return planner.Arm(model_class, config_class(**keys | own), dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -184,7 +186,7 @@ def rows_of(results):
         return most and f'{most} {seconds[most] / sum(seconds.values()):.0%}'
 
     states, plain, again = ('training', 'states'), ('training', 'plain'), ('training', 'recomputed')
-    parts = [part for part in sizing.PARTS.values() if part in results[0]['parts']]
+    parts = [part for part in planner.PARTS.values() if part in results[0]['parts']]
     gb = dict(unit=1e9)
     rows = [
         row('**parameters, millions**', short, 'parameters', unit=1e6),
@@ -272,7 +274,7 @@ def assumptions():
 def curves(name, lengths):
     """Decoding of a named shape's models over context lengths: {name of a model: [dict of `decoding`, ...]}."""
     models = arms_of(sizes_of(name) | {'block_size': max(lengths)})
-    messages.notice(f'sizing {name}')
+    errors.notice(f'sizing {name}')
     return {model.name: [decoding(model, length) for length in lengths] for model in models}
 
 
@@ -315,7 +317,7 @@ def draw(found):
 sizes = sizes_of(shape)
 T = sizes['block_size']
 own = shape or given & {field.name for field in fields(MLAConfig)}
-shapes = messages.names(plot_shapes, 'plot_shapes') or ([shape] if own else ['gpt2', '7b', 'deepseek-v3'])
+shapes = arguments.names(plot_shapes, 'plot_shapes') or ([shape] if own else ['gpt2', '7b', 'deepseek-v3'])
 shapes, lengths = shapes if plot else [], whole_numbers(contexts, 'contexts')
 if not lengths:
     raise UserError("contexts is ''; it must be whole numbers separated by commas, such as 1024,8192")

@@ -10,7 +10,7 @@ command is run again. Every key of train.py is accepted too, and applies to both
 $ python test_shakespeare_quick.py --max_iters=500 --block_size=128 --out_dir=out-quick-500
 """
 
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -18,13 +18,13 @@ import os
 import sys
 
 from analysis import comparison
-from core import checkpoint as checkpoints
-from core import messages, runtime, scripts
-from core.dataset import TokenData
-from core.messages import UserError
-from core.tokenizer import load_tokenizer
+from core.cli import arguments, errors, machine, subprocesses
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+from core.text.dataset import TokenData
+from core.text.tokenizer import load_tokenizer
 
-globals().update(scripts.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
+globals().update(subprocesses.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-quick'  # receives a folder per model, comparison.png and comparison.json
 overwrite = False  # discard a comparison with other settings that out_dir holds
@@ -49,17 +49,17 @@ SIZES = {
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
 OF_MLA = ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm', 'latent_init')
-device = runtime.pick_device(device)
+device = machine.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
     raise UserError(f"size is '{size}'; it must be auto, {' or '.join(SIZES)}")
 if decided := given & set(DECIDED):
     raise UserError(f'{min(decided)} cannot be given: both models are trained from scratch, and resumed where they are')
-messages.check_folder(out_dir)
+arguments.check_folder(out_dir)
 setting = dict(SIZES[size], gradient_accumulation_steps=1, log_interval=10)
 setting.update((key, config[key]) for key in given - set(OURS))
 setting.update(dataset=dataset, data_dir=data_dir, threads=threads, seed=seed, device=device)
-setting['dtype'] = dtype = runtime.pick_dtype(dtype, device, setting['n_embd'])
+setting['dtype'] = dtype = machine.pick_dtype(dtype, device, setting['n_embd'])
 if 'lr_decay_iters' not in given:
     setting['lr_decay_iters'] = setting['max_iters']
 data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
@@ -81,9 +81,9 @@ for name in models:
 for name, script in models.items():
     arguments = dict(keys[name], out_dir=os.path.join(out_dir, name))
     arguments.update(overwrite=True) if overwrite else arguments.update(resume='auto')
-    messages.notice(f'---- {script}: {name.upper()} ----')
+    errors.notice(f'---- {script}: {name.upper()} ----')
     command = [sys.executable, script, *(f'--{key}={value}' for key, value in arguments.items())]
-    if code := scripts.call(command):
+    if code := subprocesses.call(command):
         sys.exit(code)
 
 # ---- compare ---------------------------------------------------------------------------------------------------------
@@ -91,4 +91,4 @@ folders = ','.join(os.path.join(out_dir, name) for name in models)
 arguments = dict(runs=folders, out_dir=out_dir, data_dir=data_dir, device=device, dtype=dtype, threads=threads,
                  start=start, sample_tokens=sample_tokens, seed=seed)  # fmt: skip
 print(flush=True)
-sys.exit(scripts.call([sys.executable, 'compare.py', *(f'--{key}={value}' for key, value in arguments.items())]))
+sys.exit(subprocesses.call([sys.executable, 'compare.py', *(f'--{key}={value}' for key, value in arguments.items())]))

@@ -14,7 +14,7 @@ $ python train.py --resume=yes --out_dir=out-shakespeare-cpu
 $ python train.py config/train_shakespeare_cpu.py --resume=auto  # resumes where there is a run, otherwise starts one
 """
 
-from core import signals
+from core.cli import signals
 
 stop_request = signals.StopRequest()  # before the slow imports, so that a signal that arrives during them counts
 
@@ -28,10 +28,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from core import checkpoint as checkpoints
-from core import evaluation, runlog, runtime, starting
-from core.runfolder import RunFolder
-from core.runtime import UserError
+from core.cli import arguments, errors, machine
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+from core.runs import evaluation
+from core.runs import log as runlog
+from core.runs import resume as resuming
+from core.runs.folder import RunFolder
+from core.runs.processes import join_processes, seed_dropout, shard
+from core.speed import gpus
 
 # ----------------------------------------------------------------------------------------------------------------------
 # output
@@ -101,21 +106,21 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  #
 # ---- a new run, or which one to resume -------------------------------------------------------------------------------
 folder = RunFolder(out_dir)
 if not eval_only:
-    runtime.check_folder(out_dir)
-    if os.path.isdir(out_dir) and runtime.is_rank_zero():
+    arguments.check_folder(out_dir)
+    if os.path.isdir(out_dir) and errors.is_rank_zero():
         folder.acquire()  # before looking: what is in it must not change any more
-config, resumed_from, resumed = starting.resolve(config, given, folder)
+config, resumed_from, resumed = resuming.resolve(config, given, folder)
 globals().update(config)
-kept_iterations = set(runtime.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
+kept_iterations = set(arguments.whole_numbers(keep_checkpoints, 'keep_checkpoints'))
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
-device = runtime.pick_device(device)
-processes, device = runtime.join_processes(device, backend)
-threads = runtime.set_threads(threads)
+device = machine.pick_device(device)
+processes, device = join_processes(device, backend)
+threads = machine.set_threads(threads)
 if compile is not False:
-    runtime.keep_compiled()
+    machine.keep_compiled()
 if device == 'cpu':
-    runtime.keep_freed_memory()
+    machine.keep_freed_memory()
 compile = device.startswith('cuda') if compile == 'auto' else compile
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 if gradient_accumulation_steps % processes.world_size:
@@ -127,33 +132,33 @@ micro_steps = gradient_accumulation_steps // processes.world_size
 rows_per_iter = gradient_accumulation_steps * batch_size
 
 # ---- data, model and optimizer ---------------------------------------------------------------------------------------
-raw_model, data = starting.model_and_data(config, given, device, resumed, resumed_from)
+raw_model, data = resuming.model_and_data(config, given, device, resumed, resumed_from)
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
     wandb_run = runlog.start_wandb(wandb_project, wandb_run_name, config, (resumed or {}).get('wandb_run_id'))
 block_size = raw_model.config.block_size
-dtype = config['dtype'] = processes.agreed_dtype(runtime.pick_dtype(dtype, device, raw_model.config.n_embd))
-autocast = runtime.autocast(device, dtype)
+dtype = config['dtype'] = processes.agreed_dtype(machine.pick_dtype(dtype, device, raw_model.config.n_embd))
+autocast = machine.autocast(device, dtype)
 fsdp = fsdp and processes.world_size > 1
 if fsdp:
     processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
-    runtime.shard(raw_model, device, compile)
+    shard(raw_model, device, compile)
 raw_model.to(device)
 kind = device.split(':')[0]
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), kind, optimizer, kv_lr)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 iter_num, tokens, val_loss, best_val_loss = 0, 0, None, math.inf
 if resumed:
-    iter_num, tokens, val_loss, best_val_loss = starting.progress(resumed)
+    iter_num, tokens, val_loss, best_val_loss = resuming.progress(resumed)
     if resumed.get('optimizer'):
         checkpoints.restore_optimizer(optimizer, resumed['optimizer'])
     if resumed.get('scaler'):
         scaler.load_state_dict(resumed['scaler'])
     if iter_num >= max_iters and not eval_only:
-        runtime.notice(f'the run has reached max_iters={max_iters}; to train on, give a higher --max_iters')
+        errors.notice(f'the run has reached max_iters={max_iters}; to train on, give a higher --max_iters')
         config |= {key: value for key, value in (resumed.get('config') or {}).items() if key in config}  # none applied
 if min_lr > learning_rate and decay_lr:
-    runtime.notice(f'note: min_lr={min_lr:g} is above learning_rate={learning_rate:g}, so the rate rises to it; lower '
+    errors.notice(f'note: min_lr={min_lr:g} is above learning_rate={learning_rate:g}, so the rate rises to it; lower '
                    '--min_lr too')  # fmt: skip
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
 resumed = None  # frees its tensors
@@ -162,7 +167,7 @@ if processes.world_size > 1 and not fsdp:
     model = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith('cuda') else None)
 
 tokens_per_iter = rows_per_iter * block_size
-runtime.notice(
+errors.notice(
     f'device={device} ({threads} CPU threads, {processes.world_size} process{"es" * (processes.world_size > 1)}), '
     f'dtype={dtype}, compile={compile}\n'
     f'model: {checkpoints.arm_of(raw_model.config)}, {raw_model.get_num_params() / 1e6:.2f}M parameters\n'
@@ -177,7 +182,7 @@ def micro_batches(iteration):
         for micro_step in range(micro_steps):
             first = (micro_step * processes.world_size + processes.rank) * batch_size
             batch = data.batch(seed, iteration, rows_per_iter, slice(first, first + batch_size))
-            yield runtime.to_device(*batch, device)
+            yield machine.to_device(*batch, device)
         iteration += 1
 
 
@@ -246,7 +251,7 @@ first_bad = torch.full((), max_iters, device=device)  # first iteration whose lo
 measured_from, measured_iters = time.perf_counter(), 0
 raw_model.train()
 if resumed_from and iter_num < max_iters:
-    runtime.notice(f'learning rate: {get_lr(iter_num):.3g} now, {get_lr(max_iters - 1):.3g} at the end')
+    errors.notice(f'learning rate: {get_lr(iter_num):.3g} now, {get_lr(max_iters - 1):.3g} at the end')
 batches = micro_batches(iter_num)
 x, y = next(batches)
 while True:
@@ -276,7 +281,7 @@ while True:
         if saves:
             save(best=improved)
         elif saved_iter != iter_num:
-            runtime.notice(f'always_save_checkpoint=False: iteration {iter_num} is no improvement and is not saved')
+            errors.notice(f'always_save_checkpoint=False: iteration {iter_num} is no improvement and is not saved')
         break
 
     for group in optimizer.param_groups:
@@ -284,7 +289,7 @@ while True:
     loss = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         if dropout:
-            runtime.seed_dropout(seed, iter_num, micro_step, processes.rank)
+            seed_dropout(seed, iter_num, micro_step, processes.rank)
         # gradients are averaged over the processes once, in the last micro-step; shards have no room to accumulate
         alone = processes.world_size == 1 or fsdp or micro_step == micro_steps - 1
         with nullcontext() if alone else model.no_sync():
@@ -313,7 +318,7 @@ while True:
     if iter_num % log_interval == 0 or evaluates:
         mean_loss = processes.sum(loss.cpu().double()).item() / processes.world_size  # waits for the device
         seconds = (time.perf_counter() - measured_from) / measured_iters
-        peak = (runtime.peak_flops(device, dtype) or 0) * processes.world_size
+        peak = (gpus.peak_flops(device, dtype) or 0) * processes.world_size
         mfu = raw_model.estimate_mfu(rows_per_iter, seconds, peak)
         row.update(
             iter=iter_num, tokens=tokens, lr=f'{lr:.6g}', loss=f'{mean_loss:.6f}', grad_norm=f'{float(grad_norm):.6f}',
@@ -339,7 +344,7 @@ if processes.rank == 0 and done:
 saver.wait()
 processes.any(False)  # a barrier: torchrun ends the job when one process leaves, and the checkpoint must be on disk
 if stops:
-    runtime.notice(
+    errors.notice(
         f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {folder.ckpt} is saved. '
         f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
     )

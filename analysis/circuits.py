@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from analysis.forward import device_of, rope_of
-from core.kernels import repeat_heads
-from core.runtime import to_float64
+from core.cli.machine import to_float64
+from ops.kernels import repeat_heads
 
 
 @torch.no_grad()

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from core import checkpoint as checkpoints
-from core import evaluation, runlog, runtime
-from core.dataset import TokenData
-from core.messages import UserError
-from core.tokenizer import load_tokenizer
+from core.cli import machine
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+from core.runs import evaluation
+from core.runs import log as runlog
+from core.text.dataset import TokenData
+from core.text.tokenizer import load_tokenizer
 
 # of different brightness, to be distinguishable in grey
 COLORS = ('#1f3b73', '#e07b39', '#4f9a94', '#9b2226', '#8f7fb8', '#c9a227')
@@ -98,8 +100,8 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
     model = checkpoints.build_model(run.saved).to(device).eval()
     folder = os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset'])
     data = TokenData(folder, model.config.block_size)
-    dtype = runtime.pick_dtype(dtype, device, model.config.n_embd)
-    autocast = runtime.autocast(device, dtype)
+    dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
+    autocast = machine.autocast(device, dtype)
     run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
     run.windows = (str(data.meta.get('sha256')), data.tokens['val'], data.block_size, len(run.losses))
     speeds = runlog.column(run.log, 'tokens_per_s')[1]
@@ -130,7 +132,7 @@ def sizes(model, dtype='float32'):
         parameters=model.get_num_params(),
         attention_parameters=model.num_attention_params(),
         flops_per_token=model.flops_per_token(),
-        cache_bytes_per_token=model.init_cache(1, dtype=runtime.DTYPES[dtype]).bytes_per_token,
+        cache_bytes_per_token=model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from core.kernels import attend, attention_pattern, repeat_heads
+from ops.kernels import attend, attention_pattern, repeat_heads
 
 
 def device_of(model):

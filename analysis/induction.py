@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from analysis import stats
-from analysis.corpus import repeated_pairs
+from analysis.bigrams import repeated_pairs
 from analysis.forward import (
     device_of,
     embed,
@@ -34,7 +34,7 @@ from analysis.forward import (
     text_losses,
     token_losses,
 )
-from core.kernels import attend
+from ops.kernels import attend
 
 SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
 

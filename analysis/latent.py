@@ -10,7 +10,7 @@ import torch
 
 from analysis.forward import device_of, embed, rope_of, run
 from analysis.induction import joined, repeat_losses, score_layers
-from core.runtime import to_float64
+from core.cli.machine import to_float64
 
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
 

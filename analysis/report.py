@@ -16,9 +16,9 @@ from matplotlib.text import Text
 
 from analysis.induction import ranked
 from analysis.latent import READINGS
-from core import runtime
-from core.files import replacing, write_json
-from core.messages import printable
+from core.cli import errors
+from core.cli.errors import printable
+from core.cli.files import replacing, write_json
 
 CUSTOMARY = 0.4  # the induction score above which a head is often called an induction head; shown for reference only
 
@@ -45,13 +45,13 @@ def save_text(path, text):
     """Write a text file and say so on stderr. Raises OSError."""
     with replacing(path) as file:
         file.write(text)
-    runtime.notice(f'wrote {path}')
+    errors.notice(f'wrote {path}')
 
 
 def save_json(path, value):
     """Write a value as JSON and say so on stderr; `plain` makes JSON of arrays. Raises OSError."""
     write_json(path, value)
-    runtime.notice(f'wrote {path}')
+    errors.notice(f'wrote {path}')
 
 
 def save_figure(path, figure, dpi=150):
@@ -68,7 +68,7 @@ def save_figure(path, figure, dpi=150):
             text.set(text=printable(text.get_text()), parse_math=False)
     with replacing(path, 'wb') as file:
         figure.savefig(file, format='png', dpi=dpi)
-    runtime.notice(f'wrote {path}')
+    errors.notice(f'wrote {path}')
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

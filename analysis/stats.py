@@ -1,7 +1,7 @@
 """
 Confidence intervals of a mean: bootstrap over sequences, Student's t over training seeds; and the error of a ratio.
 
-The mean and standard error over windows of a data set are core/evaluation.py's `mean_and_stderr`.
+The mean and standard error over windows of a data set are core/runs/evaluation.py's `mean_and_stderr`.
 """
 
 from statistics import mean, stdev

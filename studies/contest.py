@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -37,11 +37,11 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis import comparison, report, stats
-from core import checkpoint as checkpoints
-from core import files, messages, runtime, scripts
-from core.dataset import TokenData
-from core.evaluation import mean_and_stderr, window_losses
-from core.messages import UserError
+from core.cli import arguments, files, machine, subprocesses
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+from core.runs.evaluation import mean_and_stderr, window_losses
+from core.text.dataset import TokenData
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-contest'  # the runs
@@ -70,8 +70,8 @@ dtype = 'float32'
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-device = runtime.pick_device(device)
-dtype = runtime.pick_dtype(dtype, device, n_embd)
+device = machine.pick_device(device)
+dtype = machine.pick_dtype(dtype, device, n_embd)
 C = n_embd
 SETTING = dict(n_layer=n_layer, n_head=n_head, n_embd=C, block_size=block_size, batch_size=batch_size,
                gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1,
@@ -192,9 +192,9 @@ def train_and_measure(item):
     ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
     if not finished(item, ckpt):
         keys = dict(item['keys'], compile=False, out_dir=item['folder'])  # compiling takes longer than a small run
-        if not scripts.converges(script_of(item['keys']), [keys], item['folder']):
+        if not subprocesses.converges(script_of(item['keys']), [keys], item['folder']):
             return dict(item, val_loss=None)  # this rate is too high for this arm
-    if not scripts.is_current(result, ckpt):
+    if not subprocesses.is_current(result, ckpt):
         files.write_json(result, measured(ckpt))
     with open(result, encoding='utf-8') as file:
         return dict(item, **json.load(file))
@@ -228,7 +228,7 @@ def convert(item):
         sizes = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
         keys = dict(sizes, source=item['keys']['init_from'], data_dir=data_dir, device=device, threads=1,
                     eval_tokens=4096, out_dir=folder)  # fmt: skip
-        scripts.run_script('convert_mla.py', [keys], folder)
+        subprocesses.run_script('convert_mla.py', [keys], folder)
     item = dict(item, keys=dict(item['keys'], init_from=folder))
     return dict(make(item), before=measured(os.path.join(folder, 'ckpt.pt'))['val_loss'])
 
@@ -241,7 +241,7 @@ def train_sources(starts):
 
 def in_order(work, items):
     """Results of runs, started seed by seed so that an interrupted study has whole columns."""
-    return scripts.run_all(work, sorted(items, key=lambda item: (item['seed'], item['rate'])), jobs)
+    return subprocesses.run_all(work, sorted(items, key=lambda item: (item['seed'], item['rate'])), jobs)
 
 
 def losses(results, arm, kind='scratch', rate=None):
@@ -436,12 +436,12 @@ if unknown := set(named) - set(ARMS):
 iterations = max_iters or (2000 if full else 50)
 tuning_iterations = max(1, iterations // 10)
 n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
-rates_tried = tuple(sorted(set(messages.numbers(rates, 'rates')))) or (RATES if full else RATES[1::2])
+rates_tried = tuple(sorted(set(arguments.numbers(rates, 'rates')))) or (RATES if full else RATES[1::2])
 data = TokenData(os.path.join(data_dir, dataset), block_size)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
-messages.check_folder(runs_dir)
+arguments.check_folder(runs_dir)
 if figure:
-    messages.check_file(figure, 'figure')
+    arguments.check_file(figure, 'figure')
 torch.set_num_threads(1)
 
 recorded, recorded_mha = read_earlier()

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -38,8 +38,9 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis import report
-from core import messages, runtime, timing
-from core.messages import UserError
+from core.cli import arguments, errors
+from core.cli.errors import UserError
+from core.speed import gpus, timing
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-gpu'
@@ -98,7 +99,7 @@ SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, de
 
 def all_parts():
     """{name: Part}, in the order in which they run."""
-    gpu = runtime.gpu_of('cuda') if not rehearse else None
+    gpu = gpus.gpu_of('cuda') if not rehearse else None
     memory = torch.cuda.get_device_properties(0).total_memory if not rehearse else 0
     batch = next((size for size, least in ((32, 70e9), (16, 38e9), (8, 20e9)) if memory > least), 4)
     theirs = dict(nanogpt=nanogpt) if nanogpt else {}
@@ -204,7 +205,7 @@ def run(name, part, until):
         written = next((key.removeprefix('--json=') for key in command if key.startswith('--json=')), '')
         if line in output and os.path.exists(written):  # by an earlier call that had no time for the rest
             continue
-        messages.notice(f'$ {line}')
+        errors.notice(f'$ {line}')
         ends, may_be_stopped = deadline, trainings > 0 and is_training(command)
         if may_be_stopped:
             now = time.monotonic()
@@ -390,7 +391,7 @@ def start():
     return earlier['parts'], machine
 
 
-messages.check_folder(out_dir)
+arguments.check_folder(out_dir)
 os.makedirs(out_dir, exist_ok=True)
 beside = ROOT.parent / 'nanoGPT'
 nanogpt = os.path.abspath(nanogpt) if nanogpt else str(beside) if (beside / 'model.py').is_file() else ''
@@ -398,7 +399,7 @@ if nanogpt and not os.path.isfile(os.path.join(nanogpt, 'model.py')):
     raise UserError(f'{nanogpt} has no model.py; --nanogpt must be the folder of a nanoGPT checkout')
 records, machine = start()
 available = all_parts()
-chosen = messages.names(parts, 'parts') if parts else list(available)
+chosen = arguments.names(parts, 'parts') if parts else list(available)
 if unknown := set(chosen) - set(available):
     raise UserError(f'unknown parts: {", ".join(sorted(unknown))}; choose from {", ".join(available)}')
 until = time.monotonic() + 60 * minutes
@@ -407,17 +408,17 @@ for name in available:
     if name not in chosen or records.get(name, {}).get('status') == 'done':
         continue
     if part.needs and not importlib.util.find_spec(part.needs):
-        messages.notice(f'{name}: left out, {part.needs} is not installed')
+        errors.notice(f'{name}: left out, {part.needs} is not installed')
         continue
     if time.monotonic() > until - (5 if part.seconds else max(5, LEAST)):
-        messages.notice(f'{name}: no time left; repeat the command to continue')
+        errors.notice(f'{name}: no time left; repeat the command to continue')
         continue
     records[name] = run(name, part, until)
     write(records, machine)
-    messages.notice(f'{name}: {records[name]["status"]} ({records[name]["seconds"]:.0f} s)')
+    errors.notice(f'{name}: {records[name]["status"]} ({records[name]["seconds"]:.0f} s)')
 
 if rehearse:
-    messages.notice('a rehearsal in miniature: these figures show that the parts run, and nothing about speed')
+    errors.notice('a rehearsal in miniature: these figures show that the parts run, and nothing about speed')
 for goal, value, met in goals():
     print(f'{"yes" if met else "no " if met is False else "-  "} {goal}: {value or "not measured"}')
 if failed := [name for name, record in records.items() if record['status'] != 'done']:

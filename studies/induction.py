@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -27,9 +27,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report, stats
-from analysis.measured import measure, measurement, read_json, sweep
-from core import messages, scripts
-from core.messages import UserError
+from core.cli import arguments, errors, subprocesses
+from core.cli.errors import UserError
+from studies.measure import measure, measurement, read_json, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
@@ -111,7 +111,7 @@ def train(run):
                 keep_checkpoints=','.join(map(str, steps)))  # fmt: skip
     keys |= {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
     keys |= dict(latent_init='gpt2', kv_lr=1.0)  # with which the figures of RESULTS.md were measured
-    scripts.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
+    subprocesses.run_script('train.py', ['config/train_repeats.py', keys], run['folder'])
 
 
 def train_and_measure(run):
@@ -127,12 +127,12 @@ def convert_and_measure(run):
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
         keys = dict(source=run['source'], out_dir=folder, n_latent=run['n_latent'], dataset='repeats',
                     data_dir=data_dir, threads=1)  # fmt: skip
-        scripts.run_script('convert_mla.py', [keys], folder)
+        subprocesses.run_script('convert_mla.py', [keys], folder)
     if not os.path.exists(os.path.join(tuned, f'ckpt_{TUNING:06}.pt')):
         keys = dict(out_dir=tuned, data_dir=data_dir, init_from=folder, resume='auto', max_iters=TUNING,
                     lr_decay_iters=TUNING, eval_interval=TUNING, warmup_iters=10, keep_checkpoints=TUNING, threads=1,
                     seed=run['seed'], n_latent=run['n_latent'], kv_lr=1.0)  # fmt: skip
-        scripts.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
+        subprocesses.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
     head = measurement(run['source'])['ranking'][0]
     out = dict(n_latent=run['n_latent'], seed=run['seed'], mha=head_numbers(run['source'], head))
     for name, of in (('converted', folder), ('tuned', tuned)):
@@ -153,7 +153,7 @@ def prepare_data():
     """Make data_dir/repeats if it is missing."""
     folder = os.path.join(data_dir, 'repeats')
     if not os.path.exists(os.path.join(folder, 'train.bin')):
-        scripts.run_script('data/repeats/prepare.py', [dict(folder=folder)], out_dir)
+        subprocesses.run_script('data/repeats/prepare.py', [dict(folder=folder)], out_dir)
 
 
 def earlier_study(path):
@@ -412,7 +412,7 @@ def formation_figure(outcomes):
 
 if seeds == 1:
     raise UserError('seeds is 1; it must be at least 2, as one gives no interval, or 0 for the default')
-messages.check_folder(out_dir)
+arguments.check_folder(out_dir)
 if results:
     around_marks(results)  # fail before the training, not after it
 if reuse:
@@ -420,11 +420,11 @@ if reuse:
     full, max_iters = earlier['full'], earlier['max_iters']
 else:
     prepare_data()
-    outcomes = scripts.run_all(train_and_measure, planned(), jobs)
+    outcomes = subprocesses.run_all(train_and_measure, planned(), jobs)
 if convert or not reuse:
     prepare_data()
-    scripts.run_all(train_and_measure, [run for run in planned() if is_source(run)], jobs)
-    converted = scripts.run_all(convert_and_measure, conversions(planned()), jobs)
+    subprocesses.run_all(train_and_measure, [run for run in planned() if is_source(run)], jobs)
+    converted = subprocesses.run_all(convert_and_measure, conversions(planned()), jobs)
 
 steps, count = snapshots(), len({o['seed'] for o in outcomes})
 command = 'python studies/induction.py' + (' --full=True' if full else '')
@@ -448,4 +448,4 @@ report.save_figure(os.path.join(out_dir, 'formation.png'), picture)
 if results:
     before, after = around_marks(results)
     report.save_text(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
-messages.output(text)
+errors.output(text)

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -34,11 +34,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report, stats
-from analysis.corpus import with_copies
-from analysis.measured import measure, measurement, read_json, sweep
-from core import files, messages, scripts
-from core.dataset import TokenData
-from core.messages import UserError
+from analysis.bigrams import with_copies
+from core.cli import arguments, errors, files, subprocesses
+from core.cli.errors import UserError
+from core.text.dataset import TokenData
+from studies.measure import measure, measurement, read_json, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-induction-text'  # the runs
@@ -160,7 +160,7 @@ def train_and_measure(run):
                     keep_checkpoints=','.join(map(str, steps)), **ARMS[run['arm']])  # fmt: skip
         keys |= dict(kv_lr=1.0) if mla else {}  # with which the figures of RESULTS.md were measured
         config_file = 'config/train_code_cpu_mla.py' if mla else 'config/train_code_cpu.py'
-        if not scripts.converges('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder']):
+        if not subprocesses.converges('train_mla.py' if mla else 'train.py', [config_file, keys], run['folder']):
             return None  # the rate is too high for this arm
     measure(run['folder'], sweep=run['folder'], text_windows=128, html=False, threads=1, device='cpu', **where)
     return outcome(run)
@@ -395,10 +395,10 @@ chosen = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS) if ful
 if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 iterations = max_iters or (5000 if full else 300)
-grid = messages.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
-messages.check_folder(out_dir)
+grid = arguments.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
+arguments.check_folder(out_dir)
 if figure:
-    messages.check_file(figure, 'figure')
+    arguments.check_file(figure, 'figure')
 recorded, recorded_prose = read_earlier()
 if reuse:
     outcomes = read_study(reuse)['runs']
@@ -407,13 +407,13 @@ else:
         TokenData(os.path.join(data_dir, name), 256)  # a missing one is an error now, not later
     plans = [named(arm, rate=rate) for rate in grid for arm in chosen]
     plans += [named('MHA', share=share) for share in SHARES] if prose else []
-    outcomes = with_recorded(scripts.run_all(train_and_measure, plans, jobs))
+    outcomes = with_recorded(subprocesses.run_all(train_and_measure, plans, jobs))
     best = {arm: rate_of(group[0]) for arm, group in by_arm(outcomes).items()}
     plans = [named(arm, SEED + n, best[arm]) for n in range(1, seeds or (3 if full else 1)) for arm in chosen]
-    outcomes = with_recorded(outcomes + scripts.run_all(train_and_measure, plans, jobs))
+    outcomes = with_recorded(outcomes + subprocesses.run_all(train_and_measure, plans, jobs))
 outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), rate_of(o), o['share'] or 0))
 text = tables(outcomes)
-messages.output(text)
+errors.output(text)
 os.makedirs(out_dir, exist_ok=True)
 report.save_text(os.path.join(out_dir, 'text.md'), text)
 path = figure or os.path.join(out_dir, 'text.png')

@@ -4,17 +4,15 @@ import runpy
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_input import make_place
-from training import write_characters
+from support import ROOT
+from support.bad_input import make_place
+from support.training import write_characters
 
-from core.tokenizer import CharTokenizer
-from core.write_dataset import write_dataset
-
-ROOT = Path(__file__).resolve().parents[1]
+from core.text.tokenizer import CharTokenizer
+from core.text.write_dataset import write_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -42,9 +42,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from core import text_files
-from core.messages import UserError, names, notice, output
-from core.write_dataset import encode_stream, summary, write_dataset
+from core.cli.arguments import names
+from core.cli.errors import UserError, notice, output
+from core.text import text_files
+from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # folders (or files), separated by commas, instead of packages

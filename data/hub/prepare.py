@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -37,12 +37,12 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from core import text_files
-from core.dataset import SPLITS, token_dtype
-from core.files import write_json
-from core.messages import UserError, notice, output
-from core.tokenizer import load_tokenizer
-from core.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
+from core.cli.errors import UserError, notice, output
+from core.cli.files import write_json
+from core.text import text_files
+from core.text.dataset import SPLITS, token_dtype
+from core.text.tokenizer import load_tokenizer
+from core.text.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 hub = ''  # a data set of the Hugging Face Hub, OWNER/NAME

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -34,12 +34,13 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from core.dataset import token_dtype
-from core.files import sync, write_json
-from core.messages import UserError, check_folder, notice, output
-from core.runtime import available_cores
-from core.tokenizer import GPT2Tokenizer
-from core.write_dataset import encode_stream, summary, write_dataset
+from core.cli.arguments import check_folder
+from core.cli.errors import UserError, notice, output
+from core.cli.files import sync, write_json
+from core.cli.machine import available_cores
+from core.text.dataset import token_dtype
+from core.text.tokenizer import GPT2Tokenizer
+from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a Parquet file or a folder of them, with a column `text`; '': OpenWebText from the Hugging Face Hub

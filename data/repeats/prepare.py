@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -22,8 +22,9 @@ import time
 
 import numpy as np
 
-from core.messages import UserError, check_folder, output
-from core.write_dataset import summary, write_dataset
+from core.cli.arguments import check_folder
+from core.cli.errors import UserError, output
+from core.text.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 folder = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json are written

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'shakespeare_char'))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -23,9 +23,10 @@ import time
 
 import corpus
 
-from core.messages import check_folder, output
-from core.tokenizer import GPT2Tokenizer
-from core.write_dataset import summary, write_dataset
+from core.cli.arguments import check_folder
+from core.cli.errors import output
+from core.text.tokenizer import GPT2Tokenizer
+from core.text.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else plays

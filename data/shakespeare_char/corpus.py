@@ -20,9 +20,9 @@ from pathlib import Path
 
 import stand_in
 
-from core.files import read_bytes, replacing
-from core.messages import UserError, notice
-from core.tokenizer import within
+from core.cli.errors import UserError, notice
+from core.cli.files import read_bytes, replacing
+from core.text.tokenizer import within
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

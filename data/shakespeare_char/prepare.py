@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
@@ -24,9 +24,10 @@ import time
 
 import corpus
 
-from core.messages import UserError, check_folder, output
-from core.tokenizer import CharTokenizer
-from core.write_dataset import summary, write_dataset
+from core.cli.arguments import check_folder
+from core.cli.errors import UserError, output
+from core.text.tokenizer import CharTokenizer
+from core.text.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a text file; '': tinyshakespeare from a local input.txt, else downloaded, else plays

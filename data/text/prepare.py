@@ -25,18 +25,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core import signals
+from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
 import time
 
-from core import text_files
-from core.bounds import listed
-from core.files import sha256
-from core.messages import UserError, output
-from core.tokenizer import TOKENIZERS
-from core.write_dataset import encode_stream, summary, write_dataset
+from core.cli.errors import UserError, output
+from core.cli.files import sha256
+from core.cli.ranges import listed
+from core.text import text_files
+from core.text.tokenizer import TOKENIZERS
+from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a file or a folder, or several, separated by commas

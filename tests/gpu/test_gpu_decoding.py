@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from test_cache import BLOCK, VARIANTS, make, tokens
-from training import ROOT, environment, run
+from support.models import BLOCK, VARIANTS, make, tokens
+from support.training import ROOT, environment, run
 
-from core import runtime
-from core.decoding import FixedStep
-from core.kernels import attend
+from core.cli import machine
+from ops.decoding import FixedStep
+from ops.kernels import attend
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA GPUs')
 
@@ -34,7 +34,7 @@ def test_captured_steps_under_autocast(variant, device):
     """Until the cache is full."""
     model, idx = make(variant, torch.float32).to(device), tokens(3, BLOCK).to(device)
     expected = model(idx, idx)[0]
-    with runtime.autocast(device, 'bfloat16'):
+    with machine.autocast(device, 'bfloat16'):
         cache = model.init_cache(3)
         model(idx[:, :9], cache=cache)
         step = FixedStep(model, cache)

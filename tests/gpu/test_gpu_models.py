@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_cache import BLOCK, VARIANTS, make, tokens
+from support.models import BLOCK, VARIANTS, make, tokens
 
-from core import runtime
+from core.cli import machine
 
 TOLERANCE = {'float32': 2e-3, 'bfloat16': 0.1, 'float16': 0.02}  # of the root of the mean square
 
@@ -13,7 +13,7 @@ def learn(model, device, dtype='float32', call=None, scale=1.0):
     """Logits, loss and gradients {name: tensor} of one batch, in float32 on the CPU."""
     idx, targets = tokens(3, BLOCK).to(device), tokens(3, BLOCK, seed=1).to(device)
     model.zero_grad()
-    with runtime.autocast(device, dtype):
+    with machine.autocast(device, dtype):
         logits, loss = (model if call is None else call)(idx, targets)  # a compiled model has no truth value
     (loss * scale).backward()
     gradients = {name: (p.grad / scale).float().cpu() for name, p in model.named_parameters()}
@@ -84,10 +84,10 @@ def test_the_same_batch_twice_gives_the_same_loss(variant, device):
 
 def test_batches_arrive_as_they_were_read(data_dir, device):
     """Through pinned memory, while later ones are read into memory that was freed."""
-    from core.dataset import TokenData
+    from core.text.dataset import TokenData
 
     data = TokenData(data_dir / 'tiny', 16)
-    sent = [runtime.to_device(*data.batch(1, i, 8, slice(0, 8)), device) for i in range(50)]
+    sent = [machine.to_device(*data.batch(1, i, 8, slice(0, 8)), device) for i in range(50)]
     for i, batch in enumerate(sent):
         for mine, expected in zip(batch, data.batch(1, i, 8, slice(0, 8)), strict=True):
             assert torch.equal(mine.cpu(), expected), i

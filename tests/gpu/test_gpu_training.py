@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import REHEARSAL
-from training import ROOT, SCRIPTS, assert_same_curve, environment, log_of, torchrun
-from training import run as run_training
+from support.training import ROOT, SCRIPTS, assert_same_curve, environment, log_of, torchrun
+from support.training import run as run_training
 
 KEYS = {'mha': dict(bias=True), 'mla': dict(bias=True, pos='rope', n_latent_q=12, latent_norm=True)}
 TOLERANCE = {'float32': 1e-2, 'bfloat16': 0.03}  # float32 multiplies in TF32, which alone moves these losses by .002

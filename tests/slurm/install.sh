@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what tests/test_slurm.py needs: Debian's (or Ubuntu's) SLURM, MUNGE and shellcheck. Nothing is started and no
+# Installs what tests/system/test_slurm.py needs: Debian's (or Ubuntu's) SLURM, MUNGE and shellcheck. Nothing is started and no
 # service is enabled on purpose: cluster.sh runs its own daemons, as ordinary processes, under a folder of its own.
 #
 # $ tests/slurm/install.sh

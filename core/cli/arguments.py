@@ -1,0 +1,71 @@
+"""What the user gave: lists of numbers and names in one key, and paths that must be writable."""
+
+import os
+
+from core.cli import ranges
+from core.cli.errors import UNPRINTABLE, UserError
+
+
+def whole_numbers(text, key):
+    """The value of a key such as '1,8' as a list of whole numbers; UserError where one is out of the key's bounds."""
+    return numbers(text, key, int, 'whole numbers separated by commas, such as 1,8')
+
+
+def numbers(text, key, kind=float, wanted='numbers separated by commas, such as 1e-3,2e-3'):
+    """The same for numbers of any `kind`; wanted: what the message says they must be."""
+    try:
+        values = [kind(part) for part in text.split(',')] if text else []
+    except ValueError:
+        raise UserError(f"{key} is '{text}'; it must be {wanted}") from None
+    for value in values:
+        if found := ranges.problem(key, value):
+            raise UserError(f"in {key}='{text}' a number {found}")
+    return values
+
+
+def names(text, key):
+    """The value of a key such as 'out,out-mla' as a list of str. UserError if it's set but names nothing."""
+    found = [part.strip() for part in text.split(',') if part.strip()]
+    if text and not found:
+        raise UserError(f"{key} is '{text}', which names nothing; separate names by commas")
+    return found
+
+
+def check_folder(path, key='out_dir'):
+    """UserError unless the folder `path`, the value of a key, is writable or can be created. Creates nothing."""
+    above = nearest_existing(path, key)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise unusable(path, key, f'{above} is not a writable folder')
+
+
+def check_file(path, key):
+    """UserError unless the file `path`, the value of a key, can be created or replaced. Creates nothing."""
+    folder = os.path.dirname(os.path.abspath(path))
+    nearest_existing(f'{path}.writing' if path else '', key)  # as core/cli/files.py names it while writing
+    if not os.path.isdir(folder):
+        raise unusable(path, key, f'the folder {folder} does not exist')
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise unusable(path, key, 'it is a folder' if os.path.isdir(path) else f'{folder} is not a writable folder')
+
+
+def nearest_existing(path, key):
+    """`path`, or the nearest folder above it that exists. UserError if no such path can exist, for example ''."""
+    if not path:
+        raise unusable(path, key, 'it is empty')
+    if UNPRINTABLE.search(path):
+        raise unusable(path, key, 'it has characters that are not UTF-8 or that a terminal would execute')
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long a name, or a folder that may not be read
+        raise unusable(path, key, error.strerror) from error
+    above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    return above
+
+
+def unusable(path, key, reason):
+    """The UserError for the path in a key."""
+    return UserError(f"{key}='{path}' can't be used: {reason}; choose another --{key}")

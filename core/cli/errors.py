@@ -1,0 +1,120 @@
+"""
+What a script says to its user: errors of one line, notices and results, and how it ends.
+
+Notable features:
+- a user's mistake, a full disk or a lack of memory ends in one line on stderr and exit code 2, never in a traceback
+- control characters in names and paths are printed as escapes, because a terminal would execute them
+- importing this is fast: it doesn't need torch
+"""
+
+import atexit
+import errno
+import os
+import re
+import select
+import sys
+
+from core.cli import signals
+
+
+class UserError(Exception):
+    """A mistake that the user can correct. The text is one line: what is wrong, and what to do about it."""
+
+
+# C0 and C1 control characters without \t and \n, marks that reverse the direction of writing, and lone surrogates,
+# which stand for the bytes of a path that are not UTF-8 and can't be printed
+UNPRINTABLE = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+LONGEST = 300  # characters of a word in an error message; longer ones, such as paths, lose their middle
+
+
+def printable(text):
+    """`text`, a str, with escapes such as \\x1b for characters that a terminal would execute or can't show."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode('unicode_escape').decode('ascii'), text)
+
+
+def is_rank_zero():
+    """True in a single process, and in rank 0 under torchrun."""
+    return os.environ.get('RANK', '0') == '0'
+
+
+def notice(text):
+    """Print `text` on stderr, on rank 0 only. Results go to stdout; this is for everything else."""
+    if is_rank_zero():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def output(text):
+    """Print a result that contains names, paths or other text from outside on stdout."""
+    print(printable(text), flush=True)
+
+
+# ---- the end of a script ---------------------------------------------------------------------------------------------
+
+
+def install():
+    """What every script does first: errors in one line, signals and closed pipes without a traceback."""
+    sys.excepthook = report_user_errors
+    signals.exit_in_order()
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that isn't UTF-8 is no reason to fail
+    atexit.unregister(flush_output)
+    atexit.register(flush_output)
+
+
+def report_user_errors(kind, error, traceback):
+    """An excepthook: prints the line of `in_one_line` and exits with code 2; other errors get their traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(signals.INTERRUPTED)
+    if issubclass(kind, BrokenPipeError) and output_is_closed():
+        sys.exit(signals.CLOSED_PIPE)
+    line = in_one_line(kind, error)
+    if line is None:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    words = (word if len(word) <= LONGEST else f'{word[:140]}...{word[-140:]}' for word in line.split())
+    print(f'error: {printable(" ".join(words))}', file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def in_one_line(kind, error):
+    """What to tell the user about an exception: a str for a UserError, a lack of memory or a file; otherwise None."""
+    torch = sys.modules.get('torch')  # without it, nothing was allocated
+    memory = (MemoryError, torch.OutOfMemoryError) if hasattr(torch, 'OutOfMemoryError') else MemoryError
+    if issubclass(kind, UserError):
+        return str(error)
+    if issubclass(kind, memory) or "can't allocate memory" in str(error):
+        first = (str(error) or kind.__name__).splitlines()[0]
+        return f'out of memory ({first}); reduce the batch size, the sequence length or the model'
+    if issubclass(kind, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        where = f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, (str, bytes)) else ''
+        return f'{where}{error.strerror or error}; check the path, its permissions and the space on the disk'
+    return None
+
+
+def output_is_closed():
+    """True if the reader of stdout or stderr has closed the pipe, as `head` does; later output is discarded then."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and has_no_reader(stream)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
+
+
+def has_no_reader(stream):
+    """True if a stream is a pipe whose other end is closed. Python's own buffers forget what they failed to write."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows has no poll, a test's stdout no number
+        return False
+
+
+def flush_output():
+    """At exit: print what is left. Exits with code 2 if it can't be written, quietly if the reader closed the pipe."""
+    try:
+        output_is_closed()
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError as error:
+        print(f"error: stdout can't be written ({error.strerror})", file=sys.stderr, flush=True)
+        os._exit(2)

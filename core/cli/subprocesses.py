@@ -1,0 +1,120 @@
+"""
+Run the project's scripts as subprocesses, several at a time, and read which keys they have: for scripts that run
+others.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from core.cli import errors, machine
+from core.cli.errors import UserError
+
+
+def keys_of(path):
+    """{key: default} of a script's block of keys, read from its source without running it."""
+    keys = {}
+    with open(path, encoding='utf-8') as file:
+        tree = ast.parse(file.read())
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node):
+            return keys
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                keys[node.targets[0].id] = eval(compile(ast.Expression(node.value), path, 'eval'), {})
+            except NameError:
+                continue  # computed from something else, so it is no key
+    raise ValueError(f'{path} never executes the configurator')
+
+
+running = set()  # the subprocesses that `call` waits for
+
+
+def call(command, **how):
+    """
+    The exit code of a command, a list of str, run as a subprocess; how: further arguments of subprocess.Popen.
+
+    A signal that ends this script ends the subprocess too: it gets SIGTERM, and is waited for, since a training saves.
+    """
+    process = subprocess.Popen(command, **how)
+    running.add(process)
+    try:
+        return process.wait()
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        running.discard(process)
+
+
+def run_script(script, arguments, folder):
+    """
+    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`.
+
+    arguments: a list of str (config files) and dicts of keys. folder: created if it is missing. UserError if the script
+    fails.
+    """
+    os.makedirs(folder, exist_ok=True)
+    command = [sys.executable, script]
+    for argument in arguments:
+        if isinstance(argument, dict):
+            command += [f'--{key}={value}' for key, value in argument.items()]
+        else:
+            command.append(argument)
+    path = os.path.join(folder, 'log.txt')
+    with open(path, 'a', encoding='utf-8') as log:
+        environment = dict(os.environ, OMP_NUM_THREADS='1')
+        code = call(command, stdout=log, stderr=log, env=environment)
+    if code:
+        raise UserError(f'{script} failed with exit code {code} in {folder}; see the end of {path} for the reason')
+
+
+def converges(script, arguments, folder):
+    """Run a training by `run_script`: False if it diverged. UserError if it fails otherwise."""
+    try:
+        run_script(script, arguments, folder)
+    except UserError:
+        with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as log:
+            if 'not finite in iteration' not in log.read():
+                raise
+        return False
+    return True
+
+
+def run_all(work, runs, jobs=0):
+    """
+    [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).
+
+    runs: dicts with a 'name'. Shows progress on stderr. If a call raises, no more are started and the exception is
+    raised. A signal stops the subprocesses that are running.
+    """
+
+    def work_and_say(run):
+        result = work(run)
+        errors.notice(f'{run["name"]} is done')
+        bar.update()
+        return result
+
+    with (
+        ThreadPoolExecutor(jobs or machine.available_cores()) as pool,
+        tqdm(total=len(runs), unit='run', disable=None) as bar,
+    ):
+        try:
+            futures = [pool.submit(work_and_say, run) for run in runs]
+            return [future.result() for future in futures]
+        except SystemExit:  # from the handler of the signal; the threads are not interrupted
+            for process in list(running):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def is_current(path, source):
+    """True if the file `path` exists and is at least as new as `source`, which it was made from."""
+    return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(source)

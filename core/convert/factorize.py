@@ -1,0 +1,252 @@
+"""
+From MHA to MLA: the algebra that compresses trained keys and values into one latent. Tensors in, a model out.
+
+Grouped-query attention is a special case of MLA: its K keys and values per token are a latent of r = 2 K d numbers,
+from which the up-projection copies (TransMLA, arXiv:2502.07864). `to_mla` therefore converts a GQA model exactly at its
+own cache size. `to_gqa` goes from MHA to fewer key/value heads; `to_mha` goes back, which is exact.
+
+Notable features:
+- one singular value decomposition of keys and values together, per layer
+- weighted by the covariance of the layer's inputs on real text, or, without text, by what LayerNorm implies about it
+- the mean input takes no rank: what the latent loses of it is added to the bias
+- exact to rounding for n_latent = n_embd and n_embd - 1
+- the statistics take (C + 1) C numbers per layer, independent of the amount of text
+
+Why. Keys and values are W x + b, W = [W_K; W_V] (2C, C), x the output of ln_1, with mean m and covariance M. At rank r
+the error E |(W - W_up W_down)(x - m)|^2 is smallest when W_up W_down = U U^T W, where U (2C, r) holds the first
+left singular vectors of W M^(1/2) (Eckart and Young 1936; with M as activation statistics: arXiv:2403.07378). So
+
+    W_down = U^T W        W_up = U        b_up = b + (I - U U^T) W m        b_down = 0
+
+LayerNorm's output is x = g * n + beta, and the entries of n sum to 0. All x - m therefore lie in a subspace of C - 1
+dimensions, which is why n_embd - 1 is still exact. Without text, n is assumed to be white in that subspace: the
+"weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta.
+
+Keys and values differ in norm, and the error of the larger would dominate. `balance` scales the keys to the energy of
+the values before the decomposition, and scales them back after it.
+
+A model without biases has no place for b_up: there m = 0, and M is the uncentred E[x x^T].
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from core.cli.machine import to_float64
+from model import GPT
+from model_mla import MLAGPT, MLAConfig
+from ops.kernels import repeat_heads
+
+# Every direction that LayerNorm can reach gets this share of the mean variance, whether the text has it or not, so that
+# full rank is exact on any input. Its square root is far above float64's rounding, and far too small to matter.
+RIDGE = 1e-8
+
+
+@dataclass
+class Statistics:
+    """Sums over `count` tokens of one layer's ln_1 output x (C,) and of x x^T (C, C), float64."""
+
+    count: int
+    total: torch.Tensor
+    products: torch.Tensor
+
+    @classmethod
+    def empty(cls, size, device='cpu'):
+        zeros = to_float64(torch.zeros(size + 1, size, device=device))
+        return cls(0, zeros[0], zeros[1:])
+
+    def add(self, x):
+        """Add x (..., C)."""
+        x = to_float64(x.detach().flatten(0, -2)).to(self.total.device)
+        self.count += len(x)
+        self.total += x.sum(dim=0)
+        self.products.addmm_(x.t(), x)
+
+    def moments(self, centred=True):
+        """Mean (C,) and covariance (C, C), on the CPU; uncentred: zeros and E[x x^T]. ValueError before any `add`."""
+        if not self.count:
+            raise ValueError('the statistics are empty; add some tokens first')
+        mean, second = self.total.cpu() / self.count, self.products.cpu() / self.count
+        return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
+
+
+def training_text(data, count, batch_size):
+    """At most `count` evenly spaced windows of a TokenData's training split, in batches of ids (batch_size, T)."""
+    starts = data.eval_windows('train', count)
+    for first in range(0, len(starts), batch_size):
+        yield data.windows('train', starts[first : first + batch_size])[0]
+
+
+@torch.no_grad()
+def collect_statistics(model, batches):
+    """
+    Run `model` (a GPT) over batches of token ids (B, T), any iterable: a list with one Statistics per layer.
+
+    One batch at a time is in memory.
+    """
+    device, blocks = model.lm_head.weight.device, model.transformer.h
+    statistics = [Statistics.empty(model.config.n_embd, device) for _ in blocks]
+    hooks = [
+        block.ln_1.register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
+        for block, own in zip(blocks, statistics, strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for idx in batches:
+            model.hidden(idx.to(device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return statistics
+
+
+def norm_moments(ln, centred=True):
+    """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
+    gain = to_float64(ln.weight.detach()).cpu()
+    mean = torch.zeros_like(gain) if ln.bias is None else to_float64(ln.bias.detach()).cpu()
+    covariance = torch.diag(gain**2) - torch.outer(gain, gain) / len(gain)
+    return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
+
+
+def root(matrix):
+    """The symmetric square root of a covariance (n, n)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
+
+
+def reachable_root(ln, covariance):
+    """
+    A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
+
+    Its columns span exactly the subspace that LayerNorm `ln` can reach. Otherwise rounding in `covariance` would act as
+    a direction of its own, and displace one that matters.
+    """
+    gain = to_float64(ln.weight.detach()).cpu()
+    basis, sizes, _ = torch.linalg.svd(torch.diag(gain) - gain[:, None] / len(gain))
+    kept = sizes > 1e-12 * sizes[0]
+    basis, sizes = basis[:, kept], sizes[kept]
+    inner = basis.t() @ covariance @ basis
+    return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
+
+
+def factorize(w_k, w_v, mean, half, n_latent, balance=True):
+    """
+    One latent for keys w_k x and values w_v x (w_k, w_v (C, C)), by the formula in the module's docstring.
+
+    x has mean `mean` (C,) and covariance half half^T, half (C, n). Returns (down (r, C), up (2C, r), shift (2C,)) in
+    float64, such that [w_k; w_v] x is approximately up down x + shift.
+    """
+    norm = torch.linalg.matrix_norm
+    ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0
+    if not 0 < ratio < float('inf'):
+        ratio = 1.0  # keys or values are all zero: nothing to balance
+    w = torch.cat((w_k * ratio, w_v))
+    up = torch.linalg.svd(w @ half).U[:, :n_latent]
+    down = up.t() @ w
+    shift = w @ mean - up @ (down @ mean)
+    unscale = torch.cat((w.new_full((len(w_k),), 1 / ratio), w.new_ones(len(w_v))))
+    return down, up * unscale[:, None], shift * unscale
+
+
+@torch.no_grad()
+def to_mla(model, n_latent=0, statistics=None, balance=True):
+    """
+    An MLAGPT that approximates `model` (a GPT with learned positions) as closely as n_latent allows.
+
+    n_latent: 1 to n_embd; 0: half of n_embd, for a GQA model the size of its cache. statistics: from
+    `collect_statistics` on the same model; None: use the weights alone. balance: weight keys and values equally. The
+    result has the model's dtype and device. Raises ValueError for an MLA model, for RoPE, and for an n_latent out of
+    range.
+    """
+    check_mha(model)
+    if model.config.pos != 'learned':
+        raise ValueError(
+            'this model has RoPE, which rotates each key by its position, so no position-free latent can represent its '
+            "keys; train the MHA model with pos='learned' to convert it"
+        )
+    if statistics is not None and len(statistics) != model.config.n_layer:
+        raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
+    config = model.config
+    if config.n_kv_head and not n_latent:
+        n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
+    new = like(model, MLAGPT, MLAConfig(**{**asdict(config), 'n_kv_head': 0}, n_latent=n_latent))
+    for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
+        convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
+    return new
+
+
+def convert_layer(old, attention, statistics, balance):
+    """Set the query, down- and up-projections of `attention` from the MHA block `old` (see `to_mla`)."""
+    bias = old.attn.c_attn.bias
+    w_q, w_k, w_v = (to_float64(t).cpu().flatten(0, 1) for t in old.attn.head_weights()[:3])
+    centred = bias is not None
+    mean, covariance = statistics.moments(centred) if statistics else norm_moments(old.ln_1, centred)
+    half = reachable_root(old.ln_1, covariance)
+    down, up, shift = factorize(w_k, w_v, mean, half, attention.n_latent, balance)
+    attention.c_q.weight.copy_(w_q)
+    attention.c_kv_down.weight.copy_(down)
+    attention.c_kv_up.weight.copy_(up)
+    if centred:
+        b_q, b_k, b_v = (to_float64(t).cpu().flatten() for t in per_query_head(old.attn, bias))
+        attention.c_q.bias.copy_(b_q)
+        attention.c_kv_down.bias.zero_()
+        attention.c_kv_up.bias.copy_(torch.cat((b_k, b_v)) + shift)
+
+
+# ---- grouped-query attention -----------------------------------------------------------------------------------------
+
+
+def check_mha(model):
+    """ValueError unless `model` is a GPT with multi-head or grouped-query attention."""
+    if type(model) is not GPT:
+        raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
+
+
+def like(model, model_class, config):
+    """A model_class of `config` on the device and in the dtype of `model`, with all of its tensors that fit by name."""
+    weight = model.lm_head.weight
+    new = model_class(config).to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        for name, value in new.state_dict().items():
+            if '.attn.' not in name or '.attn.c_proj.' in name:
+                value.copy_(model.state_dict()[name])
+    return new.train(model.training)
+
+
+def per_query_head(attention, rows):
+    """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
+    q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
+    return q, *(repeat_heads(t, attention.n_head, dim=0) for t in kv)
+
+
+@torch.no_grad()
+def to_gqa(model, n_kv_head):
+    """
+    A GPT with `n_kv_head` key/value heads, each the mean of its group's in `model` (arXiv:2305.13245, section 2.1).
+
+    model: a GPT with MHA, or with a multiple of `n_kv_head` key/value heads. ValueError for another model or number.
+    """
+    check_mha(model)
+    before = model.config.kv_heads
+    if not 1 <= n_kv_head <= before or before % n_kv_head:
+        raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
+    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
+    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
+            pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
+            rows.copy_(torch.cat((q, *pooled)).flatten(0, 1))
+    return new
+
+
+@torch.no_grad()
+def to_mha(model):
+    """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
+    check_mha(model)
+    new = like(model, GPT, replace(model.config, n_kv_head=0))
+    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
+    return new

@@ -1,0 +1,113 @@
+"""
+GPT-2's weights, in both directions: from a Hugging Face model to the tensors of model.py, and back.
+
+The names of the tensors are the same on both sides. OpenAI's code stores the weight of a linear layer as (in, out),
+PyTorch as (out, in), so those are transposed. GPT-2 has biases everywhere. Nothing here knows a model class.
+"""
+
+import os
+
+import torch
+
+from core.cli import ranges
+from ops.checks import not_finite
+
+GPT2_SIZES = {
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
+# our name of the activation, and the names it has in transformers
+GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
+# the sizes of GPTConfig, and their names in transformers
+RENAMED = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
+           'n_embd': 'n_embd'}  # fmt: skip
+DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
+
+
+def read(model_type):
+    """
+    A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
+
+    Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
+    Raises ValueError for an unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors
+    are not GPT-2's or not finite, naming them.
+    """
+    if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
+        raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def unreadable(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return ValueError(f"'{model_type}' can't be loaded ({reason}); check the name, the folder and the network")
+
+    try:
+        hf_config = AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+    except ValueError as error:  # it would need code of its own
+        raise ValueError(f"'{model_type}' holds no GPT-2; of an exported MLA model, name its checkpoint") from error
+    except Exception as error:  # a damaged file raises almost anything
+        raise unreadable(error) from error
+    if hf_config.model_type != 'gpt2':
+        raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
+    settings = settings_of(hf_config)
+    for name, value in settings.items():
+        if found := ranges.problem(name, value):
+            raise ValueError(f"'{model_type}' can't be loaded: its {name} {found}")
+    try:
+        # transformers keeps the dtype on disk unless told otherwise, and initializes what the file lacks at random
+        hf_model, report = AutoModelForCausalLM.from_pretrained(
+            model_type, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        raise unreadable(error) from error
+    wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
+    if wrong:
+        raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
+    state = from_gpt2(hf_model.state_dict())
+    if name := not_finite(state):
+        raise ValueError(f"'{model_type}' holds weights that are not finite: {name}")
+    return settings, state
+
+
+def settings_of(hf_config):
+    """GPTConfig's keyword arguments for a transformers GPT2Config. ValueError where GPTConfig can't express it."""
+    expected = dict(
+        n_inner=(None, 4 * hf_config.n_embd),
+        layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        tie_word_embeddings=(True,),
+    )
+    for name, values in expected.items():
+        if getattr(hf_config, name) not in values:
+            raise ValueError(f'this GPT-2 has {name}={getattr(hf_config, name)}; only {values[-1]} is supported')
+    gelu = next((ours for ours, theirs in GELUS.items() if hf_config.activation_function in theirs), None)
+    if gelu is None:
+        raise ValueError(f"this GPT-2 uses '{hf_config.activation_function}'; only GELU is supported")
+    return {ours: getattr(hf_config, theirs) for ours, theirs in RENAMED.items()} | {'bias': True, 'gelu': gelu}
+
+
+def hf_settings(config):
+    """What a transformers GPT2Config needs to be the model of a GPTConfig: a dict."""
+    sizes = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
+    dropout = dict.fromkeys(DROPOUTS, config.dropout)
+    return {**sizes, **dropout, 'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5}
+
+
+def from_gpt2(state):
+    """A Hugging Face GPT-2's tensors as model.py has them, without the mask buffers that old files keep."""
+    state = {name: value for name, value in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    return {name: value.t() if name.endswith(TRANSPOSED) else value for name, value in state.items()}
+
+
+def to_gpt2(state):
+    """model.py's tensors as a Hugging Face GPT-2 has them; a bias that the model lacks becomes zeros."""
+    out = {}
+    for name, value in state.items():
+        out[name] = value.t().contiguous() if name.endswith(TRANSPOSED) else value
+        bias = name.removesuffix('weight') + 'bias'
+        if name.endswith(TRANSPOSED) or ('.ln_' in name and name.endswith('weight')):
+            out.setdefault(bias, state.get(bias, torch.zeros(value.size(0), dtype=value.dtype)))
+    return out

@@ -1,0 +1,1 @@
+"""Training runs: checkpoints, resuming, the run folder, its log, evaluation, processes."""

@@ -1,0 +1,135 @@
+"""
+The folder of a training run: which files are the run's, who owns it, and where it can be resumed from.
+
+    ckpt.pt           the last checkpoint
+    ckpt_best.pt      the one with the best validation loss
+    ckpt_000500.pt    those of the iterations in keep_checkpoints
+    log.csv           one row per logged iteration
+    .lock             held while a trainer runs
+
+Any of the first four means that the folder holds a run.
+"""
+
+import atexit
+import contextlib
+import datetime
+import errno
+import os
+import re
+import socket
+
+from core.cli import errors
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+RUN_FILES = re.compile(r'(ckpt(_best|_\d{6,})?\.pt|log(\.\d+)?\.csv)(\.writing)?')
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class RunFolder:
+    """The folder out_dir of a run. Making this object touches nothing; `acquire` creates the folder and locks it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.ckpt, self.best = os.path.join(path, 'ckpt.pt'), os.path.join(path, 'ckpt_best.pt')
+        self.log = os.path.join(path, 'log.csv')
+        self.lock = None
+
+    def kept(self, iteration):
+        """Where the checkpoint of an iteration in keep_checkpoints is kept."""
+        return os.path.join(self.path, f'ckpt_{iteration:06}.pt')
+
+    def files(self):
+        """Paths of all files of a run, in order of their names; none where the folder doesn't exist."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        return [os.path.join(self.path, name) for name in sorted(names) if RUN_FILES.fullmatch(name)]
+
+    def checkpoints(self):
+        """Paths of the checkpoints, ckpt.pt first."""
+        found = [path for path in self.files() if path.endswith('.pt')]
+        return sorted(found, key=lambda path: path != self.ckpt)
+
+    def newest(self):
+        """
+        The newest whole checkpoint: (path, loaded), preferring ckpt.pt where it is whole; (None, None) without any.
+
+        A notice names those that are damaged. UserError where all are.
+        """
+        best, errors = (None, None), []
+        for path in self.checkpoints():
+            try:
+                loaded = checkpoints.load(path)
+            except UserError as error:
+                errors.append(error)
+                continue
+            if best[1] is None or loaded.get('iter_num', 0) > best[1].get('iter_num', 0):
+                best = (path, loaded)
+            if path == self.ckpt:
+                break
+        if errors and best[1] is None:
+            raise errors[0]
+        for error in errors:
+            errors.notice(f'{error}: resuming from {best[0]} instead')
+        return best
+
+    def acquire(self):
+        """
+        Create the folder, and lock it until this process ends. UserError where another trainer holds it.
+
+        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
+        Where the file system has none, a notice says so.
+        """
+        if self.lock is not None or fcntl is None:
+            return
+        os.makedirs(self.path, exist_ok=True)
+        path = os.path.join(self.path, '.lock')
+        while True:
+            lock = open(path, 'a+', encoding='utf-8')
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in UNSUPPORTED:
+                    errors.notice(f'{self.path} is on a file system without locks: run only one trainer in it')
+                    return
+                lock.seek(0)
+                owner = ' '.join(lock.read(200).split()) or 'another process'
+                raise UserError(f'{self.path} is in use by {owner}; wait for it, stop it, or choose another --out_dir'
+                                ) from error  # fmt: skip
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                    break  # otherwise its owner removed the file in the meantime: take the new one
+            lock.close()
+        lock.truncate(0)
+        now = datetime.datetime.now().isoformat(' ', 'seconds')
+        lock.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
+        lock.flush()
+        self.lock = lock
+        atexit.register(self.release)
+
+    def release(self):
+        """Give the lock back and remove its file."""
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(self.path, '.lock'))
+            self.lock.close()
+            self.lock = None
+
+    def clear(self):
+        """Remove every file of the run that the folder holds."""
+        for path in self.files():
+            os.remove(path)
+
+    def set_log_aside(self):
+        """Rename a log.csv that no checkpoint belongs to, so that a new run doesn't overwrite it."""
+        if os.path.exists(self.log):
+            number = next(n for n in range(1, 10**6) if not os.path.exists(self._old_log(n)))
+            os.rename(self.log, self._old_log(number))
+            errors.notice(f'{self.log} has no checkpoint beside it; it is kept as {self._old_log(number)}')
+
+    def _old_log(self, number):
+        return os.path.join(self.path, f'log.{number}.csv')

@@ -1,0 +1,130 @@
+"""
+The processes of a training run: joining those that torchrun started, what they agree on, sharding, and their seeds.
+
+One process and torchrun take the same path.
+"""
+
+import datetime
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from core.cli.errors import UserError
+from core.cli.machine import DTYPES
+
+
+@dataclass
+class Processes:
+    """This process's place among those that torchrun started; a single process is rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    def sum(self, tensor):
+        """The sum of a CPU tensor over all processes (all-reduce, in place)."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """True, in every process, where `flag` is true in at least one."""
+        return bool(self.sum(torch.tensor(int(bool(flag)))).item())
+
+    def min(self, number):
+        """The minimum of an int over all processes."""
+        tensor = torch.tensor(number)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
+        return int(tensor)
+
+    def agreed_dtype(self, dtype):
+        """`dtype` where all processes picked it, otherwise 'float32': GPUs and CPUs may differ between nodes."""
+        number = list(DTYPES).index(dtype)
+        return dtype if self.min(number) == -self.min(-number) else 'float32'
+
+    def broadcast_model(self, model):
+        """
+        Copy rank 0's parameters to the model of every process, in place.
+
+        A conversion from MHA rounds differently on different GPUs, and `shard` takes each process's own values: call
+        this between the two. (DistributedDataParallel broadcasts by itself.)
+        """
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                torch.distributed.broadcast(parameter.detach(), src=0)
+
+    def exit(self, code=0):
+        """
+        End this process. Under torchrun by os._exit: tearing down torch.distributed's threads occasionally aborts a
+        process that has finished (torch 2.13, gloo), and the job with it.
+        """
+        if self.world_size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
+
+def join_processes(device, backend='nccl'):
+    """
+    Join the process group that torchrun describes in the environment, if any. Returns (Processes, device).
+
+    Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo. UserError where there are
+    fewer GPUs than processes, or `device` names one GPU for all of them.
+    """
+    if 'RANK' not in os.environ:
+        return Processes(), device
+    ranks = Processes(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
+    if device.startswith('cuda:') and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
+        raise UserError(f'{device} cannot be shared by the processes of this node; use --device=cuda, with which each '
+                        'has a GPU of its own, or CUDA_VISIBLE_DEVICES to choose among them')  # fmt: skip
+    if device == 'cuda':
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f'process {ranks.local_rank} of this node has no GPU, as there are only {torch.cuda.device_count()}; '
+                'lower --nproc_per_node, or use --device=cpu'
+            )
+        device = f'cuda:{ranks.local_rank}'
+        torch.cuda.set_device(device)
+    if ranks.world_size > 1:
+        backends = f'cpu:gloo,cuda:{backend}' if device.startswith('cuda') else 'gloo'
+        hook = sys.excepthook
+        limit = datetime.timedelta(minutes=10)
+        store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # On one node the store survives a restart by torchrun, and holds addresses of processes that died.
+            # (On several nodes, each counts its own restarts: see --max-restarts in the README.)
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
+        torch.distributed.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
+        sys.excepthook = hook  # PyTorch's own would hide the one line of a UserError
+    return ranks, device
+
+
+def shard(model, device, compile=False):
+    """
+    Shard a model's parameters over all processes, and with them gradients and optimizer state (FSDP2, ZeRO-3).
+
+    Each block of model.transformer.h is gathered on `device` while it is needed. The model may exceed one device's
+    memory: it moves there from the CPU block by block. Parameters stay float32; autocast's copies, 2 bytes per
+    parameter, are whole on each device. Source: arXiv:1910.02054 (ZeRO).
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = torch.distributed.init_device_mesh(device.split(':')[0], (torch.distributed.get_world_size(),))
+    for block in model.transformer.h:
+        if compile:
+            block.compile()  # one by one: between blocks there is only communication
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'window_losses')
+
+
+def seed_dropout(seed, iteration, micro_step, rank):
+    """Seed the dropout masks of one forward pass by these numbers alone, so that a resumed run draws the same masks."""
+    digest = hashlib.sha256(f'{seed}:{iteration}:{micro_step}:{rank}'.encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)

@@ -1,0 +1,1 @@
+"""How fast and how large: timing, rivals, data sheets of GPUs, the planner."""

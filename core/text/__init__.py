@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, data sets, reading and writing them."""

@@ -1,0 +1,313 @@
+"""
+Encode text on all cores, and write a data set to disk.
+
+Notable features:
+- text streams through the cores in bounded memory; the ids equal those of encoding the whole text at once
+- the files of a data set are written under temporary names and renamed when complete; a failed run changes nothing
+"""
+
+import collections
+import hashlib
+import itertools
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from core.cli import files
+from core.cli.errors import UserError, notice
+from core.cli.machine import available_cores
+from core.text.dataset import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
+from core.text.tokenizer import NO_TEXT
+
+CHUNK = 1 << 18  # characters that a worker encodes at a time
+LONGEST_RUN = 1 << 18  # characters; a longer run without white space is cut anywhere
+OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a data set's files
+
+
+# ---- encoding on all cores -------------------------------------------------------------------------------------------
+
+
+def chunks(blocks, size=CHUNK, longest=LONGEST_RUN):
+    """
+    Join and cut a stream of str into pieces of about `size` characters that byte-pair encodings encode as the whole.
+
+    See cut_point for where it cuts.
+    """
+    rest = ''
+    for block in blocks:
+        rest += block
+        if len(rest) >= size and (at := cut_point(rest, longest)):
+            yield rest[:at]
+            rest = rest[at:]
+    if rest:
+        yield rest
+
+
+def cut_point(text, longest=LONGEST_RUN):
+    """
+    The last index > 0 at which `text` can be cut without a change of its byte-pair encoding, or 0 if there is none.
+
+    That is in front of a space or newline that a visible character follows: there GPT-2's pattern always starts a new
+    word, the text in front of it splits as if it ended there, and merges never cross words. A text of more than
+    `longest` characters without such a place is cut at its end, which can change the encoding of one word.
+    """
+    for i in range(len(text) - 2, 0, -1):
+        if text[i] in ' \n' and not text[i + 1].isspace():
+            return i
+    return len(text) if len(text) > longest else 0
+
+
+def encode_stream(tokenizer, pieces, workers=0, bar=None, chunk=CHUNK):
+    """
+    Encode a stream of pieces on all cores: yields arrays of ids, in order, the same for any number of workers.
+
+    pieces: (text, ended) pairs; if `ended`, the tokenizer's end-of-text token follows, if it has one. workers: threads,
+    0 for all cores; they suffice because tiktoken and numpy release the GIL. bar: a progress bar with
+    update(characters). chunk: characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
+    """
+    dtype = token_dtype(tokenizer.n_vocab)
+    end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
+
+    def encode(batch):
+        arrays = [(tokenizer.encode_array(text), end if ended else end[:0]) for text, ended in batch]
+        return np.concatenate([array for pair in arrays for array in pair]).astype(dtype)
+
+    for batch, array in in_order(encode, batches(pieces, chunk), workers):
+        yield array
+        if bar is not None:
+            bar.update(sum(len(text) for text, _ in batch))
+
+
+def in_order(work, tasks, workers=0):
+    """
+    Yields (task, work(task)) for an iterable of tasks, in order, computed by threads; reads 2 * workers tasks ahead.
+
+    workers: threads, 0 for all cores. No task may be None.
+    """
+    workers = workers or available_cores()
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque()
+        try:
+            for task in itertools.chain(tasks, itertools.repeat(None, 2 * workers)):
+                if task is not None:
+                    waiting.append((task, pool.submit(work, task)))
+                if waiting and (task is None or len(waiting) >= 2 * workers):
+                    oldest, future = waiting.popleft()
+                    yield oldest, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def batches(pieces, chunk):
+    """Groups of consecutive pieces with at least `chunk` characters together (the last group may have fewer)."""
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[0])
+        if characters >= chunk:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# ---- writing a data set ----------------------------------------------------------------------------------------------
+
+
+def write_dataset(
+    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, details=None, row_tokens=None, masks=None,
+    least=1,
+):  # fmt: skip
+    """
+    Write train.bin, val.bin and meta.json into a folder; returns the meta.
+
+    tokenizer: a Tokenizer, or None for ids that stand for no text (then `vocab_size` is required). splits: {'train':
+    ..., 'val': ...}, each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path
+    of a finished token file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ...
+    if there are several. source: one line that says which text this is. input_sha256: checksum of
+    the input. details: what else meta.json says about the source, a dict of plain values. row_tokens: R if every R
+    tokens are one row. masks: like splits, 1 where a token is never a target. least: tokens that the training split
+    must have.
+
+    A failed run changes nothing. A run killed between two renames leaves a meta.json that says so. UserError if a split
+    is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
+    """
+    folder = Path(folder)
+    described = tokenizer.meta() if tokenizer else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
+    vocab_size = described['vocab_size']
+    dtype = token_dtype(vocab_size)
+    meta = {'format': FORMAT, 'tokenizer': described['tokenizer'], 'vocab_size': vocab_size, 'dtype': dtype.name}
+    meta |= {'tokens': {}, **described, 'source': ' '.join(source.split())}
+    meta |= details or {}
+    meta |= {'row_tokens': row_tokens} if row_tokens else {}
+    meta |= {'masked': True} if masks else {}
+    meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
+    new = {}  # {name: the temporary file that becomes it}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
+            counts = []
+            for name, part in zip(token_files(split, len(parts)), parts, strict=True):
+                new[name] = part if isinstance(part, Path) else temporary(folder / name)
+                count, meta['sha256'][name] = write_tokens(new[name], part, dtype, vocab_size)
+                counts.append(count)
+            meta['tokens'][split] = sum(counts)
+            meta |= {'shards': counts} if len(parts) > 1 else {}
+            name = f'{split}.bin'
+            if not meta['tokens'][split]:
+                raise UserError(f'{name} would be empty: the input has no text or is too short to be split')
+            if split == 'train' and meta['tokens'][split] < least:
+                raise UserError(
+                    f'{name} would have {meta["tokens"][split]} tokens, too few for a block of {least - 1}: prepare '
+                    'more text'
+                )
+            if masks:
+                name = f'{split}.mask.bin'
+                new[name] = temporary(folder / name)
+                count, meta['sha256'][name] = write_tokens(new[name], masks[split], np.dtype('u1'), 2)
+                if count != meta['tokens'][split]:
+                    raise ValueError(f'{name} has {count} entries for {meta["tokens"][split]} tokens')
+        new['meta.json'] = temporary(folder / 'meta.json')
+        files.write_json(new['meta.json'], meta)
+        notice_replaced(folder, meta)
+        publish(folder, new)
+    except OSError as error:
+        raise UserError(f"can't write the data set {folder}: {error.strerror or error}") from error
+    finally:
+        for path in new.values():
+            if path.name.endswith('.tmp'):  # of `temporary`; a finished file stays until it is moved
+                path.unlink(missing_ok=True)
+    return meta
+
+
+def temporary(path):
+    """The temporary name of a file, different for each process: two runs at once don't overwrite each other's."""
+    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
+
+
+class GrowingSplit:
+    """
+    A split while it is written: `train_00000.bin.part`, `train_00001.bin.part`, ..., each with `size` tokens.
+
+    size: tokens per file, 0 for a single file; the last file may have fewer. `count` is the number of tokens so far,
+    `last` the number of the last file, `files` a tuple of the Paths. `cut` starts it, or continues one begun before.
+    """
+
+    def __init__(self, folder, split, dtype, size=0):
+        self.folder, self.split, self.dtype, self.size = folder, split, dtype, size
+        self.count, self.file, self.number = 0, None, -1
+
+    @property
+    def last(self):
+        return max(self.count - 1, 0) // self.size if self.size else 0
+
+    @property
+    def files(self):
+        return tuple(self._path(number) for number in range(self.last + 1))
+
+    def _path(self, number):
+        return self.folder / f'{self.split}_{number:05d}.bin.part'
+
+    def cut(self, count):
+        """Keep the first `count` tokens of what is there. ValueError if there are fewer."""
+        self.count = count
+        for number, path in enumerate(self.files):
+            wanted = min(count - number * self.size, self.size or count) * self.dtype.itemsize
+            if wanted and (not path.exists() or path.stat().st_size < wanted):
+                raise ValueError(f'{path.name} is missing or too short')
+            with open(path, 'ab') as file:
+                file.truncate(wanted)
+        for path in self.folder.glob(f'{self.split}_?????.bin.part'):
+            if path not in self.files:
+                path.unlink()
+
+    def append(self, ids):
+        """Write an integer array behind what is there. Raises OSError."""
+        while len(ids):
+            number, used = divmod(self.count, self.size) if self.size else (0, self.count)
+            if number != self.number:
+                self.sync()
+                self.close()
+                self.file, self.number = open(self._path(number), 'ab'), number
+            piece = ids[: self.size - used] if self.size else ids
+            self.file.write(piece.astype(self.dtype).tobytes())
+            self.count += len(piece)
+            ids = ids[len(piece) :]
+
+    def sync(self):
+        """Flush what was written to disk. Raises OSError."""
+        if self.file:
+            files.sync(self.file)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+            self.file, self.number = None, -1
+
+
+def write_tokens(path, arrays, dtype, vocab_size):
+    """
+    Write an array or an iterable of arrays to `path`; returns (tokens, sha256).
+
+    If `arrays` is a Path, the file is finished and only read. ValueError if an id exceeds the vocabulary.
+    """
+    if isinstance(arrays, Path):
+        return path.stat().st_size // dtype.itemsize, files.sha256(path)
+    count, checksum = 0, hashlib.sha256()
+    with open(path, 'wb') as file:
+        for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+            if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:
+                raise ValueError(f'ids {array.min()} to {array.max()} are outside a vocabulary of {vocab_size}')
+            data = array.astype(dtype).tobytes()
+            file.write(data)
+            checksum.update(data)
+            count += array.size
+        files.sync(file)
+    return count, checksum.hexdigest()
+
+
+def publish(folder, new):
+    """Rename the files {name: path} to their names, meta.json last. Until then it says that they are being replaced."""
+    if any((folder / name).exists() for name in new):
+        marker = temporary(folder / 'replacing')
+        files.write_json(marker, {'format': FORMAT, 'replacing': True})
+        os.replace(marker, folder / 'meta.json')
+    for path in (path for split in SPLITS for path in folder.glob(f'{split}*.bin')):
+        if path.name not in new and OF_A_SPLIT.fullmatch(path.name):
+            path.unlink()
+    for name in sorted(new, key=lambda name: name == 'meta.json'):
+        os.replace(new[name], folder / name)
+
+
+def notice_replaced(folder, meta):
+    """Print a notice if the folder contains another data set."""
+    if not has_tokens(folder):
+        return
+    try:
+        old = read_meta(folder)
+    except UserError:
+        old = {}
+    if (old.get('source'), old.get('tokenizer')) != (meta['source'], meta['tokenizer']):
+        before = f'{old["source"]} ({old["tokenizer"]})' if old else 'a broken data set'
+        notice(f'note: {shown(folder)}: replacing {before} with {meta["source"]} ({meta["tokenizer"]})')
+
+
+def shown(path):
+    """A path for a message: relative if it is below the working directory."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def summary(folder, meta, seconds, already=0):
+    """The final line of a prepare script. seconds: time to encode all tokens except `already` of them."""
+    train, val = (meta['tokens'][split] for split in SPLITS)
+    return (
+        f'{shown(folder)}: {train:,} training and {val:,} validation tokens ({meta["tokenizer"]}, '
+        f'{meta["vocab_size"]:,} ids) of {meta["source"]}; {(train + val - already) / max(seconds, 1e-9):,.0f} tokens/s'
+    )

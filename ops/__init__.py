@@ -1,0 +1,1 @@
+"""What the two models call: fast kernels, decoding, optimizers. Knows no model, no command line and no file."""

@@ -1,0 +1,334 @@
+"""
+The models' operations, fast: the same mathematics as the plain formula, chosen by device, dtype and shape.
+
+model.py and model_mla.py call these by name and never say how they are computed. Nothing here knows a model.
+
+    Linear                nn.Linear; few rows on a CPU, as in a decode step, are split over the cores
+    dropout, Dropout      F.dropout and nn.Dropout; on a CPU the mask comes from 16 random bits per element
+    attend                causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
+    attend_rows           its formula for the few queries of a decode step, on a GPU
+    attention_pattern     the softmax alone, as the formula says it
+    per_head              one matrix per head times that head's rows
+    cast_once             a parameter in another dtype, copied once per cache and not once per step
+    RMSNorm               nn.RMSNorm; under autocast it returns the dtype of its input on every device
+    linear_cross_entropy  output head and loss in one, without the (N, V) logits
+
+tests/ops/test_kernels.py compares each with its plain form, gradients included.
+"""
+
+import functools
+import platform
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@functools.cache
+def cpu_is_intel():
+    """True on Intel CPUs, where MKL takes its optimized paths (on other CPUs it takes slower, generic ones)."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return 'GenuineIntel' in file.read(4096)
+    except OSError:
+        return 'Intel' in platform.processor()
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear with a faster matrix multiplication for the few rows of a CPU decode step.
+
+    Such a product takes as long as reading the weight does, and PyTorch reads it with little more than one core: on AMD
+    always, on Intel from 4 rows on. Split into a batch of smaller products, it is read by all cores. The limits were
+    measured on AMD EPYCs (Zen 3, Zen 4) and an Intel Emerald Rapids; from 7 rows on, that prefers them as columns.
+    """
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        plain = rows > 16 or (rows <= 3 and cpu_is_intel()) or x.device.type != 'cpu' or x.dtype == torch.bfloat16
+        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        # a multiple of the threads, with about 768 outputs each: much larger pieces outgrow a core's cache
+        pieces = torch.get_num_threads() * max(1, self.out_features // (768 * torch.get_num_threads()))
+        split = self.out_features // pieces * pieces
+        weight = self.weight[:split].view(pieces, -1, self.in_features)
+        x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
+        # both branches give (pieces, rows, outputs)
+        as_columns = rows > 6 if cpu_is_intel() else rows == 1
+        y = torch.bmm(weight, x_each.mT).mT if as_columns else torch.bmm(x_each, weight.mT)
+        # attention's kernels want each row contiguous
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], split).contiguous()
+        if split < self.out_features:
+            y = torch.cat((y, F.linear(x, self.weight[split:])), dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+def per_head(x, weight):
+    """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
+    B, H, T, _ = x.shape
+    x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
+    # away from Intel, memory is read fastest along its contiguous rows, except bfloat16
+    along_rows = weight.mT.is_contiguous() and x.dtype != torch.bfloat16 and not cpu_is_intel()
+    y = torch.bmm(weight.mT, x.mT).mT if along_rows else torch.bmm(x, weight)
+    return y.reshape(H, B, T, -1).transpose(0, 1)
+
+
+def cast_once(parameter, dtype, copies):
+    """
+    `parameter` in `dtype`, without gradients. The dict `copies` keeps the copy for the next call.
+
+    Autocast keeps copies of whole parameters, but copies a slice of one again in every step. A copy is replaced if the
+    parameter has changed: an optimizer step and load_state_dict raise its version. Returns `parameter` itself where
+    that has `dtype`, and where gradients are enabled.
+    """
+    if parameter.dtype == dtype or torch.is_grad_enabled():
+        return parameter
+    state = (dtype, parameter.data_ptr(), None if parameter.is_inference() else parameter._version)
+    if parameter not in copies or copies[parameter][0] != state:
+        copies[parameter] = state, parameter.detach().to(dtype)
+    return copies[parameter][1]
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, computed in the weight's dtype and returned in that of x; on CUDA autocast would return float32."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def dropout(x, p):
+    """
+    Zero each element of x with probability p and scale the others by 1/(1-p) (arXiv:1207.0580).
+
+    F.dropout draws its mask on a single core on a CPU. Here one 64-bit random integer serves four elements, so p is
+    rounded to the nearest 1/65536.
+    """
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = min(round(p * 65536), 65535)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+    return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, by `dropout`."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(T, S, device):
+    """Bool (T, S): which of S keys each of the last T positions may attend to. The last query sees every key."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def repeat_heads(x, n_head, dim=1):
+    """Each head along `dim` repeated for its group, so that there are n_head; x itself where there are already."""
+    return x if x.size(dim) == n_head else x.repeat_interleave(n_head // x.size(dim), dim=dim)
+
+
+def attention_pattern(q, k, scale):
+    """Causal softmax(q k^T scale): q (..., T, size), k (..., S, size) -> (..., T, S); rows sum to 1."""
+    visible = causal_mask(q.size(-2), k.size(-2), q.device)
+    return ((q * scale) @ k.mT).masked_fill_(~visible, float('-inf')).softmax(dim=-1)
+
+
+class EagerAttention(torch.autograd.Function):
+    """
+    Causal self-attention for training on a CPU: it keeps the attention patterns, and its backward pass is written out.
+
+    PyTorch's fused CPU kernel has no dropout and falls back to a slow formula; without dropout its backward pass is
+    slower than plain matrix multiplications. The price is memory for the patterns. They are computed for a block of
+    queries at a time, over only those keys that some query of the block may see.
+
+    With P the pattern, D = P after dropout, O = D V the output, and g(.) the gradient of the loss: g(D) = g(O) V^T, and
+    g(scores) = D g(D) - P rowsum(O g(O)), all products elementwise (arXiv:2205.14135, appendix B).
+    """
+
+    # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32,
+    # one core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
+    QUERY_BLOCK = {torch.float32: 64}  # others: 128
+    # Without dropout only up to a length at which the patterns take a quarter of the memory of a block's other
+    # activations: they are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run might
+    # decide differently.
+    HEAD_SIZES = 8  # the longest sequence, in head sizes of 16 or more
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, p_drop):
+        """q, k (B, H, T, size), v (B, H, T, d), all of one dtype; scale and p_drop floats -> (B, H, T, d)."""
+        B, H, T, _ = q.shape
+        q, k, v = (t.reshape(B * H, T, t.size(-1)) for t in (q * scale, k, v))
+        out = torch.empty(B, T, H, v.size(-1), dtype=v.dtype).transpose(1, 2)  # the layout that c_proj reads
+        patterns = []
+        with torch.autocast('cpu', enabled=False):
+            block = EagerAttention.QUERY_BLOCK.get(q.dtype, 128)
+            for first in range(0, T, block):
+                end = min(first + block, T)
+                scores = torch.bmm(q[:, first:end], k[:, :end].mT)
+                scores[..., first:] += torch.full_like(scores[0, :, first:], float('-inf')).triu_(1)
+                pattern = scores.softmax(dim=-1)
+                dropped = dropout(pattern, p_drop) if p_drop else pattern
+                out[:, :, first:end] = torch.bmm(dropped, v[:, :end]).unflatten(0, (B, H))
+                patterns += [pattern, dropped]
+        ctx.scale, ctx.p_drop = scale, p_drop
+        ctx.save_for_backward(q, k, v, out, *patterns)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, *patterns = ctx.saved_tensors
+        B, H, T, _ = out.shape
+        inner = (out * grad).sum(-1).view(B * H, T, 1) if ctx.p_drop else None  # rowsum(O g(O))
+        grad = grad.reshape(B * H, T, grad.size(-1))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for pattern, dropped in zip(patterns[::2], patterns[1::2], strict=True):
+            end = pattern.size(2)
+            rows, seen = slice(end - pattern.size(1), end), slice(end)
+            grad_scores = torch.bmm(grad[:, rows], v[:, seen].mT)
+            if ctx.p_drop:
+                grad_scores.mul_(dropped).addcmul_(pattern, inner[:, rows], value=-1)
+            else:
+                grad_scores = torch._softmax_backward_data(grad_scores, pattern, -1, pattern.dtype)
+            grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen]).mul_(ctx.scale)
+            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, rows])
+            grad_v[:, seen].baddbmm_(dropped.mT, grad[:, rows])
+        return *(t.unflatten(0, (B, H)) for t in (grad_q, grad_k, grad_v)), None, None
+
+
+def attend_rows(q, k, v, scale, visible=None):
+    """
+    The formula, for few queries that share their keys and values: q (B, K, G, size), k and v (B, K, S, size).
+
+    visible: a bool mask (G or 1, S). On a GPU this is how a step of GQA and MLA attends where there is a mask, as in a
+    captured step, or a size above 256, as a latent has. Both rule out the one kernel of SDPA that divides the keys
+    among the multiprocessors; the others give all S keys of a sequence to one. cuBLAS divides them (BENCHMARKS.md).
+    """
+    B, K, G, size = q.shape
+    q, k = (q * scale).reshape(B * K, G, size), k.reshape(B * K, -1, size).mT
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # a rounding in between would cost large scores too much; a product without one is for GPUs, and has no gradient
+    unrounded = q.is_cuda and q.dtype != wide and not torch.is_grad_enabled()
+    scores = torch.bmm(q, k, out_dtype=wide) if unrounded else torch.bmm(q, k).to(wide)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float('-inf'))
+    return scores.softmax(dim=-1).to(v.dtype).view(B, K, G, -1) @ v
+
+
+def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
+    """
+    Attention of T queries over S keys: q (B, H, T, size), k and v (B, K, S, size) -> (B, H, T, size).
+
+    Where K < H, each key/value head serves H/K neighbouring query heads. causal: the queries are the last T of the S
+    positions; otherwise every query sees every key. visible: a bool mask (T or 1, S) that replaces the causal one.
+    flash=False: the plain formula, for comparison.
+    """
+    T, S = q.size(-2), k.size(-2)
+    if k.size(1) < q.size(1):
+        if T == 1:  # the queries of a group become the rows of one matrix: no key or value is copied
+            rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
+            return attend(rows, k, v, scale, causal=False, visible=visible).reshape(*q.shape[:-1], v.size(-1))
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    if not causal and q.is_cuda and (visible is not None or q.size(-1) > 256):
+        return attend_rows(q, k, v, scale, visible)
+    if visible is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    square = causal and T == S
+    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    short = T <= EagerAttention.HEAD_SIZES * max(16, q.size(-1))
+    if square and flash and trains_on_cpu and (p_drop or short):
+        return EagerAttention.apply(q, k, v, scale, p_drop)
+    if causal and not flash:
+        pattern = attention_pattern(q, k, scale)
+        return (dropout(pattern, p_drop) if p_drop else pattern) @ v
+    # SDPA aligns its is_causal mask top-left, which is right only where T equals S; a single query sees every key
+    mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def logits_gradient(log_p, ids):
+    """
+    The gradient of rows' losses with respect to their logits, from log_p (N, V): p, less 1 at each id (N, 1).
+
+    May overwrite log_p. A compiler computes the 1 by a comparison, in the same pass as p; a scatter would be two passes
+    more.
+    """
+    if torch.compiler.is_compiling():
+        return log_p.exp() - (torch.arange(log_p.size(1), device=ids.device) == ids).to(log_p.dtype)
+    return log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=log_p.dtype))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    Output head and cross-entropy in one, a few rows at a time, so that the (N, V) logits never exist as a whole.
+
+    The gradient with respect to the logits is computed in the forward pass, while they are at hand, so nothing is
+    computed twice. `backward` can run only once: it scales the stored weight gradient (V x C) in place.
+    """
+
+    ROWS = {'cuda': 4096, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
+
+    @staticmethod
+    def piece(rows, vocab_size):
+        """How many rows are taken at a time: `rows`, or more where the vocabulary is small."""
+        return max(rows, 2**22 // vocab_size)
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = LinearCrossEntropy.piece(LinearCrossEntropy.ROWS.get(kind, 512), weight.size(0))
+        low_x, low_weight, scored = x.to(dtype), weight.to(dtype), (targets != -1)[:, None]
+        grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        with torch.autocast(kind, enabled=False):
+            for first in range(0, x.size(0), rows):
+                part = slice(first, first + rows)
+                ids = targets[part].clamp(min=0)[:, None]
+                log_p = (low_x[part] @ low_weight.T).log_softmax(dim=-1, dtype=wide)
+                total -= (log_p.gather(1, ids) * scored[part]).sum()
+                # a row that isn't scored counts in neither product, which costs less than to zero its logits
+                error = logits_gradient(log_p, ids).to(dtype)
+                grad_x[part] = (error @ low_weight) * scored[part]
+                seen_x = low_x[part] * scored[part]
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(error.T, seen_x)
+                else:
+                    grad_weight += error.T @ seen_x
+                del log_p, error  # before the next piece's are made
+        count = scored.sum()
+        # divided by count only in `backward`: in float16 they would underflow
+        ctx.save_for_backward(grad_x, grad_weight, count)
+        ctx.x_dtype = x.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        grad = grad / count
+        return grad_x.to(ctx.x_dtype) * grad, grad_weight.mul_(grad.to(grad_weight.dtype)), None
+
+
+def linear_cross_entropy(x, weight, targets):
+    """
+    Mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-1), float32 or wider, without the logits in memory.
+
+    x (N, C), weight (V, C), targets (N,) int64, -1 where a row isn't scored. Its backward pass runs once only.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets)

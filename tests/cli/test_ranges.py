@@ -1,0 +1,45 @@
+"""core/cli/ranges.py: every numeric key of every script has bounds, its default is inside, and what is outside is said."""
+
+import pytest
+from support.keys import ROOT, SCRIPTS, keys_of
+
+from core.cli import ranges
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_numeric_key_has_bounds_that_hold_its_default(script):
+    keys = keys_of(script)
+    assert keys
+    for key, default in keys.items():
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert key in ranges.BOUNDS, key
+        assert ranges.problem(key, default) is None
+
+
+def test_no_bounds_are_left_over():
+    used = {key for script in SCRIPTS for key in keys_of(script)}
+    assert set(ranges.BOUNDS) | set(ranges.CHOICES) <= used
+
+
+@pytest.mark.parametrize(
+    ('key', 'inside', 'outside'),
+    [
+        ('dropout', [0, 0.5, 0.999], [-1e-9, 1, 1.5, float('nan'), float('inf')]),
+        ('learning_rate', [1e-300, 1, 1e38], [0, -1, float('inf'), float('nan')]),
+        ('top_p', [1e-9, 1], [0, 1.0001]),
+        ('threads', [0, 1, 1024], [-1, 1025, 1e30]),
+        ('n_layer', [1], [0, -1, 10**30]),
+        ('compile', [True, False, 'auto'], ['yes', 'true']),
+    ],
+)
+def test_ends_of_intervals(key, inside, outside):
+    assert all(ranges.problem(key, value) is None for value in inside)
+    assert all(ranges.problem(key, value) for value in outside)
+
+
+def test_the_message_says_what_would_be_right():
+    assert ranges.problem('dropout', 1.5) == 'is 1.5; it must be at least 0 and below 1'
+    assert ranges.problem('learning_rate', 0) == 'is 0; it must be above 0 and finite'
+    assert ranges.problem('threads', -1) == 'is -1; it must be at least 0 and at most 1,024'
+    assert ranges.problem('attention', 'gqa') == "is 'gqa'; it must be mha or mla"
+    assert ranges.problem('compile', 'maybe') == "is 'maybe'; it must be auto, True or False"

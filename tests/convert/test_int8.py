@@ -1,0 +1,86 @@
+"""core/convert/int8.py: int8 weights decode nearly the same probabilities, in a quarter of the bytes."""
+
+import copy
+
+import pytest
+import torch
+from support.forking import run
+from support.planted import save
+
+from core.convert.int8 import Int8Linear, quantize, weight_bytes
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+from ops.kernels import Linear
+
+SIZES = dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=64)
+MODELS = {
+    'mha': (GPT, GPTConfig, dict(bias=True)),
+    'gqa': (GPT, GPTConfig, dict(bias=False, n_kv_head=2)),
+    'mla': (MLAGPT, MLAConfig, dict(bias=True)),
+    'mla-published': (MLAGPT, MLAConfig, dict(bias=False, pos='rope', n_latent_q=24, latent_norm=True)),
+}
+
+
+def pair(name):
+    """A model with random weights, and the same in int8."""
+    model_class, config_class, special = MODELS[name]
+    model = model_class(config_class(**SIZES, **special), seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model, quantize(copy.deepcopy(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('inputs', [48, 20, 8])
+@pytest.mark.parametrize('rows', [1, 5, 40])
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias):
+    """Also for inputs that are no multiple of 16, where PyTorch's own product reads beyond a row."""
+    linear = Linear(inputs, 30, bias=bias)
+    linear.weight[7] = 0  # a row of zeros has no scale
+    low, x = Int8Linear(linear), torch.randn(2, rows, inputs)
+    weight = low.weight[:, :inputs].float() * low.scale[:, None]
+    assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 * 1.0001
+    wanted = x @ weight.T + (linear.bias if bias else 0)
+    assert low(x).shape == wanted.shape and (low(x) - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert low.weight.abs().max() == 127 and not low(x)[..., 7].sub(linear.bias[7] if bias else 0).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODELS)
+def test_decoding_draws_from_nearly_the_same_probabilities(name):
+    model, low = pair(name)
+    tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(1))
+    caches = [m.init_cache(3) for m in (model, low)]
+    assert caches[1].layers[0][0].dtype == torch.float32
+    for part in (tokens[:, :12], *tokens[:, 12:].split(1, dim=1)):
+        ours, theirs = (m(part, cache=cache)[0].softmax(-1) for m, cache in zip((model, low), caches, strict=True))
+        assert 0 < (ours - theirs).abs().sum(-1).max() < 0.1  # of 2, where nothing is the same
+    left = [n for n, m in low.named_modules() if isinstance(m, Linear)]
+    assert left == [f'transformer.h.{layer}.attn.c_kv_up' for layer in range(2)] * ('mla' in name)
+
+
+def test_the_bytes_of_a_step_are_those_of_its_weights():
+    model, low = pair('gqa')
+    matrices = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 8 * 64 * 64) + 61 * 64
+    norms = 5 * 64
+    assert weight_bytes(model, 4) == 4 * (matrices + norms)
+    assert weight_bytes(low, 4) == matrices + 4 * norms
+
+
+def test_sample_says_what_int8_changes(tmp_path, char_data):
+    from core.text.dataset import TokenData
+
+    data = TokenData(char_data, 8)
+    model = GPT(GPTConfig(**{**SIZES, 'vocab_size': data.n_vocab}), seed=1)
+    folder = save(tmp_path / 'out', model, config={'dataset': char_data.name}, tokenizer=data.meta)
+    keys = (f'--out_dir={folder}', f'--data_dir={char_data.parent}', '--device=cpu', '--max_new_tokens=8',
+            '--num_samples=2', '--start=the', '--weights=int8')  # fmt: skip
+    done = run('sample.py', (*keys, '--int8_windows=2'))
+    assert done.returncode == 0, done.stderr
+    assert 'int8 changes the validation loss of' in done.stderr and '+-' in done.stderr
+    refused = run('sample.py', (*keys[:-1], '--int8_windows=2'))
+    assert refused.returncode == 2 and '--weights=int8' in refused.stderr
+    plain = run('sample.py', keys)
+    assert plain.stdout == done.stdout and 'int8 changes' not in plain.stderr

@@ -1,9 +1,0 @@
-"""Which scripts there are and which keys they have."""
-
-from pathlib import Path
-
-from core.scripts import keys_of  # noqa: F401  (for the tests)
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [p for pattern in ('*.py', 'studies/*.py', 'data/*/prepare.py') for p in sorted(ROOT.glob(pattern))
-           if 'configurator.py' in p.read_text() and p.name != 'configurator.py']  # fmt: skip

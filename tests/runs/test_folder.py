@@ -1,0 +1,161 @@
+"""core/runs/folder.py: what belongs to a run, who owns its folder, and which checkpoint is resumed."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from support.training import ROOT
+
+from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
+from core.runs import folder
+from core.runs.folder import RunFolder
+from model import GPT, GPTConfig
+
+HOLDER = """
+import sys, time
+from core.runs.folder import RunFolder
+RunFolder(sys.argv[1]).acquire()
+print('held', flush=True)
+time.sleep(60)
+"""
+
+
+def write(path, iteration):
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
+    checkpoints.save(str(path), checkpoints.contents(model, {}, iter_num=iteration))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path."""
+    process = subprocess.Popen([sys.executable, '-c', HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'held\n'
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_owner_is_refused_and_told_who_the_first_is(holder, tmp_path):
+    with pytest.raises(UserError, match=f'in use by process {holder.pid} on .* since 20'):
+        RunFolder(str(tmp_path)).acquire()
+
+
+def test_a_dead_owner_does_not_block(holder, tmp_path):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / '.lock').exists()  # it had no time to remove it
+    folder = RunFolder(str(tmp_path))
+    folder.acquire()
+    assert f'process {os.getpid()} on ' in (tmp_path / '.lock').read_text()
+    folder.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_many_that_start_at_once_one_wins_again_and_again(tmp_path):
+    def contend(queue):
+        folder, end, wins = RunFolder(str(tmp_path)), time.monotonic() + 1, 0
+        while time.monotonic() < end:
+            try:
+                folder.acquire()
+            except UserError:
+                continue
+            inside = tmp_path / 'inside'
+            with open(inside, 'x'):  # fails if another is in
+                pass
+            inside.unlink()
+            folder.release()
+            wins += 1
+        queue.put(wins)
+
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    processes = [context.Process(target=contend, args=(queue,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    wins = [queue.get(timeout=60) for _ in processes]
+    assert sum(wins) > 3 and [process.join() or process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(folder.errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(folder.fcntl, 'lockf', refuse)
+    RunFolder(str(tmp_path)).acquire()
+    assert 'file system without locks' in capsys.readouterr().err
+
+
+def test_any_file_of_a_run_makes_the_folder_taken_and_others_do_not(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    assert RunFolder(str(tmp_path / 'nowhere')).files() == []
+    for name in ('notes.txt', 'ckpt.pth', 'my_ckpt.pt', 'ckpt_final.pt', 'log.csv.bak', 'induction.json'):
+        (tmp_path / name).touch()
+    assert folder.files() == []
+    run = ['ckpt.pt', 'ckpt.pt.writing', 'ckpt_000500.pt', 'ckpt_1234567.pt', 'ckpt_best.pt', 'log.1.csv', 'log.csv']
+    for name in run:
+        (tmp_path / name).touch()
+    assert [os.path.basename(path) for path in folder.files()] == run
+    folder.clear()
+    assert folder.files() == [] and len(os.listdir(tmp_path)) == 6
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys):
+    folder = RunFolder(str(tmp_path))
+    assert folder.newest() == (None, None)
+    write(tmp_path / 'ckpt_best.pt', 20)
+    write(tmp_path / 'ckpt_000030.pt', 30)
+    path, loaded = folder.newest()
+    assert path.endswith('ckpt_000030.pt') and loaded['iter_num'] == 30
+    write(tmp_path / 'ckpt.pt', 40)
+    assert folder.newest()[1]['iter_num'] == 40 and capsys.readouterr().err == ''
+    damage(tmp_path / 'ckpt.pt')
+    path, loaded = folder.newest()
+    assert path.endswith('ckpt_000030.pt') and loaded['iter_num'] == 30
+    said = capsys.readouterr().err
+    assert 'ckpt.pt is damaged' in said and 'resuming from' in said and 'ckpt_000030.pt' in said
+    for name in ('ckpt_best.pt', 'ckpt_000030.pt'):
+        damage(tmp_path / name)
+    with pytest.raises(UserError, match='damaged'):
+        folder.newest()
+
+
+def test_a_log_without_a_checkpoint_is_kept(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    for text in ('first', 'second'):
+        (tmp_path / 'log.csv').write_text(text)
+        folder.set_log_aside()
+    assert (tmp_path / 'log.1.csv').read_text() == 'first' and (tmp_path / 'log.2.csv').read_text() == 'second'
+
+
+def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    write(path, 3)
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    loads = 0
+    for place in torch.randint(len(whole), (80,), generator=generator).tolist():
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            loaded = checkpoints.load(str(path))
+        except UserError as error:
+            assert 'damaged' in str(error) or 'truncated' in str(error)
+            continue
+        loads += 1  # a bit of padding, or of a header that nothing depends on
+        path.write_bytes(whole)
+        expected = checkpoints.load(str(path))
+        assert all(torch.equal(loaded['model'][name], expected['model'][name]) for name in expected['model'])
+    assert loads < 40

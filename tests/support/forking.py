@@ -1,0 +1,136 @@
+"""
+Runs scripts in forks of a process that has imported PyTorch already: a hundred starts of Python would take minutes.
+
+`run(script, arguments)` starts that process, which is this file as a program with the names of modules to import, when
+it is first needed.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODULES = (
+    'torch._dynamo',
+    'matplotlib.pyplot',
+    'tqdm',
+    'core.runs.checkpoint',
+    'core.text.write_dataset',
+    'analysis.induction',
+)
+
+
+def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES):
+    """
+    The subprocess.CompletedProcess of `python script arguments`, run in the folder `root`; killed after `seconds`.
+
+    memory: bytes that it may allocate; 0: any number. modules: imported before the fork.
+    """
+    request = [str(script), [str(argument) for argument in arguments], seconds, memory]
+    process = server(root, modules)
+    process.stdin.write(json.dumps(request) + '\n')
+    process.stdin.flush()
+    return subprocess.CompletedProcess(request[:2], *json.loads(process.stdout.readline()))
+
+
+@functools.cache
+def server(root, modules):
+    """The process that forks, once it is ready. One thread: PyTorch's others would not survive a fork."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
+    environment.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+    # no network, at once and everywhere, and nothing that was downloaded before
+    nowhere, dead_end = str(Path(tempfile.gettempdir(), 'no-such-cache')), 'http://127.0.0.1:9'
+    environment.update(HF_HUB_OFFLINE='1', HF_HUB_CACHE=nowhere, TIKTOKEN_CACHE_DIR=os.devnull)
+    environment.update(https_proxy=dead_end, HTTPS_PROXY=dead_end)
+    process = subprocess.Popen(
+        [sys.executable, __file__, *modules],
+        cwd=root,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)
+    assert process.stdout.readline() == 'ready\n'
+    return process
+
+
+def run_script(script, arguments):
+    """Run a script as Python would; returns the exit code."""
+    sys.argv = [script, *arguments]
+    try:
+        try:
+            runpy.run_path(script, run_name='__main__')
+        except SystemExit:
+            raise
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            return 1
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    return 0
+
+
+def limit_memory(most):
+    """From now on this process can allocate `most` bytes more (Linux)."""
+    if most and os.path.exists('/proc/self/statm'):
+        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
+
+
+def run_forked(script, arguments, seconds, memory):
+    """[exit code, stdout, stderr] of a script in a fork of this process."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            code = 70
+            try:
+                os.setsid()
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                limit_memory(memory)
+                code = run_script(script, arguments)
+                for thread in threading.enumerate():
+                    if thread is not threading.current_thread() and not thread.daemon:
+                        thread.join()
+                atexit._run_exitfuncs()  # as Python does when a script ends
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        deadline = time.monotonic() + seconds
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)  # with all that it has started itself
+            time.sleep(0.002)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode('utf-8', errors='replace'))
+    return [os.waitstatus_to_exitcode(ended[1]), *texts]
+
+
+if __name__ == '__main__':
+    sys.path[:1] = [os.getcwd(), os.path.join(os.getcwd(), 'tests')]
+    for name in sys.argv[1:]:
+        with contextlib.suppress(ImportError):  # an optional one
+            __import__(name)
+    gc.freeze()  # what is shared with the forks stays shared
+    print('ready', flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run_forked(*json.loads(line))), flush=True)

@@ -1,0 +1,50 @@
+"""Small models of every kind, and comparing their logits."""
+
+import torch
+
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+
+BLOCK, VOCAB = 32, 50
+VARIANTS = {
+    'mha': (GPT, dict()),
+    'mha-nobias': (GPT, dict(bias=False)),
+    'mha-rope': (GPT, dict(pos='rope')),
+    'mha-open': (GPT, dict(flash=False)),
+    'gqa': (GPT, dict(n_kv_head=2)),
+    'mqa-rope': (GPT, dict(n_kv_head=1, pos='rope', bias=False)),
+    'mla': (MLAGPT, dict()),
+    'mla-nobias': (MLAGPT, dict(bias=False, n_latent=20)),
+    'mla-thin': (MLAGPT, dict(n_latent=6)),  # r < d: absorbing always pays
+    'mla-full': (MLAGPT, dict(n_latent=32)),
+    'mla-query': (MLAGPT, dict(n_latent=20, n_latent_q=12)),
+    'mla-norm': (MLAGPT, dict(n_latent=20, n_latent_q=12, latent_norm=True)),
+    'mla-open': (MLAGPT, dict(flash=False)),
+    'mla-rope': (MLAGPT, dict(pos='rope')),
+    'mla-rope-all': (MLAGPT, dict(pos='rope', n_rope=6, n_latent=12, n_latent_q=12, latent_norm=True, bias=False)),
+}
+MLA = [name for name in VARIANTS if name.startswith('mla')]
+
+
+def make(variant, dtype=torch.float64, **changes):
+    """A small model whose every parameter, biases and norms too, is far enough from its initial value to matter."""
+    model_class, settings = VARIANTS[variant]
+    config_class = MLAConfig if model_class is MLAGPT else GPTConfig
+    sizes = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=2, n_head=4, n_embd=32)
+    model = model_class(config_class(**(sizes | settings | changes))).to(dtype).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b):
+    """Equal to rounding, relative to the largest value: 1e-12 in float64, 1e-4 in float32."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    tolerance = 1e-12 if a.dtype == torch.float64 else 1e-4
+    assert (a - b).abs().max() <= tolerance * b.abs().max()

@@ -1,0 +1,103 @@
+"""Several processes, under torchrun on CPUs: the same curve, sharded or not, and what becomes of a process's death."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.training import assert_same_curve, assert_same_run, log_of, run, started, tensors_of, torchrun
+
+from core.runs.checkpoint import build_model, load
+
+EXTRA = dict(gradient_accumulation_steps=4, batch_size=4, eval_iters=5)  # 20 windows: 4 processes' parts are unequal
+
+
+@pytest.fixture(scope='module')
+def one(data_dir, tmp_path_factory):
+    """The folder of a run of 20 iterations in one process."""
+    folder = tmp_path_factory.mktemp('processes') / 'one'
+    assert run('train_mla.py', data_dir, folder, **EXTRA).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_the_number_of_processes_does_not_change_the_curve(count, one, data_dir, tmp_path):
+    done = run('train_mla.py', data_dir, tmp_path, torchrun(count), **EXTRA)
+    assert done.returncode == 0, done.stderr
+    assert len(log_of(one)) == 21
+    assert_same_curve(one, tmp_path)
+    assert done.stdout.count('iter 7:') == 1 and f'{count} processes' in done.stderr  # rank 0 speaks alone
+
+
+def test_micro_batches_that_cannot_be_shared_are_refused(data_dir, tmp_path):
+    done = run('train.py', data_dir, tmp_path / 'odd', torchrun(2), gradient_accumulation_steps=3)
+    assert done.returncode and 'gradient_accumulation_steps=3 micro-batches cannot be divided' in done.stderr
+    assert not (tmp_path / 'odd').exists()
+
+
+def test_a_sharded_model_learns_the_same_and_saves_the_same_checkpoint(one, data_dir, tmp_path):
+    """fsdp=True in two processes; stopped after 10 iterations, and resumed sharded as well as in one process."""
+    done = run('train_mla.py', data_dir, tmp_path / 'sharded', torchrun(2), **EXTRA, fsdp=True, max_iters=10)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / 'sharded', tmp_path / 'alone')
+    going_on = dict(EXTRA, init_from='resume')
+    done = run('train_mla.py', data_dir, tmp_path / 'sharded', torchrun(2), **going_on, fsdp=True)
+    assert done.returncode == 0, done.stderr
+    assert run('train_mla.py', data_dir, tmp_path / 'alone', **going_on).returncode == 0
+    expected = torch.load(one / 'ckpt.pt')
+    for folder in (tmp_path / 'sharded', tmp_path / 'alone'):
+        assert_same_curve(one, folder)
+        found = torch.load(folder / 'ckpt.pt')
+        assert found['optimizer']['param_groups'] == expected['optimizer']['param_groups']
+        tensors, wanted = tensors_of(found), tensors_of(expected)
+        assert list(tensors) == list(wanted)
+        for name, tensor in tensors.items():
+            assert type(tensor) is torch.Tensor and torch.allclose(tensor, wanted[name], atol=1e-5), name
+        assert build_model(load(str(folder))).get_num_params() == build_model(expected).get_num_params()
+    size = [(folder / 'ckpt.pt').stat().st_size for folder in (one, tmp_path / 'sharded')]
+    assert abs(size[0] - size[1]) < 1000  # the tied embedding is not written twice
+
+
+def worker(launcher, rank):
+    """The process id of a rank that a torchrun process has started."""
+    for child in Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split():
+        if f'\0RANK={rank}\0' in Path(f'/proc/{child}/environ').read_text():
+            return int(child)
+    raise AssertionError(f'there is no rank {rank}')
+
+
+def kill_rank(launcher, rank):
+    """SIGKILL a rank of a job after its first iterations."""
+    next(line for line in launcher.stdout if line.startswith('iter 12:'))
+    subprocess.run(['kill', '-KILL', str(worker(launcher, rank))], check=True)
+
+
+linux = pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='there is no /proc')
+
+
+@linux
+def test_a_process_that_dies_ends_the_job(data_dir, tmp_path):
+    job = started('train.py', data_dir, tmp_path, torchrun(2), gradient_accumulation_steps=2, max_iters=10**6)
+    kill_rank(job, 1)
+    began = time.monotonic()
+    job.stdout.close()
+    assert job.wait(timeout=60) not in (0, -signal.SIGKILL)
+    assert time.monotonic() - began < 60
+
+
+@linux
+def test_torchrun_picks_a_job_up_from_its_checkpoint(data_dir, tmp_path):
+    """Two ranks add up the same way each time, so that even here the restarted run is the run."""
+    keys = dict(gradient_accumulation_steps=2, max_iters=60, lr_decay_iters=60, checkpoint_interval=5, dropout=0.1)
+    assert run('train.py', data_dir, tmp_path / 'whole', torchrun(2), **keys).returncode == 0
+    job = started('train.py', data_dir, tmp_path / 'broken', torchrun(2, '--max-restarts=1'), init_from='auto', **keys)
+    kill_rank(job, 0)
+    again = next(line for line in job.stdout if line.startswith('iter ') and 'iter 12:' not in line)
+    rest = [again, *job.stdout]
+    assert job.wait(timeout=120) == 0
+    first = [int(line.split()[1].rstrip(':')) for line in rest if line.startswith('iter ')]
+    assert min(first) >= 5 and first[-1] == 59
+    assert_same_run(tmp_path / 'whole', tmp_path / 'broken')

@@ -1,0 +1,90 @@
+"""core/text/text_files.py: the text of files as a stream, cut anywhere, is their text; what the prepare scripts share."""
+
+import gzip
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from core.cli.errors import UserError
+from core.text import text_files
+from core.text.tokenizer import TOKENIZERS
+from core.text.write_dataset import encode_stream
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8 characters, so that short texts have several."""
+    monkeypatch.setattr(text_files, 'BLOCK', 8)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files in the order of their paths, one of them compressed and one empty, and their texts."""
+    texts = {'a.txt': 'one two three\nfour\n', 'b.txt': '', 'c.txt.gz': 'Stra\u00dfe, \u6771\u4eac\u3002\n' * 4,
+             'd/e.txt': '\n\nlast'}  # fmt: skip
+    (tmp_path / 'd').mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith('.gz') else text.encode())
+    return [tmp_path / name for name in texts], list(texts.values())
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte', 'bpe'])
+def test_text_cut_anywhere_is_the_whole_text(kind, files, small_blocks):
+    paths, parts = files
+    kind = TOKENIZERS[kind]
+    texts = text_files.TextFiles(paths, kind)
+    whole = ''.join(parts).encode() if kind.reads_bytes else ''.join(parts)
+    assert texts.lengths == [len(part.encode()) if kind.reads_bytes else len(part) for part in parts]
+    assert texts.total == len(whole)
+    assert texts.characters == (''.join(sorted(set(whole))) if kind.learned_from == 'characters' else '')
+    empty = whole[:0]
+    for cut in range(texts.total + 1):
+        pieces = [text or empty for ends in ((0, cut), (cut, None)) for text, _ in texts.pieces(*ends)]
+        assert empty.join(pieces) == whole
+    assert sum(ended for _, ended in texts.pieces()) == (3 if kind.byte_pair else 0)  # an empty file is no document
+
+
+def test_lines_are_documents(files, small_blocks):
+    texts = text_files.TextFiles(files[0][:1], TOKENIZERS['bpe'], documents='line')
+    documents = ['']
+    for text, ended in texts.pieces():
+        documents[-1] += text
+        documents += [''] * ended
+    assert documents == ['one two three', 'four', '']
+
+
+def test_a_learned_encoding_is_that_of_the_training_text(files):
+    kind = TOKENIZERS['bpe']
+    training, rest = (text_files.TextFiles(part, kind) for part in (files[0][:1], files[0][1:]))
+    encoder = text_files.learn(kind, '', training.pieces(), training.total, vocab_size=300)
+    assert encoder.pieces == kind.learn([files[1][0]], 300).pieces
+    ids = np.concatenate(list(encode_stream(encoder, rest.pieces(), 1)))
+    assert encoder.decode(ids[ids != encoder.end_of_text]) == ''.join(files[1][1:])
+
+
+def test_files_below_a_folder(tmp_path):
+    for name in ('b.c', 'a.h', 'a/z.c', 'a/.hidden.c', '.git/x.c', 'Makefile', 'c.o', 'd.o'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found, ignored = text_files.files_below(tmp_path, '.c, .h')
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ['a.h', 'a/z.c', 'b.c']
+    assert ignored == {'.o': 2, 'without suffix': 1}
+    assert text_files.in_words(ignored) == '2 .o, 1 without suffix'
+    assert text_files.in_words(Counter('aaabbcdefgg')) == '3 a, 2 b, 2 g, 1 c, 1 d and 2 others'
+
+
+def test_one_file_is_known_by_its_own_checksum():
+    sums = [hashlib.sha256(text).hexdigest() for text in (b'a', b'b')]
+    assert text_files.joint_checksum(sums[:1]) == sums[0]
+    assert len({text_files.joint_checksum(list(given)) for given in (sums, reversed(sums))}) == 2
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
+def test_a_data_set_does_not_replace_its_input(name, tmp_path):
+    text_files.check_not_overwritten([tmp_path / name], tmp_path)
+    (tmp_path / name).touch()
+    (tmp_path / 'link.txt').symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match='link.txt would be overwritten'):
+        text_files.check_not_overwritten([tmp_path / 'link.txt'], tmp_path)

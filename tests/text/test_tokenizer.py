@@ -1,0 +1,203 @@
+"""core/text/tokenizer.py: encoding and decoding, learned encodings, and the registry that everything else reads."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from core.cli.errors import UserError
+from core.text.dataset import TokenData
+from core.text.tokenizer import (
+    TOKENIZERS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    gpt2_encoding,
+    learn_bpe,
+    load_tokenizer,
+    sample_evenly,
+    tokenizer_of,
+)
+
+TEXT = ['low lower lowest newest', 'the quick brown fox jumps over a lazy dog', 'wide wider widest caf\u00e9'] * 50
+
+
+@pytest.fixture(scope='module')
+def learned():
+    return learn_bpe(TEXT, 300)
+
+
+def assert_one_line(error):
+    assert '\n' not in str(error.value) and len(str(error.value)) > 20
+
+
+# ---- encoding and decoding -------------------------------------------------------------------------------------------
+
+
+def test_characters():
+    tokenizer = load_tokenizer({'tokenizer': 'char', 'chars': '\n abe\u00e9\U0001f600'})
+    assert tokenizer.n_vocab == 7 and tokenizer.end_of_text is None
+    assert tokenizer.encode('ab \u00e9\n\U0001f600') == [2, 3, 1, 5, 0, 6] and tokenizer.encode('') == []
+    assert tokenizer.decode(torch.tensor([2, 3, 6])) == 'ab\U0001f600'
+    assert tokenizer.decode_bytes([5, 6]) == '\u00e9\U0001f600'.encode()
+    for text, culprit in (('ab5e', "'5'"), ('\U0001f601', "'\U0001f601'"), ('a\udcff', r"'\\udcff'")):
+        with pytest.raises(UserError, match=f'the character {culprit} is not among the 7') as error:
+            tokenizer.encode(text)
+        assert_one_line(error)
+    for ids in ([7], [-1]):
+        with pytest.raises(ValueError, match='outside a vocabulary of 7'):
+            tokenizer.decode(ids)
+
+
+def test_characters_are_learned_in_the_order_of_their_code_points():
+    tokenizer = CharTokenizer.learn('the cat\n\u00e9')
+    assert tokenizer.chars == '\n aceht\u00e9' and tokenizer.encode('\n\u00e9') == [0, 7]
+
+
+def test_bytes():
+    tokenizer = load_tokenizer({'tokenizer': 'byte'})
+    assert tokenizer.n_vocab == 256
+    assert tokenizer.encode('a\u00e9') == [97, 195, 169]
+    assert tokenizer.decode([97, 195, 169]) == 'a\u00e9' and tokenizer.decode([97, 195]) == 'a\ufffd'
+    assert tokenizer.decode_bytes([195]) == b'\xc3'
+    assert tokenizer.encode('\udcff') == [255]  # how Python represents an argument's byte that is not UTF-8
+    assert tokenizer.encode_array(b'\xff\x00').tolist() == [255, 0]
+
+
+def test_gpt2(gpt2_cache):
+    tokenizer = load_tokenizer({'tokenizer': 'gpt2'})
+    assert tokenizer.n_vocab == 50257 and tokenizer.end_of_text == 50256
+    text = 'Hello <|endoftext|> w\u00f6rld \U0001f600'
+    ids = tokenizer.encode(text)
+    assert 50256 not in ids and ids[0] == 15496 and ids == tokenizer.encode_array(text).tolist()
+    assert tokenizer.encode(text, special=True).count(50256) == 1
+    assert tokenizer.decode(ids) == text and b''.join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
+    with pytest.raises(ValueError, match='outside a vocabulary of 50257'):
+        tokenizer.decode([50257])
+
+
+def test_a_byte_pair_encoding_is_learned(learned):
+    tokenizer = load_tokenizer({'tokenizer': 'bpe', 'pieces': learned})
+    assert tokenizer.n_vocab == 300 and tokenizer.end_of_text == 299
+    assert sorted(learned[:256]) == [chr(byte) for byte in range(256)] and learned == learn_bpe(TEXT, 300)
+    ids = tokenizer.encode(' newest lowest')
+    assert [tokenizer.decode([i]) for i in ids] == [' new', 'est', ' lowest']  # frequent pairs are merged
+    assert len(tokenizer.encode('lo wer')) > 2
+    text = 'caf\u00e9 <|endoftext|> \U0001f600 \n\tnew\0'
+    assert tokenizer.decode(tokenizer.encode(text)) == text and 299 not in tokenizer.encode(text)
+    assert tokenizer.encode(text, special=True).count(299) == 1
+    assert tokenizer.decode_bytes([tokenizer.encode('\u00ff')[0]]) == b'\xc3'
+    with pytest.raises(ValueError, match='outside a vocabulary of 300'):
+        tokenizer.decode([300])
+    assert len(learn_bpe(['ab'], 300)) == 257  # no more pairs in this text
+
+
+def test_a_long_text_is_sampled_evenly():
+    texts = [f'{i:05}' for i in range(1000)]
+    assert list(sample_evenly(texts, 5000, 5000)) == list(sample_evenly(texts, 5000, 10**6)) == texts
+    assert list(sample_evenly(texts, 5000, 500)) == texts[::10]
+
+
+def test_without_a_network_tiktoken_is_explained(monkeypatch):
+    tiktoken = pytest.importorskip('tiktoken')
+
+    def hang(name):
+        time.sleep(5)
+
+    def fail(name):
+        raise ConnectionError('no route')
+
+    for replacement, seconds in ((hang, 0.05), (fail, 5)):
+        monkeypatch.setattr(tiktoken, 'get_encoding', replacement)
+        with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR') as error:
+            gpt2_encoding(seconds)
+        assert_one_line(error)
+    with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR'):
+        load_tokenizer({'tokenizer': 'gpt2'})
+
+
+# ---- from meta to tokenizer ------------------------------------------------------------------------------------------
+
+
+def test_invalid_meta():
+    for meta in ({}, {'tokenizer': 'words'}, {'tokenizer': ['char']}, {'tokenizer': None, 'chars': 'ab'}):
+        with pytest.raises(UserError, match='must be char, byte, bpe or gpt2'):
+            load_tokenizer(meta)
+    for meta in (
+        {'tokenizer': 'char'},
+        {'tokenizer': 'char', 'chars': ''},
+        {'tokenizer': 'char', 'chars': 'aba'},
+        {'tokenizer': 'char', 'chars': 'ab', 'vocab_size': 3},
+        {'tokenizer': 'bpe'},
+        {'tokenizer': 'bpe', 'pieces': ['a']},
+        {'tokenizer': 'byte', 'vocab_size': 100},
+    ):
+        with pytest.raises(UserError, match=f'the tokenizer {meta["tokenizer"]} has .*: prepare') as error:
+            load_tokenizer(meta)
+        assert_one_line(error)
+
+
+def test_tokens_that_stand_for_no_text():
+    assert tokenizer_of({'tokenizer': 'none', 'vocab_size': 8}) is None
+    with pytest.raises(UserError, match='stand for no text'):
+        load_tokenizer({'tokenizer': 'none', 'vocab_size': 8})
+
+
+def test_a_checkpoint_without_meta_is_known_by_gpt2s_vocabulary_size():
+    """nanoGPT's checkpoints name no tokenizer."""
+    assert {tokenizer_of({}, size).name for size in (50257, 50304)} == {'gpt2'}
+    assert tokenizer_of({}, 65) is None and tokenizer_of({}, 256) is None
+    assert tokenizer_of({'tokenizer': 'char', 'chars': 'ab'}, 50304).name == 'char'
+
+
+@pytest.fixture
+def every_tokenizer(learned):
+    """One tokenizer of each kind, none of them loaded."""
+    return [CharTokenizer('abc'), ByteTokenizer(), BPETokenizer(learned), GPT2Tokenizer()]
+
+
+def test_meta_describes_the_tokenizer_completely(every_tokenizer):
+    assert {tokenizer.name for tokenizer in every_tokenizer} == set(TOKENIZERS)
+    for tokenizer in every_tokenizer:
+        again = tokenizer_of(tokenizer.meta())
+        assert type(again) is type(tokenizer) and again.meta() == tokenizer.meta()
+        assert again.n_vocab == again.meta()['vocab_size'] <= again.padded_vocab_size
+
+
+def test_sizes_and_special_ids_are_known_without_the_vocabulary(every_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)  # not installed
+    sizes = {tokenizer.name: (tokenizer.n_vocab, tokenizer.padded_vocab_size) for tokenizer in every_tokenizer}
+    assert sizes == {'char': (3, 3), 'byte': (256, 256), 'bpe': (300, 300), 'gpt2': (50257, 50304)}
+    for tokenizer in every_tokenizer:
+        ids = set(tokenizer.text_ids().tolist())
+        assert set(range(tokenizer.n_vocab)) - ids == ({tokenizer.end_of_text} - {None})
+        if tokenizer.byte_pair:
+            with pytest.raises(UserError, match='pip install tiktoken'):
+                tokenizer.load()
+
+
+class Reversed(ByteTokenizer):
+    """A tokenizer that nothing else knows of: bytes, the highest first, and an end-of-text token."""
+
+    name, n_vocab, end_of_text = 'reversed', 257, 256
+
+    def encode_array(self, text):
+        return 255 - super().encode_array(text)
+
+    def decode_bytes(self, ids):
+        return bytes(255 - int(i) for i in ids if i != 256)
+
+
+def test_a_new_tokenizer_is_one_class(prepare, monkeypatch, tmp_path):
+    """Once registered, text can be prepared, read and decoded with it, without a change elsewhere."""
+    monkeypatch.setitem(TOKENIZERS, 'reversed', Reversed)
+    (tmp_path / 'in.txt').write_text('some text ' * 20)
+    prepare('data/text/prepare.py', input=tmp_path / 'in.txt', out_dir=tmp_path / 'out', tokenizer='reversed')
+    data = TokenData(tmp_path / 'out', 4)
+    assert data.n_vocab == 257 and data.meta['tokenizer'] == 'reversed'
+    ids = np.fromfile(tmp_path / 'out' / 'train.bin', dtype='<u2')
+    assert load_tokenizer(data.meta).decode(ids) == 'some text ' * 18
+    assert 256 not in tokenizer_of(data.meta).text_ids()
