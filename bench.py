@@ -51,7 +51,6 @@ from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
 from core.cli.files import write_json
 from core.convert.int8 import quantize, weight_bytes
-from core.runs import checkpoint as checkpoints
 from core.speed import gpus, peers, timing
 from core.speed.rivals import (
     WITHOUT,
@@ -153,7 +152,7 @@ def build_all(shares, **settings):
     heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
     models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
     models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
-    return {checkpoints.arm_of(model.config): model for model in models}
+    return {models.label_of(model.config): model for model in models}
 
 
 # ---- mode=train ------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from core.cli.errors import UserError
 from core.convert import gpt2
 from core.convert.factorize import to_mha
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ arguments.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)
-model = checkpoints.build_model(saved)
+model = models.build_model(saved)
 meta = saved.get('tokenizer') or {}
 
 
@@ -72,7 +73,7 @@ def gpt2_config():
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*checkpoints.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head')
+    without = (*models.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
@@ -119,11 +120,11 @@ Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} 
 """
 
 
-is_mla, arm = checkpoints.attention_of(model) == 'mla', checkpoints.arm_of(model.config)
+is_mla, arm = models.attention_of(model) == 'mla', models.label_of(model.config)
 parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 if not is_mla and model.config.n_kv_head:
     errors.notice(
-        f'{checkpoints.arm_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
+        f'{models.label_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
     )
     model = to_mha(model)
 if not is_mla and model.config.pos != 'learned':

@@ -40,6 +40,7 @@ from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
+from core.runs.models import attention_of, build_model, model_args, pretrained
 from core.text.dataset import TokenData
 from core.text.tokenizer import Tokenizer, tokenizer_of
 from model import GPT
@@ -87,12 +88,12 @@ def load(spec):
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     published = spec in GPT2_SIZES or os.path.isfile(os.path.join(spec, 'config.json'))
     if published and not os.path.isfile(os.path.join(spec, 'ckpt.pt')):
-        model, saved = checkpoints.pretrained(spec)
+        model, saved = pretrained(spec)
         facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=sha256_of_tensors(model), corpus='')
     else:
         file = checkpoints.find(spec)
         saved = checkpoints.load(file, mapped=True)
-        model = checkpoints.build_model(saved)
+        model = build_model(saved)
         loss = saved.get('val_loss')
         loss = saved.get('best_val_loss') if loss is None else loss
         loss = None if loss is None else float(loss)
@@ -101,8 +102,8 @@ def load(spec):
     meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
-    facts.update(parameters=model.get_num_params(), attention=checkpoints.attention_of(model),
-                 model_args=checkpoints.model_args(model.config))  # fmt: skip
+    facts.update(parameters=model.get_num_params(), attention=attention_of(model),
+                 model_args=model_args(model.config))  # fmt: skip
     try:
         tokenizer = tokenizer_of(meta, model.config.vocab_size)
     except UserError:

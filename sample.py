@@ -25,7 +25,7 @@ from core.cli import errors, files, machine
 from core.cli.errors import UserError, printable
 from core.convert.int8 import quantize
 from core.runs import checkpoint as checkpoints
-from core.runs import evaluation
+from core.runs import evaluation, models
 from core.text.dataset import TokenData, read_meta, read_meta_pickle
 from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
 
@@ -60,7 +60,7 @@ captured = device.startswith('cuda') and compile in ('auto', True)
 # ---- model and tokenizer ---------------------------------------------------------------------------------------------
 if init_from == 'resume':
     checkpoint = checkpoints.load(out_dir)
-    model = checkpoints.build_model(checkpoint)
+    model = models.build_model(checkpoint)
     meta = checkpoint.get('tokenizer')
     if not meta:
         # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
@@ -73,7 +73,7 @@ if init_from == 'resume':
             meta = GPT2Tokenizer().meta()
             errors.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
-    model, checkpoint = checkpoints.pretrained(init_from)
+    model, checkpoint = models.pretrained(init_from)
     meta = checkpoint['tokenizer']
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
@@ -144,7 +144,7 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, dtype=machine.DTYPES[dtype]).bytes_per_token
-kind = checkpoints.attention_of(model).upper()
+kind = models.attention_of(model).upper()
 about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
 errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()

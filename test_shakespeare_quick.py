@@ -21,6 +21,7 @@ from analysis import comparison
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs.models import KINDS
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 
@@ -70,7 +71,6 @@ models = {'mha': 'train.py', 'mla': 'train_mla.py'}
 keys = {name: {key: value for key, value in setting.items() if name == 'mla' or key not in OF_MLA} for name in models}
 keys['mla'].pop('n_kv_head', None)
 for name in models:
-    keys[name]['kv_lr'] = keys[name].get('kv_lr') or checkpoints.KINDS[name][0].kv_lr  # 0: the default
     folder = os.path.join(out_dir, name)
     if os.path.exists(os.path.join(folder, 'ckpt.pt')) and not overwrite:
         earlier = checkpoints.OLDER | checkpoints.load(folder, mapped=True)['config']

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from core.cli import machine
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs import evaluation
+from core.runs import evaluation, models
 from core.runs import log as runlog
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
@@ -70,8 +70,8 @@ def read(folder):
 def label(runs):
     """Name each run by its attention, and where others have the same, by the keys in which they differ."""
     for run in runs:
-        config = checkpoints.model_config(run.saved) if run.saved else None
-        run.label = checkpoints.arm_of(config) if config else f'{run.folder} (nothing saved yet)'
+        config = models.model_config(run.saved) if run.saved else None
+        run.label = models.label_of(config) if config else f'{run.folder} (nothing saved yet)'
     for name in {run.label for run in runs}:
         same = [run for run in runs if run.label == name and run.saved]
         configs = [run.saved['config'] for run in same]
@@ -97,7 +97,7 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
     keys = run.saved['config']
     if not keys.get('dataset'):
         raise UserError(f'{run.folder} does not say which data set it was trained on; leave it out of --runs')
-    model = checkpoints.build_model(run.saved).to(device).eval()
+    model = models.build_model(run.saved).to(device).eval()
     folder = os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset'])
     data = TokenData(folder, model.config.block_size)
     dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
@@ -130,7 +130,7 @@ def sizes(model, dtype='float32'):
     """A dict of a model's parameters, FLOPs per token of training, and bytes per token of a cache in `dtype`."""
     return dict(
         parameters=model.get_num_params(),
-        attention_parameters=model.num_attention_params(),
+        attention_parameters=models.attention_params(model),
         flops_per_token=model.flops_per_token(),
         cache_bytes_per_token=model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token,
     )

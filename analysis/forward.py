@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ops.kernels import attend, attention_pattern, repeat_heads
+from ops.kernels import attention_pattern, fast_attention, repeat_heads
 
 
 def device_of(model):
@@ -67,7 +67,7 @@ def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
         q, *kv = attn.qkv(normed, rope) if qkv is None else qkv(layer, attn, normed, rope)
         k, v = (repeat_heads(t, q.size(1)) for t in kv)
         if visit is None:
-            z = attend(q, k, v, attn.scale)
+            z = fast_attention(q, k, v, attn.scale)
         else:
             pattern = attention_pattern(q, k, attn.scale)
             visit(layer, Attention(q, k, v, pattern, normed))

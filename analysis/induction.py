@@ -34,7 +34,7 @@ from analysis.forward import (
     text_losses,
     token_losses,
 )
-from ops.kernels import attend
+from ops.kernels import fast_attention
 
 SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
 
@@ -313,7 +313,7 @@ def ablate_each_head(model, repeats, progress=None):
     L, H = model.config.n_layer, model.config.n_head
     ablated = np.zeros((L, H, len(repeats)), dtype=np.float32)
     for layer, block in enumerate(model.transformer.h):
-        z = attend(*block.attn.qkv(block.ln_1(x), rope), block.attn.scale)
+        z = fast_attention(*block.attn.qkv(block.ln_1(x), rope), block.attn.scale)
         for head in range(H):
             changed = z.clone()
             changed[:, head] = z[:, head].mean(0)

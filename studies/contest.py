@@ -40,6 +40,7 @@ from analysis import comparison, report, stats
 from core.cli import arguments, files, machine, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.runs.evaluation import mean_and_stderr, window_losses
 from core.text.dataset import TokenData
 
@@ -214,7 +215,7 @@ def finished(item, ckpt):
 
 def measured(ckpt):
     """Sizes of the model in a checkpoint and its loss on the validation windows, in nats per token: a dict."""
-    model = checkpoints.build_model(checkpoints.load(ckpt)).eval().to(device)
+    model = models.build_model(checkpoints.load(ckpt)).eval().to(device)
     losses = window_losses(model, data, 'val', WINDOWS, batch_size=64)
     return dict(val_loss=mean_and_stderr(losses)[0], **comparison.sizes(model))
 

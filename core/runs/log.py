@@ -13,9 +13,20 @@ import urllib.parse
 from core.cli import errors, files
 from core.cli.errors import UserError
 
-# a cell is empty where nothing was measured
-COLUMNS = ('iter', 'tokens', 'lr', 'loss', 'train_loss', 'val_loss', 'val_stderr', 'grad_norm', 'ms_per_iter',
-           'tokens_per_s', 'mfu')  # fmt: skip
+# how the columns are written; a cell is empty where nothing was measured
+COLUMNS = {
+    'iter': 'd',
+    'tokens': 'd',
+    'lr': '.6g',
+    'loss': '.6f',
+    'train_loss': '.6f',
+    'val_loss': '.6f',
+    'val_stderr': '.6f',
+    'grad_norm': '.6f',
+    'ms_per_iter': '.2f',
+    'tokens_per_s': '.0f',
+    'mfu': '.4f',
+}
 
 
 def start_wandb(project, name, config, run_id=None):
@@ -71,13 +82,15 @@ class RunLog:
             raise UserError(f"{path} can't be written ({error}); move it away, or choose another --out_dir") from error
 
     def write(self, row):
-        """Append a row, a dict with some of COLUMNS. Where the disk is full, `error` holds the reason afterwards."""
+        """Append a row, {column: number}. Where the disk is full, `error` holds the reason afterwards."""
+        row = {name: value for name, value in row.items() if value is not None}
         try:
-            csv.DictWriter(self.file, COLUMNS, restval='').writerow(row)
+            cells = {name: format(value, COLUMNS[name]) for name, value in row.items()}
+            csv.DictWriter(self.file, COLUMNS, restval='').writerow(cells)
         except OSError as error:
             self.error = error
         if self.wandb_run is not None:
-            self.wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
+            self.wandb_run.log(row)
 
     def finish(self):
         """Close the file and the wandb run. UserError where a row could not be written."""

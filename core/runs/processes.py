@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.cli import machine
 from core.cli.errors import UserError
 from core.cli.machine import DTYPES
 
@@ -29,6 +30,19 @@ class Processes:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def count(self) -> str:
+        """'1 process', '2 processes', ..."""
+        return f'{self.world_size} process{"es" if self.world_size > 1 else ""}'
+
+    def share_of(self, number: int, key: str) -> int:
+        """What each process has of a number that a key gives for all. UserError where it can't be divided equally."""
+        if number % self.world_size:
+            raise UserError(
+                f'{key}={number} cannot be divided equally among {self.world_size} processes; make it a multiple of '
+                'their number'
+            )
+        return number // self.world_size
 
     def any(self, flag):
         """True, in every process, where `flag` is true in at least one."""
@@ -103,6 +117,23 @@ def join_processes(device, backend='nccl'):
         torch.distributed.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
         sys.excepthook = hook  # PyTorch's own would hide the one line of a UserError
     return ranks, device
+
+
+def start(device: str, backend: str, threads: int, compile: bool | str) -> tuple[Processes, str, int, bool]:
+    """
+    Join the process group, if any, and set up the machine for training: (processes, device, CPU threads, compile).
+
+    device, threads and compile: the keys, which may be 'auto' or 0; what is returned is what they mean here.
+    """
+    processes, device = join_processes(machine.pick_device(device), backend)
+    threads = machine.set_threads(threads)
+    compiles = device.startswith('cuda') if compile == 'auto' else bool(compile)
+    if compiles:
+        machine.keep_compiled()
+    if device == 'cpu':
+        machine.keep_freed_memory()
+    torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
+    return processes, device, threads, compiles
 
 
 def shard(model, device, compile=False):

@@ -15,7 +15,7 @@ import torch
 
 from core.cli.errors import UserError
 from core.convert.gpt2 import hf_settings, to_gpt2
-from core.runs.checkpoint import NANOGPT_ARGS
+from core.runs.models import NANOGPT_ARGS
 
 
 def nanogpt_model(folder, ours, prompt):

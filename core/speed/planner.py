@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from core.cli import machine
 from core.convert.gpt2 import GPT2_SIZES
-from core.runs.checkpoint import arm_of
+from core.runs.models import label_of
 from core.speed import gpus
 from ops.decoding import draw
 from ops.kernels import EagerAttention, LinearCrossEntropy, linear_cross_entropy
@@ -253,7 +253,7 @@ class Arm:
     @property
     def name(self):
         """'MHA', 'GQA-4', 'MQA' or 'MLA, r=64'."""
-        return arm_of(self.config)
+        return label_of(self.config)
 
     @functools.cached_property
     def facts(self):

@@ -30,6 +30,7 @@ from core.text.dataset import TokenData
 from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from ops.decoding import FixedStep
+from ops.optimizers import adamw, param_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT = {
@@ -77,7 +78,8 @@ class Training:
     def __init__(self, model, setting, leave_out=''):
         """setting: a Setting. leave_out: a name in WITHOUT."""
         self.model, self.setting, self.iteration = model.train(), setting, 0
-        self.optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setting.device.split(':')[0])
+        groups = param_groups(model.named_parameters(), 0.1)
+        self.optimizer = adamw(groups, 1e-3, (0.9, 0.95), setting.device.split(':')[0])
         if leave_out == 'fused':
             groups = [{k: group[k] for k in ('params', 'weight_decay')} for group in self.optimizer.param_groups]
             self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
 
 from core.convert.hf_modeling_mla import MLAGPTConfig, MLAGPTForCausalLM
-from core.runs import checkpoint as checkpoints
+from core.runs import models
 from model_mla import MLAGPT, MLAConfig
 
 SIZES = dict(block_size=24, vocab_size=11, n_layer=2, n_head=4, n_embd=32)
@@ -33,7 +33,7 @@ def model_pair(name, dtype=torch.float64):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    sizes = {k: v for k, v in dataclasses.asdict(ours.config).items() if k not in checkpoints.NOT_THE_MODEL}
+    sizes = {k: v for k, v in dataclasses.asdict(ours.config).items() if k not in models.NOT_THE_MODEL}
     theirs = MLAGPTForCausalLM(MLAGPTConfig(**sizes)).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours.to(dtype), theirs.to(dtype)
@@ -49,7 +49,7 @@ def largest_difference(a, b):
 def test_config_has_the_fields_and_defaults_of_the_training_config():
     parameters = inspect.signature(MLAGPTConfig.__init__).parameters
     ours = {field.name: field.default for field in dataclasses.fields(MLAConfig)}
-    for name in (*checkpoints.NOT_THE_MODEL, 'n_kv_head', 'init_std', 'latent_init'):
+    for name in (*models.NOT_THE_MODEL, 'n_kv_head', 'init_std', 'latent_init'):
         assert ours.pop(name) is not None and name not in parameters
     assert ours == {name: parameters[name].default for name in parameters if name in ours}
     of_transformers = {'initializer_range', 'use_cache', 'tie_word_embeddings', 'bos_token_id', 'eos_token_id',

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
-from ops.kernels import attend
+from ops.kernels import fast_attention
 
 # ---- cached = uncached, absorbed = decompressed ----------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def test_absorbed_is_decompressed(variant, dtype):
         q, latent = attention.queries(x, rope), attention.latent(x, rope)
         keys, values = attention.decompress(latent)
         for T in (1, 2, 9, 24):
-            decompressed = attend(q[:, :, -T:], keys, values, attention.scale)
+            decompressed = fast_attention(q[:, :, -T:], keys, values, attention.scale)
             assert_close(attention.absorbed(q[:, :, -T:], latent), decompressed)
 
 

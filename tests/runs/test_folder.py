@@ -13,7 +13,7 @@ from support.training import ROOT
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs import folder
+from core.runs import folder, models
 from core.runs.folder import RunFolder
 from model import GPT, GPTConfig
 
@@ -28,7 +28,7 @@ time.sleep(60)
 
 def write(path, iteration):
     model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
-    checkpoints.save(str(path), checkpoints.contents(model, {}, iter_num=iteration))
+    checkpoints.save(str(path), models.contents(model, {}, iter_num=iteration))
 
 
 def damage(path):

@@ -21,6 +21,7 @@ from transformers import (
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.tokenizer import learn_bpe, load_tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -59,7 +60,7 @@ def random_model(attention, **changes):
 def export(monkeypatch, tmp_path, model, tokenizer=CHARS, *flags):
     """Run export_hf.py on a checkpoint of the model; returns the folder."""
     source, folder = tmp_path / 'ckpt.pt', tmp_path / 'exported'
-    checkpoints.save(str(source), checkpoints.contents(model, {}, tokenizer=tokenizer))
+    checkpoints.save(str(source), models.contents(model, {}, tokenizer=tokenizer))
     monkeypatch.setattr(sys, 'argv', ['export_hf.py', f'--source={source}', f'--out_dir={folder}', *flags])
     runpy.run_path('export_hf.py', run_name='__main__')
     return str(folder)
@@ -384,7 +385,7 @@ def test_the_model_card_says_what_it_is_and_how_it_was_made(data_dir, tmp_path):
     saved = checkpoints.load(str(tmp_path / 'out'))
     assert card.startswith('---\nlibrary_name: transformers\n') and '# A GPT with MLA, r=9' in card
     assert f'2 iterations on a test, validation loss {saved["val_loss"]:.4f} nats per token' in card
-    assert f'{sum(p.numel() for p in checkpoints.build_model(saved).parameters()):,} parameters' in card
+    assert f'{sum(p.numel() for p in models.build_model(saved).parameters()):,} parameters' in card
     command = next(line for line in card.splitlines() if line.startswith('python train_mla.py'))
     assert {'--n_latent=9', '--learning_rate=0.003', '--dataset=tiny', '--block_size=16'} <= set(command.split())
     assert str(tmp_path) not in card  # nothing of this machine

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.tokenizer import ByteTokenizer, CharTokenizer
 from core.text.write_dataset import write_dataset
 from model import GPT, GPTConfig
@@ -39,7 +40,7 @@ def save(path, model, tokenizer, **more):
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
     config = dict(SMALL, dataset='tiny')
-    checkpoints.save(str(path), checkpoints.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
+    checkpoints.save(str(path), models.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
 
 
 def make_place(folder):
