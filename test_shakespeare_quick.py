@@ -21,7 +21,6 @@ from analysis import comparison
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs.models import KINDS
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 

@@ -158,7 +158,8 @@ def test_all_processes_skip_the_step_whose_gradient_overflowed_in_one(clipped, t
     printed = in_two_processes(
         f"""
 runtime.shard(model, 'cpu')
-optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+from ops.optimizers import adamw, param_groups
+optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-2, (0.9, 0.95), 'cpu')
 scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
 x = torch.arange(8)[None] + ranks.rank
 for step in range(3):

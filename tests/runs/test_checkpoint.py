@@ -11,13 +11,14 @@ from core.runs import checkpoint as checkpoints
 from core.runs import models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops.optimizers import adamw, param_groups
 
 SIZES = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8, bias=True)
 
 
 def saved(tmp_path, model, **extra):
     path = str(tmp_path / 'ckpt.pt')
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu')
     checkpoints.save(path, models.contents(model, {'dataset': 'x'}, optimizer=optimizer, iter_num=7, **extra))
     return path
 

@@ -25,6 +25,7 @@ from core.text.tokenizer import ByteTokenizer, CharTokenizer
 from core.text.write_dataset import write_dataset
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops.optimizers import adamw, param_groups
 from support import ROOT, forking  # noqa: F401  (ROOT for the tests)
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
@@ -36,7 +37,7 @@ PROOF = Path(tempfile.gettempdir()) / f'a_pickle_ran_code_{os.getpid()}'
 # ---- the place in which everything is as it should be ----------------------------------------------------------------
 def save(path, model, tokenizer, **more):
     path.parent.mkdir()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu')
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
     config = dict(SMALL, dataset='tiny')
