@@ -38,13 +38,14 @@ gpu: ## everything that needs a GPU, in .venv or else with the packages that are
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
 	$(BIN)/python studies/induction.py $(ARGS)
 
-lint: $(VENV)/.installed-test ## check style and format
+lint: $(VENV)/.installed-test ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean: ## remove caches; runs (out*) and data stay
 	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
-	rm -rf .pytest_cache .ruff_cache
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
 
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this is Python " + \
 	sys.version.split()[0] + ", 3.11 or later is needed; try make PYTHON=python3.11 ...")'
