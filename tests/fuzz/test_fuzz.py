@@ -2,8 +2,8 @@
 2,000 random command lines and 500 damaged files against all scripts: each succeeds, or ends within a minute in one line
 and exit code 2 (bench.py's comparison: 1), and then has changed nothing. A case is a function of its number.
 
-A tenth of them runs by default, all with FUZZ=1 (pytest -n 2 tests/fuzz/test_fuzz.py: 150 s on two cores). To repeat one:
-FUZZ_CASE='line 1234' or FUZZ_CASE='damage 56', which prints what the script said.
+A tenth of them runs by default, all with FUZZ=1 (pytest -n 2 tests/fuzz/test_fuzz.py: 150 s on two cores). To repeat
+one: FUZZ_CASE='line 1234' or FUZZ_CASE='damage 56', which prints what the script said.
 """
 
 import os
