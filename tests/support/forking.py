@@ -33,13 +33,13 @@ MODULES = (
 )
 
 
-def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES):
+def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES, cwd=None):
     """
     The subprocess.CompletedProcess of `python script arguments`, run in the folder `root`; killed after `seconds`.
 
-    memory: bytes that it may allocate; 0: any number. modules: imported before the fork.
+    memory: bytes that it may allocate; 0: any number. modules: imported before the fork. cwd: another folder to run in.
     """
-    request = [str(script), [str(argument) for argument in arguments], seconds, memory]
+    request = [str(script), [str(argument) for argument in arguments], seconds, memory, str(cwd or root)]
     process = server(root, modules)
     process.stdin.write(json.dumps(request) + '\n')
     process.stdin.flush()
@@ -72,6 +72,7 @@ def server(root, modules):
 def run_script(script, arguments):
     """Run a script as Python would; returns the exit code."""
     sys.argv = [script, *arguments]
+    sys.path[:2] = [os.path.dirname(os.path.abspath(script))]
     try:
         try:
             runpy.run_path(script, run_name='__main__')
@@ -92,8 +93,8 @@ def limit_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 
-def run_forked(script, arguments, seconds, memory):
-    """[exit code, stdout, stderr] of a script in a fork of this process."""
+def run_forked(script, arguments, seconds, memory, cwd):
+    """[exit code, stdout, stderr] of a script in a fork of this process, run in the folder cwd."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
@@ -104,6 +105,7 @@ def run_forked(script, arguments, seconds, memory):
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 limit_memory(memory)
+                os.chdir(cwd)
                 code = run_script(script, arguments)
                 for thread in threading.enumerate():
                     if thread is not threading.current_thread() and not thread.daemon:
