@@ -13,7 +13,7 @@ import fuzzing
 import pytest
 
 ALL = bool(os.environ.get('FUZZ'))
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forking.py needs os.fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='forking.py needs os.fork')]
 ONE = os.environ.get('FUZZ_CASE')
 CHUNK = 25
 CASES = [('line', n) for n in range(2000 if ALL else 200)] + [('damage', n) for n in range(500 if ALL else 50)]

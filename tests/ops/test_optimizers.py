@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import assert_same_curve, assert_same_run, log_of, run, tensors_of, torchrun
+from support.training import assert_same_curve, assert_same_run, log_of, run, tensors_of
 
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -109,9 +109,10 @@ def test_a_run_of_before_there_was_a_share_goes_on_at_the_whole_rate(given, data
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_rows_of_a_sharded_matrix_cannot_learn_at_another_rate(data_dir, tmp_path):
     keys = dict(kv_lr=0.5, fsdp=True, gradient_accumulation_steps=2)
-    done = run('train.py', data_dir, tmp_path, torchrun(2), **keys)
+    done = run('train.py', data_dir, tmp_path, processes=2, **keys)
     assert done.returncode and 'error: kv_lr slows down some rows of a matrix of MHA, which fsdp shards' in done.stderr
 
 
@@ -143,10 +144,11 @@ def test_the_optimizer_of_a_run_cannot_change(data_dir, tmp_path):
     assert done.returncode == 2 and 'optimizer=muon cannot be applied to the run in' in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fsdp', [False, True])
 def test_muon_in_two_processes(fsdp, data_dir, tmp_path):
     keys = {**MUON, 'dropout': 0.0, 'max_iters': 6}
     assert run('train_mla.py', data_dir, tmp_path / 'one', **keys).returncode == 0
-    done = run('train_mla.py', data_dir, tmp_path / 'two', torchrun(2), **keys, fsdp=fsdp)
+    done = run('train_mla.py', data_dir, tmp_path / 'two', processes=2, **keys, fsdp=fsdp)
     assert done.returncode == 0, done.stderr
     assert_same_curve(tmp_path / 'one', tmp_path / 'two', tolerance=1e-3)  # Newton-Schulz runs in bfloat16

@@ -14,6 +14,8 @@ from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.kernels import LinearCrossEntropy
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=2000)
 VARIANTS = {
     'MHA': (GPT, GPTConfig, dict(bias=False)),

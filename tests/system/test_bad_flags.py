@@ -39,7 +39,7 @@ from support.bad_input import (
 
 from model import GPT, GPTConfig
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')]
 
 FLAGS = [
     Case(T, '--batchsize=3', 'unknown key --batchsize', r'did you mean --batch_size\?'),

@@ -47,6 +47,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_runs(clone):
     ran = []
     for command in commands():
@@ -69,6 +70,7 @@ def test_every_command_runs(clone):
     assert set(SHORT) <= set(ran) and len(ran) > 20
 
 
+@pytest.mark.slow
 def test_the_example_in_python_generates(clone):
     """After the commands above: it loads the folder that one of them exports."""
     pytest.importorskip('transformers')
