@@ -121,6 +121,7 @@ total = lambda: sum(whole(p.detach()).double().abs().sum().item() for p in model
 """
 
 
+@pytest.mark.slow
 def test_every_process_has_the_model_of_rank_zero(tmp_path):
     """Also after it is sharded: fully_shard takes each process's own values."""
     printed = in_two_processes(
@@ -138,6 +139,7 @@ say('whole', total())
     assert len(printed) == 3
 
 
+@pytest.mark.slow
 def test_processes_that_picked_different_dtypes_use_float32(tmp_path):
     """As CPUs with and without bfloat16 do, and GPUs of two generations."""
     printed = in_two_processes(
@@ -152,6 +154,7 @@ for pair in (('bfloat16', 'bfloat16'), ('bfloat16', 'float32'), ('float16', 'bfl
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('clipped', [True, False])
 def test_all_processes_skip_the_step_whose_gradient_overflowed_in_one(clipped, tmp_path):
     """Loss scaling with sharded gradients, as with fsdp=True and float16: found in one shard, known to all."""

@@ -26,11 +26,26 @@ from core.text.write_dataset import write_dataset
 
 SECONDS, MEMORY = 60, 3 << 30
 # imported before the fork; transformers and datasets take seconds
-MODULES = (*forking.MODULES, 'analysis.report', 'analysis.latent', 'analysis.circuits', 'analysis.forward',
-           'core.speed.rivals', 'core.speed.planner', 'core.cli.subprocesses', 'core.runs.resume', 'core.runs.folder', 'safetensors.torch',
-           'tokenizers', 'tiktoken', 'transformers.models.auto.modeling_auto', 'transformers.tokenization_utils_fast',
-           'transformers.models.gpt2.modeling_gpt2', 'datasets')  # fmt: skip
-REPOSITORY = ('*.py', 'core/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
+MODULES = (
+    *forking.MODULES,
+    'analysis.report',
+    'analysis.latent',
+    'analysis.circuits',
+    'analysis.forward',
+    'core.speed.rivals',
+    'core.speed.planner',
+    'core.cli.subprocesses',
+    'core.runs.resume',
+    'core.runs.folder',
+    'safetensors.torch',
+    'tokenizers',
+    'tiktoken',
+    'transformers.models.auto.modeling_auto',
+    'transformers.tokenization_utils_fast',
+    'transformers.models.gpt2.modeling_gpt2',
+    'datasets',
+)
+REPOSITORY = ('*.py', 'ops/*.py', 'core/**/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
 
 TINY = {
     'bench.py': {'mode': 'compare', 'files': '{place}/before.json,{place}/after.json', 'new_tokens': 0},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import assert_same_curve, assert_same_run, log_of, run, tensors_of, torchrun
+from support.training import assert_same_curve, assert_same_run, log_of, run, tensors_of
 
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -241,11 +241,12 @@ def test_an_older_run_of_muon_goes_on_undivided(data_dir, tmp_path):
     assert torch.load(tmp_path / 'ckpt.pt')['learning']['divides'] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('script, keys', [('train.py', {}), ('train_mla.py', dict(pos='rope'))])
 def test_rows_of_a_sharded_matrix_learn_at_their_rate(script, keys, data_dir, tmp_path):
     keys = dict(keys, kv_lr=0.25, gradient_accumulation_steps=2, batch_size=4)
     assert run(script, data_dir, tmp_path / 'one', **keys).returncode == 0
-    done = run(script, data_dir, tmp_path / 'two', torchrun(2), **keys, fsdp=True)
+    done = run(script, data_dir, tmp_path / 'two', processes=2, **keys, fsdp=True)
     assert done.returncode == 0, done.stderr
     assert_same_curve(tmp_path / 'one', tmp_path / 'two')
 
@@ -278,10 +279,11 @@ def test_the_optimizer_of_a_run_cannot_change(data_dir, tmp_path):
     assert done.returncode == 2 and 'optimizer=muon cannot be applied to the run in' in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fsdp', [False, True])
 def test_muon_in_two_processes(fsdp, data_dir, tmp_path):
     keys = {**MUON, 'dropout': 0.0, 'max_iters': 6}
     assert run('train_mla.py', data_dir, tmp_path / 'one', **keys).returncode == 0
-    done = run('train_mla.py', data_dir, tmp_path / 'two', torchrun(2), **keys, fsdp=fsdp)
+    done = run('train_mla.py', data_dir, tmp_path / 'two', processes=2, **keys, fsdp=fsdp)
     assert done.returncode == 0, done.stderr
     assert_same_curve(tmp_path / 'one', tmp_path / 'two', tolerance=1e-3)  # Newton-Schulz runs in bfloat16

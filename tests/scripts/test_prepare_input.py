@@ -15,6 +15,8 @@ from support.preparing import ROOT, files_of, ids_of
 from core.cli.errors import UserError
 from core.text.tokenizer import load_tokenizer, shorter_words, with_distinct_words
 
+pytestmark = pytest.mark.slow
+
 TEXT = 'data/text/prepare.py'
 
 

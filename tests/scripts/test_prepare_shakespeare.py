@@ -22,6 +22,8 @@ from core.cli.files import sha256
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CHAR, GPT2 = 'data/shakespeare_char/prepare.py', 'data/shakespeare/prepare.py'
 STAND_IN_SHA256 = '48eda5aba9aa2cd85b2ba18a81e815f3f48e5a6037025c245eddb20c2bb90b3f'
 

@@ -8,12 +8,15 @@ import torch
 from support import forking
 
 from core.cli import machine
+from core.runs import models
 from core.speed import planner, timing
 from core.speed.planner import Arm
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.kernels import LinearCrossEntropy
 from ops.optimizers import adamw, param_groups
+
+pytestmark = pytest.mark.slow
 
 SIZES = dict(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=2000)
 VARIANTS = {

@@ -8,6 +8,8 @@ import torch
 from support import forking
 from support.training import write_characters
 
+pytestmark = pytest.mark.slow
+
 ITERS = 4
 RATES = (4e-3, 1.6e-2)  # of the short form
 ARMS = {'MHA': (4096, 0.0), 'MQA': (1024, 0.3), 'MLA, r=C/2': (1024, 0.1)}  # cache, loss minus MHA's

@@ -7,6 +7,8 @@ from support import ROOT, forking
 
 from core.speed import timing
 
+pytestmark = pytest.mark.slow
+
 PARTS = ['tests', 'train', 'decode', 'texts', 'train_eager', 'memory', 'profile', 'shakespeare', 'train_350m', 'data',
          'pair']  # fmt: skip
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')

@@ -3,8 +3,11 @@
 import json
 import string
 
+import pytest
 from support import ROOT, forking
 from support.training import write_characters
+
+pytestmark = pytest.mark.slow
 
 PUBLISHED = 'assets/induction_text.json'
 

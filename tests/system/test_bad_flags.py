@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from support import forking
 from support.bad_input import (
     BENCH,
     CHAR,
@@ -38,7 +39,7 @@ from support.bad_input import (
 
 from model import GPT, GPTConfig
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')]
 
 FLAGS = [
     Case(T, '--batchsize=3', 'unknown key --batchsize', r'did you mean --batch_size\?'),
@@ -258,7 +259,6 @@ def test_a_process_of_its_own_ends_the_same_way(case, place):
 @pytest.mark.parametrize('script', [T, TM, S, C, E, F, Q, BENCH, 'sizing.py', STUDY, CONTEST, STUDY_TEXT])
 def test_scripts_say_where_they_must_be_run(script, tmp_path):
     """Started elsewhere, where their relative paths lead nowhere."""
-    command = [sys.executable, str(ROOT / script), '--help']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = forking.run(ROOT / script, ['--help'], cwd=tmp_path)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert done.stderr == f"error: run it from the repository's folder, where its data and configs are: cd {ROOT}\n"

@@ -12,6 +12,8 @@ from support.training import assert_same_curve, assert_same_run, log_of, run, st
 
 from core.runs.checkpoint import build_model, load
 
+pytestmark = pytest.mark.slow
+
 EXTRA = dict(gradient_accumulation_steps=4, batch_size=4, eval_iters=5)  # 20 windows: 4 processes' parts are unequal
 
 
@@ -23,9 +25,9 @@ def one(data_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('count', [2, 4])
-def test_the_number_of_processes_does_not_change_the_curve(count, one, data_dir, tmp_path):
-    done = run('train_mla.py', data_dir, tmp_path, torchrun(count), **EXTRA)
+@pytest.mark.parametrize('count, how', [(2, dict(launcher=torchrun(2))), (4, dict(processes=4))])
+def test_the_number_of_processes_does_not_change_the_curve(count, how, one, data_dir, tmp_path):
+    done = run('train_mla.py', data_dir, tmp_path, **how, **EXTRA)
     assert done.returncode == 0, done.stderr
     assert len(log_of(one)) == 21
     assert_same_curve(one, tmp_path)
@@ -40,11 +42,11 @@ def test_micro_batches_that_cannot_be_shared_are_refused(data_dir, tmp_path):
 
 def test_a_sharded_model_learns_the_same_and_saves_the_same_checkpoint(one, data_dir, tmp_path):
     """fsdp=True in two processes; stopped after 10 iterations, and resumed sharded as well as in one process."""
-    done = run('train_mla.py', data_dir, tmp_path / 'sharded', torchrun(2), **EXTRA, fsdp=True, max_iters=10)
+    done = run('train_mla.py', data_dir, tmp_path / 'sharded', processes=2, **EXTRA, fsdp=True, max_iters=10)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / 'sharded', tmp_path / 'alone')
     going_on = dict(EXTRA, init_from='resume')
-    done = run('train_mla.py', data_dir, tmp_path / 'sharded', torchrun(2), **going_on, fsdp=True)
+    done = run('train_mla.py', data_dir, tmp_path / 'sharded', processes=2, **going_on, fsdp=True)
     assert done.returncode == 0, done.stderr
     assert run('train_mla.py', data_dir, tmp_path / 'alone', **going_on).returncode == 0
     expected = torch.load(one / 'ckpt.pt')

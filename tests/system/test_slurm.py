@@ -21,6 +21,8 @@ from core.runs import checkpoint, models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = ROOT / 'slurm_scripts'
 JOBS = sorted(path.name for path in SCRIPTS.glob('*.sh') if path.name != 'launch.sh')
 SEARCHED = os.pathsep.join((os.environ.get('PATH', ''), '/usr/sbin', '/sbin'))
