@@ -45,6 +45,7 @@ from tqdm import tqdm
 from core.cli.arguments import names
 from core.cli.errors import UserError, notice, output
 from core.text import text_files
+from core.text.tokenizer import kind_to_prepare
 from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def description(rows):
 
 # ---- read, split and encode ------------------------------------------------------------------------------------------
 
-kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+kind = kind_to_prepare(tokenizer, vocab_size)
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out_dir)
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')

@@ -40,8 +40,8 @@ from tqdm import tqdm
 from core.cli.errors import UserError, notice, output
 from core.cli.files import write_json
 from core.text import text_files
-from core.text.dataset import SPLITS, token_dtype
-from core.text.tokenizer import load_tokenizer
+from core.text.meta import SPLITS, token_dtype
+from core.text.tokenizer import kind_to_prepare, load_tokenizer
 from core.text.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def save(state):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+kind = kind_to_prepare(tokenizer, vocab_size)
 if kind.learned_from == 'characters':
     raise UserError(f'--tokenizer={tokenizer} would have to read all text to learn its characters; choose byte or bpe')
 if bool(hub) == bool(input):
