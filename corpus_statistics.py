@@ -59,8 +59,8 @@ def opened(name):
     starts = document_windows(data) if inside_documents else data.eval_windows('val', text_windows)
     if len(starts) < 2:
         raise UserError(
-            f'the standard error requires two windows of {block_size} tokens, and the validation split of {data.folder} '
-            f'has {len(starts)}: use a smaller --block_size or more text'
+            f'the standard error requires two windows of {block_size} tokens, and the validation split of '
+            f'{data.folder} has {len(starts)}: use a smaller --block_size or more text'
         )
     return data, starts
 

@@ -205,8 +205,10 @@ for source in sources:
     parts['val' if drawn(source, 'split') < val_fraction else 'train'].append(source)
 for split, part in parts.items():
     if not part:
-        raise UserError(f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or '
-                        '--val_fraction, or more files')  # fmt: skip
+        raise UserError(
+            f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or --val_fraction, '
+            'or more files'
+        )
 
 texts = {split: text_files.TextFiles([source.path for source in part], kind) for split, part in parts.items()}
 characters = ''.join(text.characters for text in texts.values())
@@ -222,10 +224,12 @@ start = time.perf_counter()
 with text_files.encoding_bar(kind, sum(text.total for text in texts.values())) as bar:
     splits = {split: encode_stream(encoder, text.pieces(), workers, bar) for split, text in texts.items()}
     checksum = text_files.joint_checksum([source.sha256 for source in sources])
-    meta = write_dataset(folder, encoder, splits, source=description(rows), input_sha256=checksum, details=details,
-                         least=text_files.LEAST)  # fmt: skip
+    about = dict(source=description(rows), input_sha256=checksum, details=details)
+    meta = write_dataset(folder, encoder, splits, **about, least=text_files.LEAST)
 share = meta['tokens']['val'] / sum(meta['tokens'].values())
 if not val_fraction / 2 < share < 2 * val_fraction:
-    notice(f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, '
-           f'and there are {len(sources):,}; another --split_seed splits otherwise')  # fmt: skip
+    notice(
+        f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, and there '
+        f'are {len(sources):,}; another --split_seed splits otherwise'
+    )
 output(summary(folder, meta, time.perf_counter() - start))

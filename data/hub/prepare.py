@@ -62,9 +62,7 @@ tokens = 1_000_000_000_000  # stop after so many training tokens; these would be
 shard_tokens = 2_000_000_000  # more training tokens than this are written to several files of this size; 0: one file
 val_fraction = 0.0005  # the chance of a document to be in the validation split
 split_seed = 1337  # decides which documents those are
-drawn_from = (
-    0  # draw them by number from so many (of local files: from all), as nanoGPT draws OpenWebText's; 0: by text
-)
+drawn_from = 0  # draw them by number from so many, or from all of local files, as nanoGPT does; 0: by their text
 workers = 0  # threads; 0: all cores
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
@@ -126,9 +124,9 @@ def opened(files, commit):
     if not columns:
         raise UserError(f'there are no documents in {input or hub}; choose others')
     if column not in columns:
-        only = ', '.join(columns)
+        known = ', '.join(columns)
         raise UserError(
-            f"the documents of {input or hub} have no column '{column}', only {only}; choose one with --column"
+            f"the documents of {input or hub} have no column '{column}', only {known}; choose one with --column"
         )
     return stream.select_columns([column])
 
@@ -217,9 +215,8 @@ def encoded(task):
     found = []
     for text, number in task[0]:
         blocks = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
-        found.append(
-            (split_of(text, number), np.concatenate([*map(encoder.encode_array, chunks(blocks)), end]).astype(dtype))
-        )
+        ids = np.concatenate([*map(encoder.encode_array, chunks(blocks)), end]).astype(dtype)
+        found.append((split_of(text, number), ids))
     return found
 
 
@@ -239,20 +236,8 @@ def identity():
     """All that determines the bytes that are written, as a dict; a stopped run is resumed only if it is unchanged."""
     import datasets  # the form of a position in the stream depends on its version
 
-    chosen = [
-        'hub',
-        'subset',
-        'split',
-        'revision',
-        'column',
-        'tokenizer',
-        'vocab_size',
-        'tokens',
-        'shard_tokens',
-        'val_fraction',
-        'split_seed',
-    ]
-    chosen += ['drawn_from'] if drawn_from else []  # what stopped before there was this key goes on
+    chosen = ['hub', 'subset', 'split', 'revision', 'column', 'tokenizer', 'vocab_size', 'tokens', 'shard_tokens']
+    chosen += ['val_fraction', 'split_seed', *(['drawn_from'] if drawn_from else [])]
     local = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {key: config[key] for key in chosen} | {'files': local, 'datasets': datasets.__version__}
 
