@@ -259,9 +259,9 @@ class GrowingSplit:
                 raise ValueError(f'{path.name} is missing or too short')
             with open(path, 'ab') as file:
                 file.truncate(wanted)
-        for path in self.folder.glob(f'{self.split}_?????.bin.part'):
+        for path in [*self.folder.glob(f'{self.split}_?????.bin.part'), self.folder / f'{self.split}.bin.part']:
             if path not in self.files:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def append(self, ids: np.ndarray) -> None:
         """Write ids behind what is there. Raises OSError."""

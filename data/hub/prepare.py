@@ -188,11 +188,11 @@ def drawn_numbers():
         return None
     count = drawn_from
     if input:
-        import pyarrow.parquet
-
         if format_of(files) != 'parquet':
             raise UserError('--drawn_from requires Parquet files, which say how many documents they have')
         try:
+            import pyarrow.parquet
+
             count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
         except Exception as error:
             raise failure(error) from error

@@ -13,7 +13,8 @@ import pytest
 from support.preparing import ROOT, files_of, ids_of
 
 from core.cli.errors import UserError
-from core.text.tokenizer import load_tokenizer, shorter_words, with_distinct_words
+from core.text.byte_pairs import LONGEST_WORD, learn_bpe, with_distinct_words
+from core.text.tokenizer import load_tokenizer
 
 TEXT = 'data/text/prepare.py'
 
@@ -141,11 +142,11 @@ def test_words_to_learn_from_are_bounded():
     assert with_distinct_words(english, most=100) is english  # few different words: everything is used
 
 
-def test_only_long_words_are_cut():
-    text = f'one two {"x" * 700} three\n{"y" * 256} {"z" * 257}'
-    pieces = list(shorter_words([text]))
-    assert ''.join(pieces) == text and max(len(word) for piece in pieces for word in piece.split()) == 256
-    assert list(shorter_words(['a short text'])) == ['a short text']
+def test_words_are_learned_from_in_pieces():
+    """Merges never cross the places at which a long word is cut, and words that aren't long are whole."""
+    pieces = learn_bpe(['x' * 1000 + ' ' + 'y' * 200] * 50, 2000)
+    assert max(len(piece) for piece in pieces if 'x' in piece) == LONGEST_WORD
+    assert 'y' * 200 in {piece.strip('\u0120 ') for piece in pieces}
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
