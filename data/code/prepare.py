@@ -31,7 +31,7 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import codecs
+import collections
 import hashlib
 import importlib.metadata
 import platform
@@ -105,21 +105,15 @@ def package_files(package):
 
 def examined(path):
     """The size of a file's content in bytes, its SHA-256, and whether it is UTF-8."""
-    size, checksum, decoder, valid = 0, hashlib.sha256(), codecs.getincrementaldecoder('utf-8')(), True
+    size, checksum = 0, hashlib.sha256()
     for block in text_files.blocks(path, as_bytes=True):
         size += len(block)
         checksum.update(block)
-        valid = valid and decodes(decoder, block)
-    return size, checksum.hexdigest(), valid and decodes(decoder, b'', final=True)
-
-
-def decodes(decoder, block, final=False):
-    """True if a decoder accepts the next block of bytes."""
     try:
-        decoder.decode(block, final)
-    except UnicodeDecodeError:
-        return False
-    return True
+        collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
+    except UserError:
+        return size, checksum.hexdigest(), False
+    return size, checksum.hexdigest(), True
 
 
 def distinct(found):

@@ -495,9 +495,7 @@ def test_a_file_that_changes_its_size_while_it_is_read_is_one_line(how, tmp_path
             file.truncate(10)
         else:
             file.write(content[:5000] if how == 'shorter copy' else content * 2)
-    with pytest.raises(
-        UserError, match='train.bin was replaced by another file while it was read: it had 100,000 bytes'
-    ):
+    with pytest.raises(UserError, match='train.bin was replaced .* while it was read: it had 100,000 bytes'):
         data.batch(1, 1, 8)
     (tmp_path / 'train.bin').write_bytes(content)
     assert torch.equal(data.batch(1, 1, 8)[0], TokenData(tmp_path, 16).batch(1, 1, 8)[0])
@@ -559,14 +557,10 @@ def test_another_data_set_and_another_tokenizer_are_refused(char_data, tmp_path)
     check_data(None, data, 'ckpt.pt')
     check_data({**data.meta, 'source': 'moved'}, data, 'ckpt.pt')
     assert {'sha256 of train.bin', 'tokens of val', 'vocab_size'} <= set(flat(data.meta))
-    with pytest.raises(
-        UserError, match='not the data set that the run in ckpt.pt began with .tokens of train: 3600, reco'
-    ):
+    with pytest.raises(UserError, match='the run in ckpt.pt began with .tokens of train: 3600, recorded 1'):
         check_data({**data.meta, 'sha256': {}, 'tokens': {'train': 1, 'val': 400}}, data, 'ckpt.pt')
     check_tokenizer(data.meta, data, 'out')
-    with pytest.raises(
-        UserError, match='out was trained on char tokens .2 ids., and .* has char tokens .*same tokenizer'
-    ):
+    with pytest.raises(UserError, match='out was trained on char tokens .2 ids., .* has char .*same tokenizer'):
         check_tokenizer(CharTokenizer('ab').meta(), data, 'out')
     with pytest.raises(UserError, match='trained on ids that stand for no text'):
         check_tokenizer({'tokenizer': 'none', 'vocab_size': 3}, data, 'out')

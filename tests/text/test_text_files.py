@@ -1,4 +1,4 @@
-"""core/text/text_files.py: the text of files as a stream, cut anywhere, is their text; what the prepare scripts share."""
+"""core/text/text_files.py: the text of files as a stream, cut anywhere, is their text; the rule for reading text."""
 
 import gzip
 import hashlib
@@ -107,9 +107,13 @@ def test_a_prompt_file_for_bytes_need_not_be_utf8(tmp_path):
     (tmp_path / 'prompt').write_bytes(b'caf\xe9\r\n')
     byte = TOKENIZERS['byte']
     assert byte().encode(text_files.read_text(str(tmp_path / 'prompt'), 100, byte)) == list(b'caf\xe9\r\n')
-    for path, most, message in ((tmp_path / 'prompt', 100, 'not UTF-8 text .line 1, byte 0xe9.'),
-                                (tmp_path / 'prompt', 3, 'more than 3 bytes'), (tmp_path / 'nowhere', 9, 'No such file'),
-                                ('a\0b', 9, "can't be read"), (tmp_path, 9, "can't be read")):  # fmt: skip
+    for path, most, message in (
+        (tmp_path / 'prompt', 100, 'not UTF-8 text .line 1, byte 0xe9.'),
+        (tmp_path / 'prompt', 3, 'more than 3 bytes'),
+        (tmp_path / 'nowhere', 9, 'No such file'),
+        ('a\0b', 9, "can't be read"),
+        (tmp_path, 9, "can't be read"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             text_files.read_text(str(path), most)
         assert '\n' not in str(error.value)
