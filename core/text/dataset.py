@@ -145,7 +145,7 @@ class TokenData:
 
     def _read_rows(self, name: str, starts: list[int], out: np.ndarray) -> None:
         """Fill the rows of an array with the items of a file from each start on. UserError if its size has changed."""
-        view, header = memoryview(out.view(np.uint8).reshape(-1)), self._headers.get(name, 0)
+        view, header = out.view(np.uint8).reshape(-1).data, self._headers.get(name, 0)
         width = out.shape[1] * out.itemsize
         try:
             file = self._opened(name)
