@@ -191,12 +191,12 @@ class TableTokenizer(Tokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        strings, size = meta.get('strings'), meta.get('vocab_size')
-        if isinstance(strings, list) and any(strings) and all(each is None or type(each) is str for each in strings):
-            return (
-                None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
-            )
-        return 'has no valid "strings"'
+        strings: Any = meta.get('strings')
+        size = meta.get('vocab_size')
+        is_list = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
+        if not is_list or not any(strings):
+            return 'has no valid "strings"'
+        return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
 
     def meta(self) -> Meta:
         return {'tokenizer': self.name, 'vocab_size': self.vocab_size, 'strings': self.strings}
