@@ -69,7 +69,7 @@ exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf
 
 READ = 256  # documents per read
 SAVE_SECONDS = 60  # progress is recorded at least so often, and whenever a file of shard_tokens is finished
-MOST_FILES = 500  # training maps all of them at once
+MOST_FILES = 500  # more than anyone wants in a folder
 
 
 # ---- where the documents are -----------------------------------------------------------------------------------------
