@@ -158,7 +158,7 @@ FLAGS = [
     Case(CHAR, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
     Case(CHAR, '', 'empty', '--input=FILE', write('prompt.txt', '')),
     Case(GPT2, '', 'GPT-2', 'TIKTOKEN_CACHE_DIR|--input'),
-    Case(WEB, '--input={place}/nowhere', 'no Parquet file', '--input'),
+    Case(WEB, '--input={place}/nowhere', 'no file or folder', '--input'),
     Case(REPEATS, '--min_period=1', 'min_period', '2 to half'),
     Case(REPEATS, '--vocab_size=-1', 'vocab_size', 'at least 0'),
 ]  # fmt: skip
