@@ -20,11 +20,12 @@ import sys
 from analysis import comparison
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
+from core.cli.keys import keys_of
 from core.runs import checkpoint as checkpoints
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 
-globals().update(subprocesses.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
+globals().update(keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-quick'  # receives a folder per model, comparison.png and comparison.json
 overwrite = False  # discard a comparison with other settings that out_dir holds

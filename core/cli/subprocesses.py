@@ -1,9 +1,5 @@
-"""
-Run the project's scripts as subprocesses, several at a time, and read which keys they have: for scripts that run
-others.
-"""
+"""Run the project's scripts as subprocesses, several at a time: for scripts that run others."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -13,23 +9,6 @@ from tqdm import tqdm
 
 from core.cli import errors, machine
 from core.cli.errors import UserError
-
-
-def keys_of(path):
-    """{key: default} of a script's block of keys, read from its source without running it."""
-    keys = {}
-    with open(path, encoding='utf-8') as file:
-        tree = ast.parse(file.read())
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node):
-            return keys
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                keys[node.targets[0].id] = eval(compile(ast.Expression(node.value), path, 'eval'), {})
-            except NameError:
-                continue  # computed from something else, so it is no key
-    raise ValueError(f'{path} never executes the configurator')
-
 
 running = set()  # the subprocesses that `call` waits for
 

@@ -1,4 +1,4 @@
-"""core/cli/errors.py, core/cli/signals.py: mistakes end in one line, signals quietly; terminals get nothing to execute."""
+"""core/cli/errors.py and signals.py: mistakes end in one line, signals quietly; terminals get nothing to execute."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""core/cli/ranges.py: every numeric key of every script has bounds, its default is inside, and what is outside is said."""
+"""core/cli/ranges.py: every numeric key of a script has bounds that hold its default; what is outside is said."""
 
 import pytest
 from support.keys import ROOT, SCRIPTS, keys_of
