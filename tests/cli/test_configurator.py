@@ -312,7 +312,7 @@ FORK_KEYS = {
         warmup_iters=19,
         eval_iters=40,
         learning_rate=3e-3,
-        min_lr=3e-4,
+        min_lr=3e-3 / 10,
         wandb_run_name='schedule-977-of-4M',
     ),
     'chained_names': dict(
