@@ -102,6 +102,8 @@ class Keys:
         A boolean key without a value is True.
         """
         key, equals, text = flag[2:].partition('=')
+        if key in ('local-rank', 'local_rank'):
+            raise UserError(f'{flag} comes from torch.distributed.launch; use torchrun in its place')
         if key not in self.values:
             raise UserError(f'unknown key --{key}: {self.suggestion(key)}')
         if not equals:
