@@ -135,6 +135,8 @@ def test_a_lack_of_memory_ends_in_one_line(data_dir, tmp_path, device):
 
 @pytest.mark.cuda
 def test_picking_a_gpu_opens_no_context():
-    program = "from core.cli import machine; import torch; print(machine.pick_device('cuda'), torch.cuda.is_initialized())"
+    program = (
+        "from core.cli import machine; import torch; print(machine.pick_device('cuda'), torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.stdout == 'cuda False\n', done.stderr

@@ -222,6 +222,7 @@ CONFIGS = [
 
 PROMPTS = [
     Case(S, '--start=abz', "the character 'z' is not among the 12", "knows: 'abcdefghijkl'"),
+    Case(S, ['--start=a\\n'], r"the character '\\\\' is not among", "knows: 'abc"),
     Case(S, '--start=', 'start is empty', 'newline'),
     Case(S, '--start=FILE:{place}/nowhere.txt', r'nowhere\.txt', 'UTF-8 text file'),
     Case(S, '--start=FILE:{place}', "can't be read", 'UTF-8 text file'),
@@ -234,7 +235,7 @@ PROMPTS = [
     Case(S, '--stop=!', "the character '!' is not among", "knows: 'abc"),
     Case(S, '', 'stand for no text', 'tokenizer: none', ckpt(lambda c: c['tokenizer'].update(tokenizer='none'))),
     Case(Q, '--start=!', "the character '!' is not among", "knows: 'abc"),
-    Case(Q, '', r"the character '\\n' is not among", "knows: 'abc"),
+    Case(Q, '', r"a newline unless --start gives another, and the character '\\n'", "knows: 'abc"),
     Case(Q, '--start=', 'start is empty', '--start|newline'),
 ]  # fmt: skip
 
