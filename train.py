@@ -81,7 +81,7 @@ recompute = False  # recompute each block in the backward pass (activation check
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of attention and MLP, AdamW for the rest
 learning_rate = 6e-4
-kv_lr = 0.0  # share of learning_rate for the weights of keys and values; 0: MHA's 1, MLA's 1/8 (of all latents)
+kv_lr = 1.0  # learning-rate multiplier for the weights of keys and values
 max_iters = 600000
 weight_decay = 1e-1
 beta1 = 0.9

@@ -38,7 +38,7 @@ BOUNDS = {
     'learning_rate': '(0, inf)',
     'rates': '(0, inf)',
     'min_lr': '[0, inf)',
-    'kv_lr': '[0, 1]',
+    'kv_lr': '(0, 1]',
     'weight_decay': '[0, inf)',
     'beta1': '[0, 1)',
     'beta2': '[0, 1)',
