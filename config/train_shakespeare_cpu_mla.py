@@ -4,8 +4,8 @@
 # $ python train_mla.py config/train_shakespeare_cpu_mla.py
 # $ python sample_mla.py --out_dir=out-shakespeare-cpu-mla
 #
-# The same run as train_shakespeare_cpu.py but for the attention. In float32 on one thread it reached a validation loss of
-# 1.904, and MHA 1.905 (one seed each).
+# The same run as train_shakespeare_cpu.py but for the attention. In float32 on one thread it reached a validation loss
+# of 1.904, and MHA 1.905 (one seed each).
 
 exec(open('config/train_shakespeare_cpu.py').read())
 
