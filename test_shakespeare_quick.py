@@ -22,7 +22,7 @@ from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
 from core.cli.keys import keys_of
 from core.runs import checkpoint as checkpoints
-from core.runs import models
+from core.runs.models import KINDS
 from core.text.dataset import TokenData
 from core.text.prompt import prompt_ids
 from core.text.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ SIZES = {
 SCHEDULE = dict(min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20, kv_lr=1.0)
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
-SHAPE = {kind: {field.name for field in fields(config_class)} for kind, (_, config_class) in models.KINDS.items()}
+SHAPE = {kind: {field.name for field in fields(config_class)} for kind, (_, config_class) in KINDS.items()}
 device = machine.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:

@@ -22,8 +22,13 @@ TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 # our name of the activation, and the names it has in transformers
 GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
 # the sizes of GPTConfig, and their names in transformers
-RENAMED = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
-           'n_embd': 'n_embd'}  # fmt: skip
+RENAMED = {
+    'block_size': 'n_positions',
+    'vocab_size': 'vocab_size',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'n_embd': 'n_embd',
+}
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
