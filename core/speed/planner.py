@@ -10,11 +10,9 @@ Bytes are those of one GPU. Sources: Williams et al. 2009, "Roofline" (doi 10.11
 arXiv:2211.05102 (what bounds decoding); Rajbhandari et al. 2019, arXiv:1910.02054 (the states of training).
 """
 
-import bisect
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +24,9 @@ from torch.utils._pytree import tree_map_only
 from core.cli import machine
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs.checkpoint import arm_of
+from core.speed import timing
 from model import GPT, GPTConfig
 from model_mla import MLAConfig
-from ops.decoding import draw
 from ops.kernels import EagerAttention, LinearCrossEntropy
 
 GPT2 = dict(vocab_size=50257, block_size=1024, bias=True)
@@ -205,7 +203,11 @@ class Plan:
 
     def largest_training_batch(self, room: float, block_size: int, recompute: bool = False) -> int:
         """How many sequences of block_size tokens a step can have whose memory is `room` bytes; 0: none fits."""
-        return largest(room, lambda n: self.step_bytes(n * block_size, recompute)['peak'])
+
+        def fits(sequences):
+            return self.step_bytes(sequences * block_size, recompute)['peak'] <= room or None
+
+        return timing.largest(fits, 2**62 // block_size)[0]
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
@@ -214,24 +216,19 @@ class Plan:
         """Memory of the weights while decoding."""
         return self.bytes_each * self.total
 
-    @functools.cached_property
-    def decoding_line(self) -> Line:
-        """Memory of a decode step above weights and cache over the number of sequences: a Line of bytes."""
-        config = replace(self.config, block_size=256, n_layer=1)  # one layer's memory serves the next
+    @property
+    def drawing_bytes(self) -> int:
+        """
+        Memory that a decode step takes for each sequence besides its cache.
 
-        def count(sequences):
-            with FakeTensorMode(), LiveBytes() as live, torch.no_grad():
-                model = self.model_class(config).eval().to(machine.DTYPES[self.dtype])
-                cache = model.init_cache(sequences, config.block_size)
-                token = torch.zeros(sequences, 1, dtype=torch.int64)
-                start = live.peak = live.now
-                draw(model(token, cache=cache)[0][:, -1])
-            return live.peak - start
-
-        return Line.through(FEW, count(FEW), MANY, count(MANY))
+        It is most in ops/decoding.py's `draw`, which has the logits and four float32 numbers for each of them, or for a
+        small vocabulary in the MLP: the residual stream before and after attention, its norm, and the hidden layer
+        before and after GELU.
+        """
+        return max((16 + self.bytes_each) * self.config.vocab_size, 11 * self.bytes_each * self.config.n_embd)
 
     @property
-    def flops_line(self) -> Line:
+    def decoding_flops(self) -> Line:
         """
         FLOPs of decoding one token over its position in the sequence: a Line.
 
@@ -244,8 +241,7 @@ class Plan:
 
     def largest_decoding_batch(self, room: float, context: int) -> int:
         """How many sequences of `context` tokens can be decoded in `room` bytes, weights included; 0: none fits."""
-        each = self.decoding_line.each + self.cache_bytes * context
-        return max(0, int((room - self.weight_bytes - self.decoding_line.fixed) / each))
+        return max(0, int((room - self.weight_bytes) / (self.drawing_bytes + self.cache_bytes * context)))
 
     def decoding_seconds(self, sequences: int, context: int, peak: float, bandwidth: float) -> dict[str, float]:
         """
@@ -258,18 +254,9 @@ class Plan:
         tokens = sequences * context
         weights = self.bytes_each * (self.total - self.parameters.get('positions', 0))
         found = {'memory': 0.0, 'arithmetic': 0.0}
-        for nbytes, flops in (
-            (weights, sequences * self.flops_line.fixed),
-            (tokens * self.cache_bytes, tokens * self.flops_line.each),
-        ):
+        of_weights = weights, sequences * self.decoding_flops.fixed
+        of_caches = tokens * self.cache_bytes, tokens * self.decoding_flops.each
+        for nbytes, flops in (of_weights, of_caches):
             reading, computing = nbytes / bandwidth, flops / peak
             found['memory' if reading >= computing else 'arithmetic'] += max(reading, computing)
         return found
-
-
-def largest(room: float, needed: Callable[[int], float]) -> int:
-    """The largest number whose needed(number), which grows, is at most `room`; 0 where there is none."""
-    most = 1
-    while needed(most) <= room:
-        most *= 2
-    return bisect.bisect_right(range(most), room, lo=1, key=needed) - 1
