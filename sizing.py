@@ -121,7 +121,7 @@ def decoding(plan, context):
     largest = plan.largest_decoding_batch(room, context)
     found = {
         'context': context,
-        'flops_per_token': plan.decoding_flops.at(context),
+        'flops_per_token': plan.decoding_flops(context),
         'weight_bytes': plan.weight_bytes,
         'cache_bytes_per_token': plan.cache_bytes,
         'cache_bytes': plan.cache_bytes * context,

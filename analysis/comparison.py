@@ -54,7 +54,7 @@ class Run:
     @property
     def done(self) -> bool:
         """True for a run that has reached its last iteration."""
-        return bool(self.saved) and self.iterations >= self.saved['config'].get('max_iters', 0)
+        return self.saved is not None and self.iterations >= self.saved['config'].get('max_iters', 0)
 
     @property
     def iterations(self) -> int:
@@ -95,15 +95,7 @@ def label(runs: list[Run]) -> None:
 
 
 def measure(
-    run: Run,
-    data_dir: str,
-    windows: int,
-    batch_size: int,
-    device: str,
-    dtype: str,
-    start: str,
-    tokens: int,
-    seed: int,
+    run: Run, data_dir: str, windows: int, batch_size: int, device: str, dtype: str, start: str, tokens: int, seed: int
 ) -> None:
     """
     Fill in a run's numbers, its losses on at most `windows` validation windows, and a sample; nothing without a save.
@@ -123,18 +115,11 @@ def measure(
     autocast = machine.autocast(device, dtype)
     run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
     run.windows = (str(data.meta.get('sha256')), data.tokens['val'], data.block_size, len(run.losses))
-    speeds = logged(run, 'tokens_per_s')[1]
+    speeds = logged(run, 'tokens_per_s')[1]  # the first holds the warm-up
     loss, error = evaluation.mean_and_stderr(run.losses)
-    run.numbers = dict(
-        folder=run.folder,
-        corpus=data.corpus,
-        iterations=run.iterations,
-        **sizes(model, dtype),
-        dtype=dtype,
-        tokens_per_s=float(np.median(speeds[1:] if len(speeds) > 1 else speeds)) if len(speeds) else None,
-        val_loss=loss,
-        val_stderr=error,
-    )
+    speed = float(np.median(speeds[1:] if len(speeds) > 1 else speeds)) if len(speeds) else None
+    run.numbers = dict(folder=run.folder, corpus=data.corpus, iterations=run.iterations, **sizes(model, dtype))
+    run.numbers |= dict(dtype=dtype, tokens_per_s=speed, val_loss=loss, val_stderr=error)
     if tokens:
         tokenizer = load_tokenizer(data.meta)
         ids = prompt_ids(tokenizer, start)

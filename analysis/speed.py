@@ -41,8 +41,8 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
             axis.plot(x, [row['ms'] for row in own], label=in_shares(name, n_embd), **looks[name])
             axis.fill_between(x, low, high, color=looks[name]['color'], alpha=0.15, linewidth=0)
             axis.set(title=f'batch size {size}', ylabel='time per step (ms)')
-        own = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
-        axes[-1].plot(list(own), list(own.values()), **looks[name])
+        caches = {row['context']: row['cache_bytes'] / row['batch_size'] / 2**20 for row in rows if row['name'] == name}
+        axes[-1].plot(list(caches), list(caches.values()), **looks[name])
     axes[-1].set(title='cache of one sequence', ylabel='memory (MiB)')
     for axis in axes:
         axis.set(xlabel='context (tokens)', ylim=(0, None))
@@ -68,7 +68,7 @@ def limits_figure(found: dict[str, dict[str, list[dict[str, Any]]]], lengths: Se
     for (name, models), (above, below) in zip(found.items(), axes.T, strict=True):
         for n, (label, rows) in enumerate(models.items()):
             rows = [row for row in rows if row['largest_batch']]
-            look = dict(
+            look: dict[str, Any] = dict(
                 color=str(0.65 * n / len(models)), marker='os^Dv*PX'[n % 8], linestyle=LINES[n % 4], label=label
             )
             look |= dict(markersize=6, markerfacecolor='white' if n % 2 else None)

@@ -300,11 +300,8 @@ def goals():
 
 def draw_steps(found):
     """Tokens/s and peak memory of the training steps at 124M, as bars. found: what bench.py measured of them."""
-    rows = [
-        (step['name'] + ', compiled' * bool(result['config']['compile']), step)
-        for result in found
-        for step in result['steps']
-    ][::-1]
+    rows = [(step, ', compiled' * bool(result['config']['compile'])) for result in found for step in result['steps']]
+    rows = [(step['name'] + how, step) for step, how in reversed(rows)]
     names = [f'{name} ({len(rows) - n})' if rehearse else name for n, (name, _) in enumerate(rows)]
     colors = ['#9a9a9a' if 'nanoGPT' in n else '#1f3b73' if 'MLA' in n else '#c4622d' for n in names]
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(rows)), layout='constrained')

@@ -35,7 +35,7 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
         raise UserError(
             'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
         ) from error
-    mode = os.environ.get('WANDB_MODE')
+    mode: Any = os.environ.get('WANDB_MODE')
     if not (mode or os.environ.get('WANDB_API_KEY') or key_in_netrc()):
         mode = 'offline'
         errors.notice('wandb: no API key found, so this run is logged offline; `wandb sync` uploads it later')
@@ -49,7 +49,7 @@ def key_in_netrc() -> bool:
     """True if `wandb login` has stored a key for the server in use."""
     host = urllib.parse.urlsplit(os.environ.get('WANDB_BASE_URL') or 'https://api.wandb.ai').hostname
     try:
-        return bool(netrc.netrc(os.environ.get('NETRC')).authenticators(host))
+        return bool(netrc.netrc(os.environ.get('NETRC')).authenticators(host or ''))
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -13,7 +13,7 @@ arXiv:2211.05102 (what bounds decoding); Rajbhandari et al. 2019, arXiv:1910.020
 import functools
 import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,21 +35,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     **{name: sizes | GPT2 for name, sizes in GPT2_SIZES.items()},
     # Llama 2's (arXiv:2307.09288) with this project's MLP: 6.6 billion parameters
     '7b': dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096, pos='rope'),
-    # arXiv:2412.19437, section 4.2, whose cache it has: 576 numbers per token and layer. Published are 128 heads of 128
-    # dimensions (64 more for the position) and experts; here heads divide n_embd, and the MLP is dense.
-    'deepseek-v3': dict(
-        n_layer=61,
-        n_head=56,
-        n_embd=7168,
-        vocab_size=129280,
-        block_size=4096,
-        pos='rope',
-        n_latents='512',
-        n_latent_q=1536,
-        n_rope=64,
-        latent_norm=True,
-    ),
 }
+# arXiv:2412.19437, section 4.2, whose cache it has: 576 numbers per token and layer. Published are 128 heads of 128
+# dimensions (64 more for the position) and experts; here heads divide n_embd, and the MLP is dense.
+SHAPES['deepseek-v3'] = dict(n_layer=61, n_head=56, n_embd=7168, vocab_size=129280, block_size=4096, pos='rope')
+SHAPES['deepseek-v3'] |= dict(n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True)
 PARTS = {'wte': 'embedding and head', 'wpe': 'positions', 'attn': 'attention', 'mlp': 'MLP', 'ln_': 'norms'}
 FEW, MANY = 256, 512  # sequences, so many that what grows with them outweighs the rest
 OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}  # bytes per parameter: of the blocks' matrices, and of all others
@@ -80,24 +70,6 @@ class LiveBytes(TorchDispatchMode):
     def subtract(self, nbytes: int) -> None:
         """A tensor's memory was freed."""
         self.now -= nbytes
-
-
-@dataclass(frozen=True)
-class Line:
-    """A quantity that grows evenly with a number: fixed + each * number."""
-
-    fixed: float
-    each: float
-
-    @classmethod
-    def through(cls, x1: float, y1: float, x2: float, y2: float) -> 'Line':
-        """The line through two points."""
-        each = (y2 - y1) / (x2 - x1)
-        return cls(y1 - each * x1, each)
-
-    def at(self, number: float) -> float:
-        """The quantity."""
-        return self.fixed + self.each * number
 
 
 class Plan:
@@ -149,8 +121,8 @@ class Plan:
         sequences: of `counted_length` tokens. forward, backward: the most at any moment in the blocks; kept: what the
         loss finds, autocast's copies of the weights included. The loss has a vocabulary of 1: see `loss_bytes`.
         """
-        sizes = dict(n_layer=n_layer, block_size=self.counted_length, vocab_size=1, recompute=recompute)
-        found = {}
+        sizes: dict[str, Any] = dict(n_layer=n_layer, block_size=self.counted_length, vocab_size=1, recompute=recompute)
+        found: dict[str, float] = {}
         with FakeTensorMode(), LiveBytes() as live, machine.autocast('cpu', self.dtype):
             model = self.model_class(replace(self.config, **sizes)).train()
             for parameter in model.parameters():
@@ -169,19 +141,18 @@ class Plan:
         return found | {'backward': live.peak - start}
 
     @functools.cache  # noqa: B019 (plans are few and live as long as the script)
-    def step_lines(self, recompute: bool) -> dict[str, Line]:
-        """Memory of a training step above the states, over the tokens of a batch, as {stretch: Line of bytes}."""
+    def step_lines(self, recompute: bool) -> dict[str, tuple[float, float]]:
+        """Memory of a training step above the states: {stretch: (bytes, and bytes for each token of a batch)}."""
 
         def count(sequences):
             one, two = (self.counted_bytes(n, sequences, recompute) for n in (1, 2))
             return {name: one[name] + (self.config.n_layer - 1) * (two[name] - one[name]) for name in one}
 
         few, many = count(FEW), count(MANY)
-        tokens = FEW * self.counted_length, MANY * self.counted_length
-        lines = {name: Line.through(tokens[0], few[name], tokens[1], many[name]) for name in few}
+        each = {name: (many[name] - few[name]) / ((MANY - FEW) * self.counted_length) for name in few}
+        lines = {name: (few[name] - each[name] * FEW * self.counted_length, each[name]) for name in few}
         of_head = 4 * self.config.n_embd * self.config.vocab_size  # its gradient, which the loss has computed
-        lines['backward'] = Line(lines['backward'].fixed + of_head, lines['backward'].each)
-        return lines
+        return lines | {'backward': (lines['backward'][0] + of_head, each['backward'])}
 
     def loss_bytes(self, tokens: int, device: str = 'cuda') -> int:
         """Memory that ops/kernels.py's LinearCrossEntropy takes above its input's, at the most."""
@@ -197,7 +168,7 @@ class Plan:
 
     def step_bytes(self, tokens: int, recompute: bool, device: str = 'cuda') -> dict[str, float]:
         """Memory of a training step of a number of tokens above the states, as {stretch: bytes}; `peak` is the most."""
-        found = {name: line.at(tokens) for name, line in self.step_lines(recompute).items()}
+        found = {name: fixed + each * tokens for name, (fixed, each) in self.step_lines(recompute).items()}
         found['loss'] = found['kept'] + self.loss_bytes(tokens, device)
         return found | {'peak': max(found.values())}
 
@@ -227,17 +198,16 @@ class Plan:
         """
         return max((16 + self.bytes_each) * self.config.vocab_size, 11 * self.bytes_each * self.config.n_embd)
 
-    @property
-    def decoding_flops(self) -> Line:
+    def decoding_flops(self, context: int) -> int:
         """
-        FLOPs of decoding one token over its position in the sequence: a Line.
+        FLOPs of decoding the token at position `context` of a sequence.
 
         Two per parameter of a matrix, MLA's up-projection being absorbed, and per head, layer and position two for each
         number of a key and of a value; those of MLA are the cached ones.
         """
         config = self.config
         size = config.n_latent + config.n_rope if isinstance(config, MLAConfig) else config.head_size
-        return Line(2 * self.matrices, 4 * config.n_layer * config.n_head * size)
+        return 2 * self.matrices + 4 * config.n_layer * config.n_head * size * context
 
     def largest_decoding_batch(self, room: float, context: int) -> int:
         """How many sequences of `context` tokens can be decoded in `room` bytes, weights included; 0: none fits."""
@@ -254,8 +224,9 @@ class Plan:
         tokens = sequences * context
         weights = self.bytes_each * (self.total - self.parameters.get('positions', 0))
         found = {'memory': 0.0, 'arithmetic': 0.0}
-        of_weights = weights, sequences * self.decoding_flops.fixed
-        of_caches = tokens * self.cache_bytes, tokens * self.decoding_flops.each
+        fixed = self.decoding_flops(0)
+        of_weights = weights, sequences * fixed
+        of_caches = tokens * self.cache_bytes, sequences * (self.decoding_flops(context) - fixed)
         for nbytes, flops in (of_weights, of_caches):
             reading, computing = nbytes / bandwidth, flops / peak
             found['memory' if reading >= computing else 'arithmetic'] += max(reading, computing)

@@ -214,12 +214,14 @@ class SeparateTraining:
 
     def __init__(self, name: str, setting: Setting, gpt_args: dict[str, Any], leave_out: str = '', nanogpt: str = ''):
         """gpt_args: keyword arguments of GPTConfig. nanogpt: the folder of a nanoGPT checkout; '': our model."""
-        task = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
+        task: dict[str, Any] = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
         task['nanogpt'] = nanogpt and os.path.abspath(nanogpt)
         task.update(threads=torch.get_num_threads(), precision=torch.get_float32_matmul_precision())
         command = [sys.executable, '-m', 'core.speed.rivals', json.dumps(task)]
         self.name = name
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process: Any = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self):
         self.run()  # returns when the process is ready
@@ -259,7 +261,7 @@ class Decoding:
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-        self.step = functools.partial(model, cache=self.cache)
+        self.step: Callable = functools.partial(model, cache=self.cache)
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
         if captured and self.token.is_cuda:
             self.cache.length = context - 1
@@ -290,8 +292,8 @@ class HuggingFaceDecoding:
         config, kind = model.config, machine.DTYPES[dtype]
         filled = (batch_size, config.n_head, context - 1, config.n_embd // config.n_head)
         for layer in range(config.n_layer):
-            parts = (torch.zeros(filled, device=self.token.device, dtype=kind) for _ in range(2))
-            self.cache.update(*parts, layer)
+            keys, values = (torch.zeros(filled, device=self.token.device, dtype=kind) for _ in range(2))
+            self.cache.update(keys, values, layer)
         per_token = 2 * config.n_layer * config.n_embd * kind.itemsize
         self.sizes = {'bytes_per_token': per_token, 'cache_bytes': per_token * batch_size * context}
 

@@ -126,7 +126,7 @@ def most_memory(process: subprocess.Popen) -> int | None:
     """
     most: int | None = None
     while process.poll() is None:
-        total, waiting = 0, [process.pid]
+        total, waiting = 0, [str(process.pid)]
         while waiting:
             pid = waiting.pop()
             with contextlib.suppress(OSError, ValueError):

@@ -66,7 +66,7 @@ def test_flops_of_decoding_are_those_that_pytorch_counts(variant):
             cache = model.init_cache(1, context, torch.float32)
             cache.length = context - 1
             model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
-        assert plan.decoding_flops.at(context) == counter.get_total_flops()
+        assert plan.decoding_flops(context) == counter.get_total_flops()
 
 
 def test_named_shapes_are_the_published_ones():
@@ -200,7 +200,7 @@ def test_the_roofline_by_hand():
     weights = 2 * (plan.total - plan.parameters['positions'])
     cache = 100 * plan.cache_bytes
     fast_memory = plan.decoding_seconds(3, 100, peak=1.0, bandwidth=1e30)
-    assert fast_memory == {'memory': 0, 'arithmetic': pytest.approx(3 * plan.decoding_flops.at(100))}
+    assert fast_memory == {'memory': 0, 'arithmetic': pytest.approx(3 * plan.decoding_flops(100))}
     fast_arithmetic = plan.decoding_seconds(3, 100, peak=1e30, bandwidth=1.0)
     assert fast_arithmetic == {'memory': pytest.approx(weights + 3 * cache), 'arithmetic': 0}
 
