@@ -74,8 +74,15 @@ def save_figure(path, figure, dpi=150):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def markdown_table(heading, rows):
-    """A Markdown table from column headings and rows of cells: a str that ends in a newline."""
+def markdown_table(heading, rows, padded=False):
+    """A Markdown table from column headings and rows of cells: a str that ends in a newline. padded: for a terminal."""
+    if padded:
+        table = [[str(cell) for cell in row] for row in (heading, *rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        heading, *rows = [
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            for row in table
+        ]
     lines = ['| ' + ' | '.join(heading) + ' |', '|' + '---|' * len(heading)]
     return '\n'.join(lines + ['| ' + ' | '.join(str(cell) for cell in row) + ' |' for row in rows]) + '\n'
 
