@@ -329,7 +329,8 @@ def formation_curves(runs: list[dict]) -> Figure:
         line = style.look(run['attention'].upper(), 0.5, sum(r['attention'] == run['attention'] for r in runs[:number]))
         for axis, name in zip(axes, shown, strict=False):
             rows = [row for row in run['checkpoints'] if row[name]]
-            x, mean, low, high = ([row[name][key] for row in rows] for key in ('mean', 'low', 'high'))
+            x = [row['iteration'] for row in rows]
+            mean, low, high = ([row[name][key] for row in rows] for key in ('mean', 'low', 'high'))
             axis.plot(x, mean, label=run['name'], **line)
             axis.fill_between(x, low, high, color=line['color'], alpha=0.15, linewidth=0)
             axis.set(xlabel='iteration', title=PANELS[name])

@@ -30,7 +30,6 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import contextlib
 import os
 import textwrap
 
@@ -435,7 +434,7 @@ if named:
         if reuse and earlier['setting'].get(key) != value:
             raise UserError(f'{reuse} has {key}={earlier["setting"].get(key)}, not {value}; leave out --reuse')
 torch.set_num_threads(1)
-with reading(reuse) if reuse and not named else contextlib.nullcontext():
+with reading('' if named else reuse):
     grid = grid or tuple(sorted({r['rate'] for r in earlier['runs'] if r['seed'] < FINAL_SEED}))
     study = contest(named, grid, earlier['runs'], lambda rate: rate == earlier['best_rates'].get('MHA'))
 

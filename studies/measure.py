@@ -65,8 +65,10 @@ def read_json(*path: str) -> dict:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """A context in which the .json of a study is read and used. UserError where it lacks what a study has."""
+    """A context in which the .json of a study is read and used; UserError where it lacks something. '': no .json."""
     try:
         yield
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not path:
+            raise
         raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error
