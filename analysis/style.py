@@ -9,7 +9,7 @@ sets matplotlib's defaults.
 import matplotlib
 
 WIDTH = 9  # inches: 900 pixels of the README's column, at which 10 points are 14 pixels
-INK, GREY = '#222222', '#8c8c8c'  # text; lines that only help to read
+GREY = '#8c8c8c'  # lines that only help to read
 
 matplotlib.rcParams.update(
     {
