@@ -198,7 +198,9 @@ def read_study(path):
     """The numbers of a study, its arms under the names that they have now. UserError if it isn't one."""
     with reading(path):
         numbers = read_json(path)
-        numbers['runs'] = [dict(r, arm=name_now(r)) for r in numbers['runs']]
+        numbers['runs'] = [dict(r, arm=name_now(r), val_loss=r['val_loss']) for r in numbers['runs']]
+        numbers['mha_rate'] = numbers['best_rates'].get(MHA.label)
+        numbers['setting'] = {key: numbers['setting'][key] for key in SETTING}
         numbers['setting'] = dict(numbers['setting'], corpus=numbers['corpus'], iterations=numbers['iterations'])
         unknown = {identity(r)[0] for r in numbers['runs']} - set(ARMS)
     if unknown:
@@ -237,8 +239,10 @@ class Study:
 
     def mean_losses(self, name):
         """{rate: mean loss} of an arm's tuning; a rate at which a seed diverged is left out."""
-        found = {rate: [r['val_loss'] for r in self.tuning(name) if r['rate'] == rate] for rate in self.rates}
-        return {rate: sum(values) / len(values) for rate, values in found.items() if values and all(values)}
+        runs = [r for r in self.tuning(name) if r['val_loss']]
+        found = {rate: [r['val_loss'] for r in runs if r['rate'] == rate] for rate in self.rates}
+        seeds = self.tuning_seeds(name)
+        return {rate: sum(values) / seeds for rate, values in found.items() if len(values) == seeds}
 
     def final(self, kind='scratch'):
         """The runs that are reported: from scratch at the best rate, 'tuned' after a conversion, 'from100'."""
@@ -378,12 +382,8 @@ def draw_cache(study, setting_line):
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
 
-def contest(named, rates, recorded, same_start):
-    """
-    The Study of these arms at these learning rates, and of recorded runs.
-
-    same_start: how one tells from MHA's best rate that recorded conversions and controls begin from the same models.
-    """
+def contest(named, rates, recorded, mha_rate):
+    """The Study of these arms at these learning rates, and of recorded runs; mha_rate: MHA's best one among those."""
     plans = [trained(arm, rate, TUNING_SEED + n) for arm in named for rate in rates for n in range(n_tuning)]
     runs = joined(do(train_and_measure, plans, recorded), [r for r in recorded if r['kind'] == 'scratch'])
     best, seeds = Study(runs, rates).best, [FINAL_SEED + n for n in range(n_final)]
@@ -391,7 +391,8 @@ def contest(named, rates, recorded, same_start):
     study = Study(joined(runs, do(train_and_measure, plans, recorded)), rates)
     if lost := [arm.label for arm in named if not set(seeds) <= set(study.losses(arm))]:
         raise UserError(f'{"; ".join(lost)} diverged with a final seed; leave its best rate out of --rates')
-    begun = [r for r in recorded if r['kind'] != 'scratch' and same_start(best.get('MHA'))]
+    # recorded conversions and controls begin from MHA models at its best rate of then
+    begun = [r for r in recorded if r['kind'] != 'scratch'] if mha_rate == best.get('MHA') else []
     if conversions and {MHA, HALF} <= set(named):
         begun = joined(converted_and_controls(named, seeds, best, begun), begun)
     return Study(joined(study.runs, begun), rates)
@@ -419,7 +420,7 @@ grid = tuple(sorted(set(arguments.numbers(rates, 'rates'))))
 if figure:
     arguments.check_file(figure, 'figure')
 arguments.check_folder(runs_dir)
-earlier = read_study(reuse) if reuse else dict(setting=SETTING, runs=[], best_rates={})
+earlier = read_study(reuse) if reuse else dict(setting=SETTING, runs=[], mha_rate=None)
 setting = earlier['setting']
 if named:
     data = TokenData(os.path.join(data_dir, dataset), block_size)
@@ -431,7 +432,7 @@ if named:
 torch.set_num_threads(1)
 with reading('' if named else reuse):
     grid = grid or tuple(sorted({r['rate'] for r in earlier['runs'] if r['seed'] < FINAL_SEED}))
-    study = contest(named, grid, earlier['runs'], lambda rate: rate == earlier['best_rates'].get('MHA'))
+    study = contest(named, grid, earlier['runs'], earlier['mha_rate'])
 
 corpus, iterations = setting.pop('corpus'), setting.pop('iterations')
 setting_line = f'{iterations} iterations on {corpus}, {setting["n_layer"]} layers, C\xa0=\xa0{setting["n_embd"]}'
