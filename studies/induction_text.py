@@ -334,11 +334,11 @@ if figure:
 about, outcomes = dict(dataset=dataset, prose=prose, iterations=iterations), []
 if reuse:
     numbers = read_study(reuse)
-    outcomes = numbers['runs']
-    about = numbers.get('config', about) if not chosen else about | dict(prose=prose or numbers['config']['prose'])
+    outcomes, then = numbers['runs'], numbers.get('config', about)
+    about = about | dict(prose=prose or then['prose']) if chosen else then
     for o in outcomes if chosen else []:
         of = 'dataset' if o['share'] is None else 'prose'
-        wanted, found = (iterations, about[of]), (o['curve'][-1]['tokens'] // TOKENS, numbers['config'][of])
+        wanted, found = (iterations, about[of]), (o['curve'][-1]['tokens'] // TOKENS, then[of])
         if wanted != found:
             raise UserError(f'{reuse} has {found[0]} iterations on {found[1]}, not {wanted[0]} on {wanted[1]}')
 if chosen:
