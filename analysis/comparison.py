@@ -22,6 +22,7 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import log as runlog
+from core.runs.resume import OLDER
 from core.text.dataset import TokenData
 from core.text.tokenizer import Tokenizer, load_tokenizer
 from model import GPT

@@ -145,7 +145,7 @@ FLAGS = [
     Case(CONTEST, '--tuning_seeds=-1', 'tuning_seeds', 'negative|at least'),
     Case(STUDY_TEXT, '--rates=4e-3,high', "rates is '4e-3,high'", 'such as'),
     Case(STUDY_TEXT, '--seeds=-1', 'seeds', 'negative|at least'),
-    Case(CONTEST, '--earlier={place}/prompt.txt', "can't be read as a study", 'name the .json of another'),
+    Case(CONTEST, '--reuse={place}/prompt.txt', "can't be read as a study", 'name the .json of another'),
     Case(TEXT, '--input=', 'say what to prepare', '--input=FILE'),
     Case(TEXT, '--input={place}/nowhere.txt', r'nowhere\.txt', '--input'),
     Case(TEXT, '--tokenizer=words', 'words', 'char, byte, bpe (or|and) gpt2'),
