@@ -34,8 +34,9 @@ import shutil
 from dataclasses import fields
 from json import dump
 
-from core.cli import arguments, errors, subprocesses
+from core.cli import arguments, errors
 from core.cli.errors import UserError
+from core.cli.keys import keys_of
 from core.convert import gpt2
 from core.convert.factorize import to_mha
 from core.runs import checkpoint as checkpoints
@@ -83,7 +84,7 @@ def mla_config():
 
 def model_card():
     """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
-    config, keys = model.config, subprocesses.keys_of('train.py')
+    config, keys = model.config, keys_of('train.py')
     script = 'train_mla.py' if is_mla else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
     made_with = [f'--{key}={shlex.quote(str(value))}' for key, value in saved['config'].items()

@@ -22,8 +22,13 @@ TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 # our name of the activation, and the names it has in transformers
 GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
 # the sizes of GPTConfig, and their names in transformers
-RENAMED = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
-           'n_embd': 'n_embd'}  # fmt: skip
+RENAMED = {
+    'block_size': 'n_positions',
+    'vocab_size': 'vocab_size',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'n_embd': 'n_embd',
+}
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
@@ -32,8 +37,9 @@ def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict
     A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
 
     Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
-    override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors
-    are not GPT-2's or not finite, naming them.
+    override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an
+    unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors are not GPT-2's or not
+    finite, naming them.
     """
     if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
         raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")

@@ -24,7 +24,7 @@ from core.cli.errors import UserError
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
 # None.
-TYPES = {
+TYPES: dict[str, Any] = {
     'model': dict,
     'model_args': dict,
     'optimizer': dict,
@@ -142,7 +142,7 @@ def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> A
         sharded = hasattr(value, 'full_tensor')
         key = id(value) if sharded or not value.numel() else (value.data_ptr(), value.shape, value.dtype)
         if key not in copies:
-            whole = value.detach().full_tensor() if sharded else value.detach()
+            whole = value.detach().full_tensor() if sharded else value.detach()  # type: ignore[attr-defined]
             copies[key] = whole.to('cpu', copy=not sharded) if keep else None
         return copies[key]
     if isinstance(value, dict):

@@ -81,11 +81,11 @@ class RunFolder:
         Create the folder, and lock it until this process ends. UserError where another trainer holds it.
 
         The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
-        Where the file system has none, a notice says so.
+        Where the file system has none, a notice says so. Windows has none, and folders are not locked there.
         """
+        os.makedirs(self.path, exist_ok=True)
         if self.lock is not None or fcntl is None:
             return
-        os.makedirs(self.path, exist_ok=True)
         path = os.path.join(self.path, '.lock')
         while True:
             lock = open(path, 'a+', encoding='utf-8')
