@@ -34,7 +34,7 @@ def attention_of(model: GPT) -> str:
 
 def attention_params(model: GPT) -> int:
     """Parameters of all attention layers: what differs between MHA and MLA."""
-    return sum(p.numel() for block in model.transformer.h for p in block.attn.parameters())
+    return sum(p.numel() for name, p in model.named_parameters() if '.attn.' in name)
 
 
 def label_of(config: GPTConfig) -> str:
@@ -52,7 +52,7 @@ def model_args(config: GPTConfig) -> dict[str, Any]:
     Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
     """
     args = {field.name: getattr(config, field.name) for field in fields(config)}
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(config)}
     always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
     return {
         name: value
