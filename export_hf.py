@@ -67,7 +67,7 @@ def gpt2_config():
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*checkpoints.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head')
+    without = (*checkpoints.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head', 'tied')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
@@ -88,8 +88,8 @@ What to know before using it with other libraries:
 MLA_CLIENTS = """\
 What to know before using it with other libraries:
 
-- It requires transformers >= 5.0; the tokenizer loads from 4.57 on.
-- The up-projection `c_kv_up` is multiplied into queries and outputs while decoding ("absorbed") only where it is a plain
+- It requires transformers >= 5.1; the tokenizer loads from 4.57 on.
+- Decoding multiplies the up-projection `c_kv_up` into queries and outputs ("absorbed") only where it is a plain
   `torch.nn.Linear`. With LoRA, quantization, offloading or hooks on it, keys and values are computed from the latents
   at every step: right, but slower. Merging an adapter (`merge_and_unload()`) restores the speed.
 - Continuous batching and prefix tuning, which presuppose a cache of keys and values, are refused."""
@@ -100,8 +100,8 @@ def model_card():
     config, keys = model.config, subprocesses.keys_of('train.py')
     script = 'train_mla.py' if is_mla else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
-    given = {k: v for k, v in saved['config'].items() if k in keys and v != keys[k] and k not in here}
-    made_with = ' '.join(f'--{key}={shlex.quote(str(value))}' for key, value in given.items())
+    changed = {k: v for k, v in saved['config'].items() if k in keys and v != keys[k] and k not in here}
+    made_with = ' '.join(f'--{key}={shlex.quote(str(value))}' for key, value in changed.items())
     loss = f', validation loss {float(saved["val_loss"]):.4f} nats per token' if saved.get('val_loss') else ''
     trained = f'{saved.get("iter_num") or 0:,} iterations on {saved.get("corpus") or "a corpus that it does not name"}'
     code = ', trust_remote_code=True' if is_mla else ''
@@ -126,7 +126,7 @@ model = AutoModelForCausalLM.from_pretrained('{os.path.basename(os.path.normpath
 
 {MLA_CLIENTS if is_mla else GPT2_CLIENTS}
 - Prompt and new tokens together are at most {config.block_size:,}. `generate()` stops there unless it is told a length,
-  and lm_eval is told with `gen_kwargs={{'max_gen_toks': N}}`, where N leaves room for the prompt.
+  and lm_eval by `--gen_kwargs max_gen_toks=N`, where N leaves room for the prompt.
 
 The training's settings, as a command line:
 
@@ -148,6 +148,7 @@ if not is_mla and model.config.n_kv_head:
 if not is_mla and model.config.pos != 'learned':
     raise UserError("this MHA model has RoPE, which GPT-2 can't express; only pos='learned' or MLA can be exported")
 try:
+    import tokenizers  # noqa: F401  (of hf_tokenizer.write)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 except ImportError as error:
@@ -180,7 +181,6 @@ try:
         else:
             errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
 except (OSError, SafetensorError) as error:
-    raise UserError(
-        f"{out_dir} can't be written ({error}); free some disk space or choose another --out_dir"
-    ) from error
+    way = 'free some disk space or choose another --out_dir; what was there is unchanged'
+    raise UserError(f"{out_dir} can't be written ({error}); {way}") from error
 errors.output(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')

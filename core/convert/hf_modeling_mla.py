@@ -26,6 +26,7 @@ have n_nope dimensions for content and R = n_rope for the position, values have 
 """
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 if not hasattr(ALL_ATTENTION_FUNCTIONS, 'get_interface'):
-    raise ImportError('this model requires transformers >= 5.0: pip install --upgrade transformers')
+    raise ImportError('this model requires transformers >= 5.1: pip install --upgrade transformers')
+
+# transformers 5.24 renamed the cache, in what generate() passes to a model and in what a model returns
+CACHE = 'cache' if 'cache' in {field.name for field in fields(CausalLMOutputWithPast)} else 'past_key_values'
 
 
 class MLAGPTConfig(PretrainedConfig):
@@ -50,7 +54,7 @@ class MLAGPTConfig(PretrainedConfig):
     """
 
     model_type = 'mla_gpt'
-    keys_to_ignore_at_inference = ['past_key_values']
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         'hidden_size': 'n_embd',
         'num_hidden_layers': 'n_layer',
@@ -310,8 +314,8 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, visible, S, past_key_values=None):
-        y, weights = self.attn(self.ln_1(x), rope, visible, S, past_key_values)
+    def forward(self, x, rope, visible, S, cache):
+        y, weights = self.attn(self.ln_1(x), rope, visible, S, cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), weights
 
@@ -326,7 +330,7 @@ class MLAGPTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ['Block']
     _supports_sdpa = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ['past_key_values']
+    _skip_keys_device_placement = ['past_key_values', 'cache']
 
 
 class MLAGPTModel(MLAGPTPreTrainedModel):
@@ -353,6 +357,7 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -361,8 +366,8 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         attention_mask: see `visible_keys`; it covers the cached tokens too. By default, positions count the tokens of
         a (B, S) mask, so padding takes no position, and are consecutive otherwise. Without a mask and a cache,
         position_ids that restart separate documents (see `packed_documents`). On demand also hidden_states, the
-        embeddings and each layer's output (the last one normed), and attentions (attn_implementation='eager').
-        ValueError for more than block_size tokens.
+        embeddings and each layer's output (the last one normed), and attentions (attn_implementation='eager'). cache is
+        another name of past_key_values. ValueError for more than block_size tokens.
         """
         config, eager = self.config, self.config._attn_implementation == 'eager'
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -374,17 +379,20 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
             raise ValueError('pass either input_ids or inputs_embeds')
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         mask, T = attention_mask, x.size(1)
-        if mask is None and past_key_values is None and position_ids is not None:
+        cache = past_key_values if cache is None else cache
+        if mask is None and cache is None and position_ids is not None:
             mask = packed_documents(position_ids)
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()  # a tensor in caches of fixed length
+        if self.training and self.is_gradient_checkpointing:
+            use_cache, cache = False, None  # a block that is computed again would append to the cache again
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()  # a tensor in caches of fixed length
         if not torch.compiler.is_compiling():
             if past + T > config.block_size:
                 raise ValueError(f"{int(past) + T} tokens don't fit; the model's block_size is {config.block_size}")
             if past:
-                check_cached_latents(past_key_values, config)
+                check_cached_latents(cache, config)
         if mask is not None and mask.dim() == 4:
             S = mask.size(-1)
         else:
@@ -404,12 +412,12 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         hidden, attentions = [], []
         for block in self.h:
             hidden.append(x)
-            x, weights = block(x, rope, visible, S, past_key_values=past_key_values)
+            x, weights = block(x, rope, visible, S, cache)
             attentions.append(weights)
         x = self.ln_f(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=(*hidden, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -440,6 +448,7 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, T) -> logits (B, T, V), the loss if there are labels, and what else MLAGPTModel gives."""
@@ -447,7 +456,7 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            past_key_values if cache is None else cache,
             inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -461,7 +470,7 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )

@@ -30,7 +30,9 @@ GPT2_MERGES = '04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0'
 
 def write(folder: str, tokenizer: Tokenizer, block_size: int) -> None:
     """Write FILES for a tokenizer and a model of block_size tokens. OSError; UserError without the vocabulary."""
-    tokenizer.load().fast_tokenizer().save(os.path.join(folder, FILES[0]))
+    fast = tokenizer.load().fast_tokenizer()
+    with open(os.path.join(folder, FILES[0]), 'w', encoding='utf-8') as file:
+        file.write(fast.to_str(pretty=True))
     roles = ('eos_token', 'pad_token', 'unk_token', *(('bos_token',) if tokenizer.end_of_text is not None else ()))
     settings = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
