@@ -380,8 +380,9 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         mask, T = attention_mask, x.size(1)
         cache = past_key_values if cache is None else cache
+        packed = None
         if mask is None and cache is None and position_ids is not None:
-            mask = packed_documents(position_ids)
+            mask = packed = packed_documents(position_ids)
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if self.training and self.is_gradient_checkpointing:
             use_cache, cache = False, None  # a block that is computed again would append to the cache again
@@ -389,8 +390,9 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
             cache = DynamicCache()
         past = 0 if cache is None else cache.get_seq_length()  # a tensor in caches of fixed length
         if not torch.compiler.is_compiling():
-            if past + T > config.block_size:
-                raise ValueError(f"{int(past) + T} tokens don't fit; the model's block_size is {config.block_size}")
+            length = int(past) + T if packed is None else int(position_ids.max()) + 1
+            if length > config.block_size:
+                raise ValueError(f"{length} tokens don't fit; the model's block_size is {config.block_size}")
             if past:
                 check_cached_latents(cache, config)
         if mask is not None and mask.dim() == 4:
