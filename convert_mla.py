@@ -15,7 +15,8 @@ $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --js
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
-The algebra is in core/convert/factorize.py. Fine-tuning, train_mla.py --init_from=out-converted, recovers most of the loss.
+The algebra is in core/convert/factorize.py. Fine-tuning recovers most of the loss:
+$ python train_mla.py --init_from=out-converted
 """
 
 from core.cli import signals
