@@ -390,7 +390,9 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
             cache = DynamicCache()
         past = 0 if cache is None else cache.get_seq_length()  # a tensor in caches of fixed length
         if not torch.compiler.is_compiling():
-            length = int(past) + T if packed is None else int(position_ids.max()) + 1
+            length = int(past) + T
+            if packed is not None and position_ids is not None:
+                length = int(position_ids.max()) + 1  # of the longest document
             if length > config.block_size:
                 raise ValueError(f"{length} tokens don't fit; the model's block_size is {config.block_size}")
             if past:
