@@ -12,9 +12,9 @@ import torch
 
 from core.cli import ranges
 from core.cli.errors import UserError
+from core.convert import hf_tokenizer
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
-from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.checks import not_finite
@@ -208,6 +208,7 @@ def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT
         raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
     try:
         model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
+        meta = hf_tokenizer.read(source, model.config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model, {'tokenizer': GPT2Tokenizer().meta(), 'corpus': f'{source}, as published'}
+    return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}
