@@ -53,7 +53,8 @@ from core.convert.int8 import quantize, weight_bytes
 from core.speed import gpus, rivals, timing
 from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.speed.timing import ms_text, spread
-from core.text.dataset import TokenData, read_meta
+from core.text.dataset import TokenData
+from core.text.meta import read_meta
 from core.text.tokenizer import TOKENIZERS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig

@@ -299,7 +299,7 @@ while True:
         if saves:
             save(best=improved)
         elif saved_iter != iter_num:
-            notice(f'always_save_checkpoint=False: iteration {iter_num} is no improvement and is not saved')
+            notice(f'iteration {iter_num} of {max_iters} is not saved, since it is no improvement')
         break
 
     for group in optim.param_groups:

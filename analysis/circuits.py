@@ -6,6 +6,8 @@ Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works f
 Shapes: L layers, H heads, C width, d size of a query and a key, d_v of a value (both C/H in MHA), V vocabulary.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,10 @@ def circuits(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[Tens
 def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`head_weights` on the residual stream: ln_1's gain and mean subtraction are folded into W_Q, W_K and W_V."""
     *reading, w_o = head_weights(block.attn)
-    w_q, w_k, w_v = (w - w.mean(-1, keepdim=True) for w in (w * block.ln_1.weight for w in reading))
+    norm: Any = block.ln_1
+    w_q, w_k, w_v = (w * norm.weight for w in reading)
+    if isinstance(norm, nn.LayerNorm):  # RMSNorm subtracts no mean
+        w_q, w_k, w_v = (w - w.mean(-1, keepdim=True) for w in (w_q, w_k, w_v))
     return w_q, w_k, w_v, w_o
 
 

@@ -24,7 +24,8 @@ from core.runs import evaluation, models
 from core.runs import log as runlog
 from core.runs.resume import OLDER
 from core.text.dataset import TokenData
-from core.text.tokenizer import Tokenizer, load_tokenizer
+from core.text.prompt import prompt_ids
+from core.text.tokenizer import load_tokenizer
 from model import GPT
 from model_mla import MLAConfig
 
@@ -122,12 +123,12 @@ def measure(
     run.numbers |= dict(dtype=dtype, tokens_per_s=speed, val_loss=loss, val_stderr=error)
     if tokens:
         tokenizer = load_tokenizer(data.meta)
-        ids = prompt_ids(tokenizer, start)
+        ids = prompt_ids(tokenizer, start, is_default=start == '\n')
         torch.manual_seed(seed)
         with autocast:
             prompt = torch.tensor([ids], device=device)
-            ids = model.generate(prompt, tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
-        run.numbers['sample'] = tokenizer.decode(ids.tolist())
+            sample = model.generate(prompt, tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
+        run.numbers['sample'] = tokenizer.decode(sample.tolist())
 
 
 def logged(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -146,14 +147,6 @@ def sizes(model: GPT, dtype: str = 'float32') -> dict[str, int]:
         flops_per_token=model.flops_per_token(),
         cache_bytes_per_token=model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token,
     )
-
-
-def prompt_ids(tokenizer: Tokenizer, start: str) -> list[int]:
-    """The ids of a prompt. UserError where there are none, or the tokenizer doesn't have its characters."""
-    ids = tokenizer.encode(start)
-    if not ids:
-        raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
-    return ids
 
 
 def difference(run: Run, first: Run) -> tuple[float, float] | None:

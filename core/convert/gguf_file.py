@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.convert import llama
-from core.text.tokenizer import NO_TEXT, ByteTokenizer, Tokenizer
+from core.convert import hf_tokenizer, llama
+from core.text.tokenizer import NO_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from model import GPTConfig
 
 ARCHITECTURE = 'llama'
@@ -47,6 +47,8 @@ NEUTRAL = {  # further keys that a Llama's file may have, and the value that ask
     'rope.scaling.factor': 1,
 }
 WIDTHS = ('rope.dimension_count', 'attention.key_length', 'attention.value_length')  # all the head size
+NORMAL, UNUSED, BYTE = 1, 5, 6  # types of tokens
+SPACE = '\u2581'  # SentencePiece's
 SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the first; the second described the converter
 
 
@@ -88,7 +90,25 @@ def read(file: str) -> tuple[dict[str, Any], float, dict[str, Tensor], dict[str,
 
 def tokenizer_meta(keys: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The meta of our tokenizer that encodes as a file's does; one that is none of ours stands for no text here."""
-    return {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
+    kind, pre = keys.get('tokenizer.ggml.model'), keys.get('tokenizer.ggml.pre')
+    types = keys.get('tokenizer.ggml.token_type', [])
+    pieces = [piece for piece, type in zip(keys.get('tokenizer.ggml.tokens', []), types, strict=False) if type != UNUSED]
+    ours: Tokenizer | None = None
+    if kind == 'gpt2' and pre == 'gpt-2':
+        merges = [tuple(pair.split(' ')) for pair in keys.get('tokenizer.ggml.merges', [])]
+        return hf_tokenizer.meta_of({piece: i for i, piece in enumerate(pieces)}, merges, {})
+    if kind == 'llama' and keys.get('tokenizer.ggml.add_space_prefix') is False:
+        chars = [piece.replace(SPACE, ' ') for piece in pieces]
+        if chars == byte_pieces():
+            ours = ByteTokenizer()
+        elif len(set(chars)) == len(chars) and all(len(char) == 1 for char in chars):
+            ours = CharTokenizer(''.join(chars))
+    return ours.meta() if ours else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
+
+
+def byte_pieces() -> list[str]:
+    """SentencePiece's names of the 256 bytes; a space is written as itself."""
+    return [f'<0x{i:02X}>' if i != ord(' ') else ' ' for i in range(256)]
 
 
 def import_gguf() -> Any:
@@ -180,33 +200,27 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
     """
     Add a tokenizer in one of llama.cpp's two forms: byte-pair encoding over GPT-2's words, or SentencePiece's pieces.
 
-    Characters and bytes are pieces of which no two can be merged. SentencePiece writes U+2581 for a space.
+    Characters and bytes are pieces of which no two can be merged.
     """
     if tokenizer is None:
         writer.add_tokenizer_model('no_vocab')
         return
-    normal, unused, byte = 1, 5, 6  # llama.cpp's types of tokens
-    kinds = [normal] * tokenizer.n_vocab
-    if tokenizer.byte_pair:
+    if isinstance(tokenizer, BytePairTokenizer):
         whole = json.loads(tokenizer.fast_tokenizer().to_str())['model']
         pieces, special = sorted(whole['vocab'], key=whole['vocab'].get), tokenizer.end_of_text
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre('gpt-2')
         writer.add_token_merges([' '.join(pair) for pair in whole['merges']])
     else:
-        pieces = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
-        if isinstance(tokenizer, ByteTokenizer):
-            pieces = [f'<0x{i:02X}>' for i in range(256)]
-            kinds = [byte] * 256
-            pieces[ord(' ')], kinds[ord(' ')] = ' ', normal
-        pieces = [piece.replace(' ', '\u2581') for piece in pieces]
-        special = tokenizer.encode(tokenizer.special_token)[0]
+        in_bytes = isinstance(tokenizer, ByteTokenizer)
+        chars = byte_pieces() if in_bytes else [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
+        pieces, special = [char.replace(' ', SPACE) for char in chars], tokenizer.encode(tokenizer.special_token)[0]
         writer.add_tokenizer_model('llama')
         writer.add_token_scores([0.0] * vocab_size)
         writer.add_add_space_prefix(False)
-    padding = range(tokenizer.n_vocab, vocab_size)  # rows of the embedding that no text uses
-    writer.add_token_list([*pieces, *(f'[unused {i}]' for i in padding)])
-    writer.add_token_types([*kinds, *(unused for _ in padding)])
+    padding = vocab_size - len(pieces)  # rows of the embedding that no text uses
+    writer.add_token_list([*pieces, *(f'[unused {i}]' for i in range(padding))])
+    writer.add_token_types([*(BYTE if piece.startswith('<0x') else NORMAL for piece in pieces), *[UNUSED] * padding])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
         add(special)
     writer.add_add_bos_token(False)

@@ -6,6 +6,7 @@ PyTorch as (out, in), so those are transposed. GPT-2 has biases everywhere. Noth
 """
 
 import os
+from typing import Any
 
 import torch
 
@@ -22,17 +23,11 @@ TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 # our name of the activation, and the names it has in transformers
 GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
 # the sizes of GPTConfig, and their names in transformers
-RENAMED = {
-    'block_size': 'n_positions',
-    'vocab_size': 'vocab_size',
-    'n_layer': 'n_layer',
-    'n_head': 'n_head',
-    'n_embd': 'n_embd',
-}
+RENAMED = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head', n_embd='n_embd')
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
-def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict]:
+def read(model_type: str, override_args: dict | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
 
@@ -66,9 +61,8 @@ def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict
             raise ValueError(f"'{model_type}' can't be loaded: its {name} {found}")
     try:
         # transformers keeps the dtype on disk unless told otherwise, and initializes what the file lacks at random
-        hf_model, report = AutoModelForCausalLM.from_pretrained(
-            model_type, dtype=torch.float32, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_type, dtype=torch.float32, output_loading_info=True)
+        hf_model, report = loaded
     except Exception as error:
         raise unreadable(error) from error
     wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
@@ -80,7 +74,7 @@ def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict
     return {**settings, **override_args}, state
 
 
-def settings_of(hf_config):
+def settings_of(hf_config: Any) -> dict[str, Any]:
     """GPTConfig's keyword arguments for a transformers GPT2Config. ValueError where GPTConfig can't express it."""
     expected = dict(
         n_inner=(None, 4 * hf_config.n_embd),
@@ -98,20 +92,20 @@ def settings_of(hf_config):
     return {ours: getattr(hf_config, theirs) for ours, theirs in RENAMED.items()} | {'bias': True, 'gelu': gelu}
 
 
-def hf_settings(config):
-    """What a transformers GPT2Config needs to be the model of a GPTConfig: a dict."""
+def hf_settings(config: Any) -> dict[str, Any]:
+    """What a transformers GPT2Config needs to be the model of a GPTConfig."""
     sizes = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
     dropout = dict.fromkeys(DROPOUTS, config.dropout)
     return {**sizes, **dropout, 'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5}
 
 
-def from_gpt2(state):
+def from_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A Hugging Face GPT-2's tensors as model.py has them, without the mask buffers that old files keep."""
     state = {name: value for name, value in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
     return {name: value.t() if name.endswith(TRANSPOSED) else value for name, value in state.items()}
 
 
-def to_gpt2(state):
+def to_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """model.py's tensors as a Hugging Face GPT-2 has them; a bias that the model lacks becomes zeros."""
     out = {}
     for name, value in state.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.cli import ranges
-from core.convert import deepseek, gguf_file, llama
+from core.convert import deepseek, gguf_file, hf_tokenizer, llama
 from core.text.tokenizer import NO_TEXT
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -71,7 +71,8 @@ def read_folder(folder: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, 
     tensors = without_copies(read_tensors(folder), config)
     check_tensors(tensors, form.shapes(config))
     state = form.from_hf(tensors, config, halves=not getattr(hf_config, 'rope_interleave', False))
-    return build(kind, config, state, hf_config.rms_norm_eps), {'tokenizer': NO_TEXT, 'vocab_size': config.vocab_size}
+    meta = hf_tokenizer.read(folder, config.vocab_size) or {'tokenizer': NO_TEXT, 'vocab_size': config.vocab_size}
+    return build(kind, config, state, hf_config.rms_norm_eps), meta
 
 
 def read_gguf(file: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:

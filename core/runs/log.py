@@ -52,7 +52,11 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
         mode = 'offline'
         errors.notice('wandb: no API key found, so this run is logged offline; `wandb sync` uploads it later')
     hook = sys.excepthook
-    run = wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    try:
+        run = wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    except Exception as error:  # it raises errors of its own, of requests and of the operating system
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"wandb can't start ({reason}); set WANDB_MODE=offline, or --wandb_log=False") from error
     sys.excepthook = hook  # wandb's own prints a traceback before the one line of a UserError
     return run
 

@@ -12,10 +12,9 @@ import torch
 
 from core.cli import ranges
 from core.cli.errors import UserError
-from core.convert import published
+from core.convert import hf_tokenizer, published
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
-from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.checks import not_finite
@@ -35,7 +34,7 @@ def attention_of(model: GPT) -> str:
 
 def attention_params(model: GPT) -> int:
     """Parameters of all attention layers: what differs between MHA and MLA."""
-    return sum(p.numel() for block in model.transformer.h for p in block.attn.parameters())
+    return sum(p.numel() for name, p in model.named_parameters() if '.attn.' in name)
 
 
 def label_of(config: GPTConfig) -> str:
@@ -53,7 +52,7 @@ def model_args(config: GPTConfig) -> dict[str, Any]:
     Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
     """
     args = {field.name: getattr(config, field.name) for field in fields(config)}
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(config)}
     always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
     return {
         name: value
@@ -213,17 +212,16 @@ def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT
     """
     if not is_published(source):
         if not os.path.exists(source):
-            raise UserError(
-                f"'{source}' is no checkpoint, no GGUF file, no folder and none of {', '.join(GPT2_SIZES)}; name one of "
-                'them'
-            )
+            known = f'no checkpoint, no GGUF file, no folder and none of {", ".join(GPT2_SIZES)}'
+            raise UserError(f"'{source}' is {known}; name one of them")
         checkpoint = checkpoints.load(source)
         return build_model(checkpoint, dropout=dropout, **overrides), checkpoint
     try:
         if published.form_of(source):
-            model, tokenizer = published.read(source, dropout=dropout, **overrides)
+            model, meta = published.read(source, dropout=dropout, **overrides)
         else:
-            model, tokenizer = GPT.from_pretrained(source, dict(dropout=dropout, **overrides)), GPT2Tokenizer().meta()
+            model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
+            meta = hf_tokenizer.read(source, model.config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model, {'tokenizer': tokenizer, 'corpus': f'{source}, as published'}
+    return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}

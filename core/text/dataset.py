@@ -26,7 +26,6 @@ import torch
 from core.cli import files
 from core.cli.errors import UserError, printable
 from core.text.meta import HEADER_BYTES, SPLITS, existing, prepare_hint, read_header, read_meta, token_files
-from core.text.meta import read_meta_pickle as read_meta_pickle
 from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
 CHECKED_WHOLE = 1 << 26  # bytes; opening a split up to this size checks its SHA-256 and every id, otherwise a sample
