@@ -92,7 +92,9 @@ def tokenizer_meta(keys: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The meta of our tokenizer that encodes as a file's does; one that is none of ours stands for no text here."""
     kind, pre = keys.get('tokenizer.ggml.model'), keys.get('tokenizer.ggml.pre')
     types = keys.get('tokenizer.ggml.token_type', [])
-    pieces = [piece for piece, type in zip(keys.get('tokenizer.ggml.tokens', []), types, strict=False) if type != UNUSED]
+    pieces = [
+        piece for piece, type in zip(keys.get('tokenizer.ggml.tokens', []), types, strict=False) if type != UNUSED
+    ]
     ours: Tokenizer | None = None
     if kind == 'gpt2' and pre == 'gpt-2':
         merges = [tuple(pair.split(' ')) for pair in keys.get('tokenizer.ggml.merges', [])]

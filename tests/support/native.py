@@ -39,8 +39,8 @@ def their_llama(**changes):
 
 
 def their_deepseek(**changes):
-    sizes = dict(num_key_value_heads=6, kv_lora_rank=14, q_lora_rank=None, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
-                 first_k_dense_replace=3)  # fmt: skip
+    latents = dict(kv_lora_rank=14, q_lora_rank=None, num_key_value_heads=6, first_k_dense_replace=3)
+    sizes = dict(latents, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9)
     torch.manual_seed(0)
     return shaken(DeepseekV3ForCausalLM(DeepseekV3Config(**{**THEIRS, **sizes, **changes})))
 
