@@ -237,7 +237,7 @@ class GPT(nn.Module):
         parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
         parts['drop'], parts['ln_f'] = Dropout(config.dropout), make_norm(config)
         self.transformer: Any = nn.ModuleDict(parts)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head: Any = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.transformer['wte'].weight = self.lm_head.weight  # arXiv:1608.05859
         self.register_buffer('rope', None, persistent=False)

@@ -74,8 +74,15 @@ def save(path: str, checkpoint: dict) -> None:
         with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} can't be written ({error}); free some disk space or choose another --out_dir; "
-                        'the previous checkpoint is as it was') from error  # fmt: skip
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"{path} can't be written: {folder} was moved or removed while this run was training"
+            ) from error
+        raise UserError(
+            f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
+            'checkpoint is as it was'
+        ) from error
 
 
 def link(path: str, other: str) -> None:

@@ -71,8 +71,15 @@ def entries(model: GPT) -> dict[str, Any]:
 
 def contents(model: GPT, config: dict, **more: Any) -> dict[str, Any]:
     """The dict of a checkpoint that no training wrote, with what readers of nanoGPT's expect; more: further entries."""
-    defaults = {'optimizer': None, 'iter_num': 0, 'tokens': 0, 'best_val_loss': 1e9, 'tokenizer': {}, 'corpus': ''}
-    return {**entries(model), **defaults, 'config': config, **more}
+    plain: dict[str, Any] = {
+        'optimizer': None,
+        'iter_num': 0,
+        'tokens': 0,
+        'best_val_loss': 1e9,
+        'tokenizer': {},
+        'corpus': '',
+    }
+    return {**entries(model), **plain, 'config': config, **more}
 
 
 def kind_of(checkpoint: dict) -> str:
