@@ -117,7 +117,7 @@ def require(hf_config: Any, key: str, *values: Any) -> None:
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of the LlamaForCausalLM that is the model of a GPTConfig."""
     C, kv = config.n_embd, config.kv_heads * config.head_size
-    attention = {'q_proj': (C, C), 'k_proj': (kv, C), 'v_proj': (kv, C), 'o_proj': (C, C)}
+    attention: dict[str, tuple[int, ...]] = {'q_proj': (C, C), 'k_proj': (kv, C), 'v_proj': (kv, C), 'o_proj': (C, C)}
     return model_shapes(config, attention)
 
 

@@ -65,7 +65,8 @@ def read_folder(folder: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, 
     try:
         hf_config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(f'{(str(error) or type(error).__name__).splitlines()[0]}; {COPY}') from error
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'its config.json is none ({reason[:200]}); {COPY}') from error
     kind, config_class, form = FORMS[hf_config.model_type]
     config = config_of(config_class, form.settings_of(hf_config), overrides)
     tensors = without_copies(read_tensors(folder), config)
