@@ -1,5 +1,6 @@
 # make quickstart    everything from an empty machine to the comparison of MHA and MLA
 # make test          the tests
+# make test-fast     those that take seconds
 # make test-oldest   the tests with the oldest versions that pyproject.toml allows, in a virtual environment of its own
 # make gpu           on a machine with a GPU: all tests and measurements that need one (ARGS=--rehearse: on a CPU)
 # make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest gpu study lint clean
+.PHONY: help quickstart test test-fast test-oldest gpu study lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,9 +25,13 @@ quickstart: $(VENV)/.installed ## install, prepare the Shakespeare characters, t
 	$(BIN)/python test_shakespeare_quick.py $(ARGS)
 
 # One thread per process: the tests run side by side already, and more threads than cores is far slower than fewer.
-PYTEST := -m pytest -n auto --maxprocesses=4 --dist=loadfile
+# Files are taken in the order of tests/conftest.py: those with slow tests first.
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=...)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.installed-test ## the tests that take seconds, to be run while you work (ARGS=...)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## install the oldest versions that pyproject.toml allows and run the tests (ARGS=...)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python $(PYTEST) $(ARGS)
@@ -38,13 +43,14 @@ gpu: ## everything that needs a GPU, in .venv or else with the packages that are
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
 	$(BIN)/python studies/induction.py $(ARGS)
 
-lint: $(VENV)/.installed-test ## check style and format
+lint: $(VENV)/.installed-test ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean: ## remove caches; runs (out*) and data stay
 	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
-	rm -rf .pytest_cache .ruff_cache
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
 
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this is Python " + \
 	sys.version.split()[0] + ", 3.11 or later is needed; try make PYTHON=python3.11 ...")'

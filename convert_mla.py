@@ -29,7 +29,7 @@ from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
 from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
 from core.runs import checkpoint as checkpoints
-from core.runs import evaluation
+from core.runs import evaluation, models
 from core.runs import resume as resuming
 from core.text.dataset import TokenData
 
@@ -69,7 +69,7 @@ device = machine.pick_device(device)
 machine.set_threads(threads)
 dtype = machine.pick_dtype(dtype, device)
 autocast = machine.autocast(device, dtype)
-model, saved = checkpoints.pretrained(source)
+model, saved = models.pretrained(source)
 try:
     check_mha(model)
 except ValueError as error:
@@ -131,7 +131,7 @@ def shown(row):
     return line + (f'{row["rise"]:>+12.5f} +- {row["rise_stderr"]:.5f}' if 'rise' in row else '')
 
 
-before = checkpoints.arm_of(model.config)
+before = models.label_of(model.config)
 bytes_before = model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token
 methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
 if sweep:
@@ -170,7 +170,7 @@ if not sweep:
     corpus = saved.get('corpus') or source
     keys = {**saved.get('config', {}), **config, 'dataset': dataset}
     facts = dict(val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)
-    checkpoints.save(target, checkpoints.contents(converted, keys, **facts))
+    checkpoints.save(target, models.contents(converted, keys, **facts))
     errors.output(f'checkpoint: {target}')
     raise SystemExit
 

@@ -33,11 +33,13 @@ import shlex
 import shutil
 from dataclasses import fields
 
-from core.cli import arguments, errors, files, subprocesses
+from core.cli import arguments, errors, files
 from core.cli.errors import UserError
+from core.cli.keys import keys_of
 from core.convert import gpt2, hf_folder, hf_tokenizer
 from core.convert.factorize import to_mha
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,8 +56,13 @@ arguments.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)
-model = checkpoints.build_model(saved)
+model = models.build_model(saved)
 meta = saved.get('tokenizer') or {}
+# what neither GPT-2 nor MODEL_CODE can express otherwise
+FIXED = dict(norm=('layer',), mlp=('gelu',), n_hidden=(0, 4 * model.config.n_embd), shared_rope=(True,))
+for name, known in FIXED.items():
+    if (value := getattr(model.config, name, known[0])) not in known:
+        raise UserError(f'a model with {name}={value} is not exported; only {name}={known[-1]} is')
 
 
 # ---- weights and config ----------------------------------------------------------------------------------------------
@@ -67,7 +74,7 @@ def gpt2_config():
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*checkpoints.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head', 'tied')
+    without = (*models.NOT_THE_MODEL, *FIXED, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
@@ -97,7 +104,7 @@ What to know before using it with other libraries:
 
 def model_card():
     """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
-    config, keys = model.config, subprocesses.keys_of('train.py')
+    config, keys = model.config, keys_of('train.py')
     script = 'train_mla.py' if is_mla else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
     changed = {k: v for k, v in saved['config'].items() if k in keys and v != keys[k] and k not in here}
@@ -138,11 +145,11 @@ Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} 
 """
 
 
-is_mla, arm = checkpoints.attention_of(model) == 'mla', checkpoints.arm_of(model.config)
+is_mla, arm = models.attention_of(model) == 'mla', models.label_of(model.config)
 parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 if not is_mla and model.config.n_kv_head:
     errors.notice(
-        f'{checkpoints.arm_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
+        f'{models.label_of(model.config)} is exported as MHA, its keys and values repeated: GPT-2 shares none'
     )
     model = to_mha(model)
 if not is_mla and model.config.pos != 'learned':

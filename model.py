@@ -6,33 +6,85 @@ Grouped-query and multi-query attention (GQA, MQA) are the same with fewer key/v
 Read this first, then model_mla.py: it replaces the attention and nothing else.
 
 Notable features:
-- pre-norm blocks, learned positions (or RoPE), GELU, output head tied to the token embedding, optional biases
+- pre-norm blocks, learned positions, GELU, output head tied to the token embedding; or RoPE, RMSNorm, SwiGLU, untied
 - a preallocated key/value cache: `cache = model.init_cache(B, max_tokens)`, then `model(idx, cache=cache)`
 - initial values are a function of seed and name: tensors of the same name and shape start equal in all models
-- GPT-2's published weights load through `GPT.from_pretrained`
 
 Shapes: B batch, T query length, S key length, L layers, H heads, K key/value heads (K = H in MHA), C = n_embd, d = C/H
 head size, V vocabulary.
-How an operation is made fast is in ops/kernels.py: Linear, dropout, attend and the loss come from there.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Vaswani et al. 2017,
 arXiv:1706.03762 (attention); Shazeer 2019, arXiv:1911.02150 (MQA); Ainslie et al. 2023, arXiv:2305.13245 (GQA); Su et
-al. 2021, arXiv:2104.09864 (RoPE); Chowdhery et al. 2022, arXiv:2204.02311 (MFU).
+al. 2021, arXiv:2104.09864 (RoPE); Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Shazeer 2020, arXiv:2002.05202
+(SwiGLU); Chowdhery et al. 2022, arXiv:2204.02311 (MFU).
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from core.convert import gpt2
-from ops.decoding import FixedStep, draw
-from ops.kernels import Dropout, Linear, attend, linear_cross_entropy, repeat_heads
-from ops.optimizers import OPTIMIZERS, slow_down
+from ops import kernels
+from ops.cache import Cache
+from ops.decoding import Decoder
+from ops.kernels import Dropout, Linear, RMSNorm  # PyTorch's, faster
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal multi-head attention (arXiv:1706.03762, section 3.2.2); H/K neighbouring heads share keys and values."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
+        self.dropout, self.flash = config.dropout, config.flash
+        self.scale = 1 / math.sqrt(self.head_size)
+        self.heads = (self.n_head, self.kv_heads, self.kv_heads)  # of queries, keys and values
+        self.c_attn = Linear(config.n_embd, sum(self.heads) * self.head_size, bias=config.bias)  # all three together
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def qkv(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d), from the layer's normed input x (B, T, C)."""
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).split(self.heads, dim=1)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return q, k, v
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, cache: Any = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose keys and values it holds."""
+        q, k, v = self.qkv(x, rope)
+        mask = None  # causal; a cache knows which of its keys each query sees
+        if cache is not None:
+            k, v, mask = cache.append(self.layer, k, v)  # (B, K, S, d): those of the sequence so far
+        p_drop = self.dropout if self.training else 0.0
+        if self.flash:
+            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the same as below, faster
+        else:
+            k, v = kernels.repeat_heads(k, self.n_head), kernels.repeat_heads(v, self.n_head)
+            mask = kernels.causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
+            scores = (q * self.scale) @ k.mT  # (B, H, T, S)
+            pattern = scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
+            y = kernels.dropout(pattern, p_drop) @ v  # softmax(q k^T / sqrt(d)) v
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    @staticmethod
+    def cache_shapes(config: GPTConfig) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the cached tensors, here keys and values, for one sequence and without the time dimension -2."""
+        return ((config.kv_heads, config.head_size), (config.kv_heads, config.head_size))
+
+    @staticmethod
+    def parts(config: GPTConfig) -> dict[str, dict[str, int]]:
+        """The parts of fused matrices, in order, and how many rows each has."""
+        size = config.kv_heads * config.head_size
+        return {'c_attn': {'q': config.n_embd, 'k': size, 'v': size}}
 
 
 @dataclass
@@ -47,18 +99,26 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; without them: slightly faster
     gelu: str = 'exact'  # 'exact' as in nanoGPT, 'tanh' as in OpenAI's GPT-2
-    pos: str = 'learned'  # 'learned' position embeddings, or 'rope' on queries and keys
+    norm: str = 'layer'  # 'layer' (LayerNorm) or 'rms' (RMSNorm)
+    mlp: str = 'gelu'  # 'gelu' or 'swiglu'
+    n_hidden: int = 0  # width of the MLP; 0: 4 n_embd, of SwiGLU 8/3 n_embd, rounded up to a multiple of 8
+    tied: bool = True  # the output head is the token embedding
+    pos: str = 'learned'  # 'learned' position embeddings, 'rope' on queries and keys, or 'none'
+    n_rope: int = 0  # dimensions of each query and key that RoPE rotates, its last ones; 0: all of them
+    rope_theta: float = 10000.0  # RoPE's longest wave length is about 2 pi times as many tokens
     n_kv_head: int = 0  # heads of keys and values; 0: n_head (MHA), 1: MQA, between: GQA
-    init_std: float = (
-        0.02  # standard deviation of initial weights; GPT-2's for any width, 1/sqrt(n_embd) is customary too
-    )
+    init_std: float = 0.02  # of initial weights; GPT-2's for any width, 1/sqrt(n_embd) is customary too
+    kv_rms: float = 0.0  # root mean square of keys and values at the start; 0: what init_std gives
     flash: bool = True  # the fastest attention; False: the plain formula (same results, other dropout masks)
     recompute: bool = False  # keep only each block's input for the backward pass: less memory, slower
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be one of {', '.join(choices)}")
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads have equal size')
         self.n_kv_head = 0 if self.n_kv_head == self.n_head else self.n_kv_head
@@ -66,253 +126,183 @@ class GPTConfig:
             raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: equal groups')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
-        for name, choices in (('gelu', ('exact', 'tanh')), ('pos', ('learned', 'rope'))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be '{choices[0]}' or '{choices[1]}'")
-        if self.pos == 'rope' and self.rope_size % 2:
-            raise ValueError(f'RoPE rotates pairs of dimensions, but was given {self.rope_size}; make that even')
+        if self.n_rope and self.pos != 'rope':
+            raise ValueError(f"n_rope={self.n_rope} needs pos='rope'")
+        if self.pos == 'rope' and (self.rope_size % 2 or not 0 < self.rope_size <= self.widths[0]):
+            raise ValueError(
+                f'RoPE rotates pairs of dimensions, {self.widths[0]} at most; it was given {self.rope_size}'
+            )
 
     @property
-    def head_size(self):
+    def head_size(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def kv_heads(self):
+    def kv_heads(self) -> int:
         """K, the number of key/value heads."""
         return self.n_kv_head or self.n_head
 
     @property
-    def rope_size(self):
+    def rope_size(self) -> int:
         """Dimensions of each query and key that RoPE rotates."""
-        return self.head_size
+        return self.n_rope or self.head_size
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Dimensions of a head's queries and keys, and of its values."""
+        return self.head_size, self.head_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_hidden or (4 * self.n_embd if self.mlp == 'gelu' else -(-self.n_embd // 3) * 8)
 
 
-class CausalSelfAttention(nn.Module):
-    """Causal multi-head attention (arXiv:1706.03762, section 3.2.2); H/K neighbouring heads share keys and values."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.layer = layer
-        self.n_head, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
-        self.heads = (self.n_head, self.kv_heads, self.kv_heads)  # of queries, keys and values
-        self.dropout, self.flash = config.dropout, config.flash
-        self.scale = 1 / math.sqrt(self.head_size)
-        self.c_attn = Linear(config.n_embd, sum(self.heads) * self.head_size, bias=config.bias)  # all three together
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
-
-    @staticmethod
-    def cache_shapes(config):
-        """Shapes of the cached tensors, here keys and values, for one sequence and without the time dimension -2."""
-        return ((config.kv_heads, config.head_size), (config.kv_heads, config.head_size))
-
-    def qkv(self, x, rope=None):
-        """Queries (B, H, T, d), keys and values (B, K, T, d), from the layer's normed input x (B, T, C)."""
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).split(self.heads, dim=1)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return q, k, v
-
-    def forward(self, x, rope=None, cache=None):
-        """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose keys and values it holds."""
-        q, k, v = self.qkv(x, rope)
-        visible = None
-        if cache is not None:
-            (k, v), visible = cache.append(self.layer, k, v), cache.visible()
-        y = attend(q, k, v, self.scale, self.dropout if self.training else 0.0, self.flash, visible=visible)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
-
-    def head_weights(self):
-        """
-        Each head's weights on the layer's normed input: W_Q, W_K, W_V (H, d, C) and W_O (H, C, d).
-
-        The QK circuit of head h is W_Q[h]^T W_K[h], its OV circuit W_O[h] W_V[h], both C x C (positions left out).
-        """
-        w_q, w_k, w_v = self.c_attn.weight.unflatten(0, (-1, self.head_size)).split(self.heads)
-        w_o = self.c_proj.weight.unflatten(1, (self.n_head, self.head_size)).transpose(0, 1)
-        return w_q, repeat_heads(w_k, self.n_head, dim=0), repeat_heads(w_v, self.n_head, dim=0), w_o
+CHOICES = {
+    'gelu': ('exact', 'tanh'),
+    'norm': ('layer', 'rms'),
+    'mlp': ('gelu', 'swiglu'),
+    'pos': ('learned', 'rope', 'none'),
+}
 
 
-def rope_table(size, block_size, theta=10000.0):
+def rope_table(size: int, block_size: int, theta: float = 10000.0) -> Tensor:
     """Cosines and sines of RoPE's angles (arXiv:2104.09864, eq. 15): a float32 tensor (2, block_size, size/2)."""
     frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = torch.arange(block_size, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def apply_rope(x, rope):
-    """Rotate each pair (x[2i], x[2i+1]) of x (..., T, size) by its position's angle; rope (2, T, size/2)."""
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate pairs (x[2i], x[2i+1]) of the last n dimensions of x (..., T, size) by the angles of rope (2, T, n/2)."""
+    size = 2 * rope.size(-1)
+    if size < x.size(-1):
+        still, turned = x.split((x.size(-1) - size, size), dim=-1)
+        return torch.cat((still, apply_rope(turned, rope)), dim=-1)
     cos, sin = rope.to(x.dtype) if x.dtype == torch.float64 else rope
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class MLP(nn.Module):
-    """Linear to 4C, GELU, linear back to C."""
+    """Linear to a wider hidden layer, GELU (or SiLU and a gate), linear back to C."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gated = config.mlp == 'swiglu'
+        self.c_fc = Linear(config.n_embd, config.hidden_size * (1 + self.gated), bias=config.bias)
         self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.hidden_size, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.c_fc(x).chunk(2, dim=-1)
+            return self.dropout(self.c_proj(F.silu(gate) * up))
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm or RMSNorm over C."""
+    return RMSNorm(config.n_embd, eps=1e-5) if config.norm == 'rms' else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
     """Attention, then MLP; each reads the normed residual stream and adds to it."""
 
-    def __init__(self, config, layer, attention):
+    def __init__(self, config: GPTConfig, layer: int, attention: Any):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, cache=None):
+    def forward(self, x: Tensor, rope: Tensor | None = None, cache: Any = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rope, cache)
         return x + self.mlp(self.ln_2(x))
-
-
-class Cache:
-    """
-    What attention remembers of the tokens so far: preallocated tensors per layer, time on dimension -2.
-
-    MHA caches keys and values, MLA its latent. `length` of `max_tokens` tokens are filled. GPT.init_cache makes one.
-    """
-
-    def __init__(self, layers, max_tokens):
-        self.layers = layers  # per layer a tuple of tensors (B, ..., max_tokens, size)
-        self.max_tokens = max_tokens
-        self.length = 0
-        self.copies = {}  # of weights, in the dtype in which a step multiplies them: see kernels.cast_once
-
-    @property
-    def batch_size(self):
-        return self.layers[0][0].size(0)
-
-    @property
-    def nbytes(self):
-        """Bytes allocated, filled or not."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
-
-    @property
-    def bytes_per_token(self):
-        """Bytes for one token of one sequence, over all layers."""
-        return self.nbytes // (self.batch_size * self.max_tokens)
-
-    def positions(self, T):
-        """The positions of the next T tokens, a slice. ValueError where they don't fit."""
-        if self.length + T > self.max_tokens:
-            raise ValueError(f'{self.length + T} tokens do not fit into a cache of max_tokens={self.max_tokens}')
-        return slice(self.length, self.length + T)
-
-    def append(self, layer, *new):
-        """Write `new` (each (B, ..., T, size)) after what `layer` holds; returns views of all that is filled now."""
-        place = self.positions(new[0].size(-2))
-        for tensor, part in zip(self.layers[layer], new, strict=True):
-            tensor[..., place, :] = part
-        return [tensor[..., : place.stop, :] for tensor in self.layers[layer]]
-
-    def visible(self):
-        """A mask of the keys that a query may see, beyond causality: None, since `append` returned filled ones only."""
-        return None
-
-    def advance(self, T):
-        """Count T tokens as filled, once every layer has appended them."""
-        self.length += T
-
-    def repeat(self, times):
-        """A cache with each sequence repeated `times` times, for several samples of one prompt."""
-        layers = [tuple(tensor.repeat_interleave(times, dim=0) for tensor in layer) for layer in self.layers]
-        copy = Cache(layers, self.max_tokens)
-        copy.length, copy.copies = self.length, self.copies
-        return copy
 
 
 class GPT(nn.Module):
     """The whole model. A subclass that names another `attention` class changes nothing else."""
 
-    attention = CausalSelfAttention
-    kv_lr = 1.0  # share of the learning rate for what `slow_rows` names
+    attention: Any = CausalSelfAttention
 
-    def __init__(self, config, seed=1337):
+    def __init__(self, config: GPTConfig, seed: int = 1337):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
         super().__init__()
         self.config = config
-        head = Linear(config.n_embd, config.vocab_size, bias=False)
-        parts = dict(wte=nn.Embedding.from_pretrained(head.weight, freeze=False))
+        parts: dict[str, nn.Module] = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['drop'] = Dropout(config.dropout)
-        parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
-        parts['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.transformer = nn.ModuleDict(parts)
-        self.lm_head = head
-        self.transformer.wte.weight = head.weight  # tied: arXiv:1608.05859
-        table = rope_table(config.rope_size, config.block_size) if config.pos == 'rope' else None
-        self.register_buffer('rope', table, persistent=False)
+        blocks = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict(parts | dict(drop=Dropout(config.dropout), h=blocks, ln_f=make_norm(config)))
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
+        self.register_buffer('rope', None, persistent=False)
+        self.set_context(config.block_size)
         self.init_weights(seed)
 
-    def init_std(self, name):
-        """Standard deviation of weight `name` at the start; GPT-2 shrinks what writes to the residual stream."""
+    def parts(self, name: str) -> dict[str, slice]:
+        """The parts of the rows of a fused matrix, by the parameter's name: {'q': slice(0, C), ...}; {} for others."""
+        sizes, found, end = self.attention.parts(self.config), {}, 0
+        if self.config.mlp == 'swiglu':
+            sizes['c_fc'] = {'gate': self.config.hidden_size, 'up': self.config.hidden_size}
+        for part, size in sizes.get(name.removesuffix('.weight').split('.')[-1], {}).items():
+            found[part] = slice(end, end + size)
+            end += size
+        return found
+
+    def init_std(self, name: str, part: str = '') -> float:
+        """Standard deviation of weight `name`, or a part of it, at the start; what writes to the stream is smaller."""
+        if self.config.kv_rms and part in ('k', 'v'):
+            return self.config.kv_rms / math.sqrt(self.config.n_embd)
         std = self.config.init_std
         return std / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else std
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed: int) -> None:
         """Normal weights, each tensor from a generator of its own; biases 0 and norm gains 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 digest = hashlib.sha256(f'{seed}:{name}'.encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
                 values = parameter if parameter.device.type == 'cpu' else torch.empty(parameter.shape)
-                values.normal_(0.0, self.init_std(name), generator=generator)
+                std = self.init_std(name)
+                values.normal_(0.0, std, generator=generator)
+                for part, rows in self.parts(name).items():
+                    if self.init_std(name, part) != std:
+                        values[rows] *= self.init_std(name, part) / std
                 parameter.copy_(values)
             else:
                 parameter.fill_(0.0 if name.endswith('bias') else 1.0)
 
-    def get_num_params(self, non_embedding=True):
-        """Number of parameters, by default without position embeddings (the token embedding is the output head too)."""
-        count = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.pos == 'learned':
-            count -= self.transformer.wpe.weight.numel()
-        return count
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, by default without those of `embedding_params`."""
+        return sum(p.numel() for p in self.parameters()) - non_embedding * self.embedding_params()
 
-    def num_attention_params(self):
-        """Parameters of all attention layers: what differs between MHA and MLA."""
-        return sum(p.numel() for block in self.transformer.h for p in block.attn.parameters())
+    def embedding_params(self) -> int:
+        """Parameters of tables that are looked up and take part in no matrix multiplication."""
+        tables = ['wpe'] * (self.config.pos == 'learned') + ['wte'] * (not self.config.tied)
+        return sum(self.transformer[table].weight.numel() for table in tables)
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """
         Floating-point operations of one token's forward and backward pass (arXiv:2204.02311, appendix B).
 
         6 per parameter of a matrix multiplication, plus 12 L C T for attention scores and weighted sums, counted over
-        the full T x T square as the customary MFU does.
+        the full T x T square as is customary.
         """
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
-        if self.config.pos == 'learned':
-            matrices -= self.transformer.wpe.weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        config = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.embedding_params()
+        return 6 * matrices + 6 * config.n_layer * config.n_head * sum(config.widths) * config.block_size
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """
-        Model FLOPs utilization: the share of `peak_flops` (FLOP/s) that went into the model's own arithmetic.
-
-        fwdbwd_per_iter: sequences of block_size tokens per iteration; dt: its seconds. None for an unknown peak.
-        """
-        if not peak_flops:
-            return None
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
-
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx: Tensor, cache: Any = None) -> Tensor:
         """The residual stream after the last norm (B, T, C), for token ids idx (B, T)."""
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit: the model was made for block_size={config.block_size}')
-        positions = slice(0, T) if cache is None else cache.positions(T)
+        positions = cache.positions(T) if cache is not None else slice(0, T)
         x = self.transformer.wte(idx)
         if config.pos == 'learned':
             x = x + self.transformer.wpe.weight[positions]
@@ -327,7 +317,9 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None, logits=True):
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Any = None, logits: bool = True
+    ) -> tuple[Any, Any]:
         """
         Token ids idx (B, T), int64 -> (logits, loss).
 
@@ -339,12 +331,12 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        if not logits:
-            return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        if not logits:  # the same loss as below, without the logits in memory
+            return None, kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def window_losses(self, idx, targets):
+    def window_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of each row in nats per scored token, float32 (B,); idx and targets (B, T), -1 isn't scored."""
         losses = [
             F.cross_entropy(self.lm_head(x).float(), row, ignore_index=-1, reduction='sum')
@@ -352,7 +344,7 @@ class GPT(nn.Module):
         ]
         return torch.stack(losses) / (targets != -1).sum(1).clamp(min=1)
 
-    def init_cache(self, batch_size, max_tokens=None, dtype=None):
+    def init_cache(self, batch_size: int, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Cache:
         """An empty Cache for `batch_size` sequences of up to `max_tokens` (at most, and by default, block_size)."""
         weight = self.transformer.wte.weight
         max_tokens = min(max_tokens or self.config.block_size, self.config.block_size)
@@ -366,92 +358,42 @@ class GPT(nn.Module):
         ]
         return Cache(layers, max_tokens)
 
-    def crop_block_size(self, block_size):
-        """Shorten the model to `block_size` tokens: a small run needs fewer positions than GPT-2's 1024."""
-        if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} exceeds the {self.config.block_size} this model was made for')
-        self.config.block_size = block_size
+    def set_context(self, block_size: int) -> None:
+        """Let the model read up to `block_size` tokens: fewer, or, without learned positions, more than in training."""
         if self.config.pos == 'learned':
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
-            self.transformer.wpe.num_embeddings = block_size
-        else:
-            self.rope = self.rope[:, :block_size]
+            wpe = self.transformer.wpe
+            if block_size > wpe.num_embeddings:
+                raise ValueError(f'block_size={block_size} is more than the {wpe.num_embeddings} learned positions')
+            if block_size < wpe.num_embeddings:
+                wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size]), block_size
+        self.config.block_size = block_size
+        if self.config.pos == 'rope':
+            table = rope_table(self.config.rope_size, block_size, self.config.rope_theta)
+            self.rope = table.to(self.lm_head.weight.device)
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
-        """
-        GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or from a local Hugging Face folder.
+    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
+        """GPT-2 by name, 'gpt2' to 'gpt2-xl', or from a Hugging Face folder; ValueError where that holds none."""
+        from core.convert import gpt2
 
-        override_args: dropout, flash and recompute only; all else comes with the weights. ValueError for anything
-        else, and where `model_type` holds no GPT-2.
-        """
-        override_args = override_args or {}
-        if fixed := set(override_args) - {'dropout', 'flash', 'recompute'}:
-            raise ValueError(f'{sorted(fixed)} cannot be overridden: the pretrained weights decide that')
-        settings, state = gpt2.read(model_type)
-        model = cls(GPTConfig(**settings, **override_args))
+        settings, state = gpt2.read(model_type, override_args or {})
+        model = cls(GPTConfig(**settings))
         model.load_state_dict(state)
         return model
 
-    def slow_rows(self, name):
-        """The rows of parameter `name` that learn at `kv_lr` of the rate, a slice or None: those of keys and values."""
-        return slice(self.config.n_embd, None) if name.endswith('c_attn.weight') else None
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', kv_lr=0.0):
-        """
-        The optimizer of all parameters: 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest.
-
-        kv_lr: share of the learning rate for what `slow_rows` names; 0: the class's own.
-        """
-        made = OPTIMIZERS[optimizer](self.named_parameters(), weight_decay, learning_rate, betas, device_type)
-        slow = [(parameter, rows) for name, parameter in self.named_parameters() if (rows := self.slow_rows(name))]
-        if (kv_lr or self.kv_lr) != 1:
-            slow_down(made, slow, kv_lr or self.kv_lr)
-        return made
-
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, num_samples=1,
-                 stop_token=None, on_token=None, valid_ids=None, generator=None, fixed=None):  # fmt: skip
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, **options: Any
+    ) -> Tensor:
         """
         Continue idx (B, t) by max_new_tokens drawn tokens; returns (B * num_samples, t + new), prompt included.
 
-        temperature, top_k, top_p, valid_ids, generator: see ops/decoding.py's `draw`. num_samples: samples per prompt,
-        which share its prefill. stop_token: stop when every sample has drawn it; one that has is filled up with it.
-        on_token: called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only).
-        use_cache=False recomputes every token, with a window that slides over the last block_size tokens. Learned
-        positions in a cache can't slide: when it is full, the most recent half of its tokens is read again.
+        temperature 0 takes the most likely id; top_k: draw from the k most likely. options: those of ops/decoding.py's
+        `Decoder`, such as use_cache, num_samples, top_p and stop_token.
         """
-        config, cache, step = self.config, None, None
-        fixed = idx.is_cuda if fixed is None else fixed
-        prompt = idx[:, -config.block_size :]
-        if use_cache:
-            cache = self.init_cache(idx.size(0), prompt.size(1) + max_new_tokens)
-        logits, _ = self(prompt, cache=cache)
-        if num_samples > 1:
-            idx, logits = idx.repeat_interleave(num_samples, dim=0), logits.repeat_interleave(num_samples, dim=0)
-            cache = cache.repeat(num_samples) if use_cache else None
-        out = torch.empty(idx.size(0), idx.size(1) + max_new_tokens, dtype=idx.dtype, device=idx.device)
-        out[:, : idx.size(1)] = idx
-        stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        for end in range(idx.size(1), out.size(1)):
-            token = draw(logits[:, -1], temperature, top_k, top_p, valid_ids, generator)
-            if stop_token is not None:
-                token = torch.where(stopped, stop_token, token)
-                stopped |= token == stop_token
-            out[:, end] = token
-            if on_token is not None:
-                on_token(token)
-            # reading `stopped` waits for the device, so it is read only where there is a stop token
-            if end + 1 == out.size(1) or (stop_token is not None and bool(stopped.all())):
-                return out[:, : end + 1]
-            if not use_cache:
-                logits, _ = self(out[:, max(0, end + 1 - config.block_size) : end + 1])
-            elif cache.length == cache.max_tokens:
-                cache.length = 0
-                logits, _ = self(out[:, end + 1 - max(1, cache.max_tokens // 2) : end + 1], cache=cache)
-            elif fixed:
-                step = step or FixedStep(self, cache)
-                logits = step(token[:, None])
-            else:
-                logits, _ = self(token[:, None], cache=cache)
-        return out
+        decoder = Decoder(self, idx, max_new_tokens, **options)
+        for _ in range(max_new_tokens):
+            token = decoder.draw(temperature, top_k)
+            if not decoder.append(token):
+                break
+        return decoder.tokens[:, : decoder.length]

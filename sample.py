@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from core.cli import errors, files, machine
+from core.cli import errors, machine
 from core.cli.errors import UserError, printable
 from core.convert.int8 import quantize
 from core.runs import checkpoint as checkpoints
-from core.runs import evaluation
+from core.runs import evaluation, models
 from core.text.dataset import TokenData, read_meta, read_meta_pickle
+from core.text.prompt import prompt_ids, prompt_text
 from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ captured = device.startswith('cuda') and compile in ('auto', True)
 # ---- model and tokenizer ---------------------------------------------------------------------------------------------
 if init_from == 'resume':
     checkpoint = checkpoints.load(out_dir)
-    model = checkpoints.build_model(checkpoint)
+    model = models.build_model(checkpoint)
     meta = checkpoint.get('tokenizer')
     if not meta:
         # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
@@ -73,7 +74,7 @@ if init_from == 'resume':
             meta = GPT2Tokenizer().meta()
             errors.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
 else:
-    model, checkpoint = checkpoints.pretrained(init_from)
+    model, checkpoint = models.pretrained(init_from)
     meta = checkpoint['tokenizer']
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
@@ -109,14 +110,7 @@ if weights == 'int8':
         errors.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
-if start.startswith('FILE:'):
-    try:
-        start = files.read_bytes(start[5:], most=1 << 26).decode('utf-8')
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
-prompt = tokenizer.encode(start, special=True)
-if not prompt:
-    raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
+prompt = prompt_ids(tokenizer, prompt_text(start), is_default='start' not in given)
 if len(prompt) > model.config.block_size:
     errors.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
 stop_ids = tokenizer.encode(stop, special=True)
@@ -144,7 +138,7 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, dtype=machine.DTYPES[dtype]).bytes_per_token
-kind = checkpoints.attention_of(model).upper()
+kind = models.attention_of(model).upper()
 about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
 errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
 began = time.perf_counter()

@@ -1,13 +1,26 @@
 """
-Drawing the next token, and a decode step with fixed shapes that a GPU can replay as a CUDA graph.
+Decoding: drawing the next token, keeping the sequences so far, and a step that a GPU can replay as a CUDA graph.
 
 Nothing here knows which attention a model has: a model is called as `model(token, cache=cache) -> (logits, None)`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from ops.cache import Cache, FixedCache
+from ops.kernels import keep_casts
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, valid_ids=None, generator=None):
+
+def draw(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    valid_ids: int | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """
     Draw one token id per row of logits (B, V) -> (B,) int64, without waiting for the device.
 
@@ -33,32 +46,86 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, valid_ids=None, genera
     return (winner if ids is None else ids.gather(-1, winner)).squeeze(-1)
 
 
-class FixedCache:
+class Decoder:
     """
-    A view of a Cache for steps of fixed shape: the next position is a tensor (1,), and attention sees the whole buffer.
+    Sequences that grow token by token, and the model's logits for the next one: a loop over `draw` and `append`.
 
-    It has the methods of Cache that a model calls. The tensors are the cache's own.
+    A cache makes a step cheap, and a prompt is read once for all its samples. Learned positions in a cache can't slide:
+    when it is full, the most recent half of its tokens is read again. Without a cache every token is computed again, in
+    a window that slides over the last block_size tokens.
     """
 
-    def __init__(self, cache):
-        self.layers, self.max_tokens, self.copies = cache.layers, cache.max_tokens, cache.copies
-        self.position = torch.full((1,), cache.length, device=cache.layers[0][0].device)
+    def __init__(
+        self,
+        model: Any,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        use_cache: bool = True,
+        num_samples: int = 1,
+        top_p: float | None = None,
+        valid_ids: int | None = None,
+        generator: torch.Generator | None = None,
+        stop_token: int | None = None,
+        on_token: Callable[[torch.Tensor], None] | None = None,
+        fixed: bool | None = None,
+    ):
+        """
+        model: a GPT; idx (B, t): the prompts. num_samples: sequences per prompt. top_p, valid_ids, generator: as for
+        `draw`. stop_token: a sequence that has it is
+        filled up with it. on_token: called with each new column (B * num_samples,). fixed: decode by a FixedStep (None:
+        on CUDA only).
+        """
+        self.model, self.window = model, model.config.block_size
+        self.rules: dict[str, Any] = dict(top_p=top_p, valid_ids=valid_ids, generator=generator)
+        self.stop_token, self.on_token = stop_token, on_token
+        self.fixed = idx.is_cuda if fixed is None else fixed
+        self.cache: Any = None
+        self.step: FixedStep | None = None
+        self.casts: dict = {}
+        prompt = idx[:, -self.window :]
+        if use_cache:
+            self.cache = model.init_cache(idx.size(0), prompt.size(1) + max_new_tokens)
+        self.logits = self.run(prompt)
+        if num_samples > 1:
+            idx, self.logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, self.logits))
+            self.cache = self.cache.repeat(num_samples) if use_cache else None
+        self.tokens = torch.empty(idx.size(0), idx.size(1) + max_new_tokens, dtype=idx.dtype, device=idx.device)
+        self.tokens[:, : idx.size(1)] = idx
+        self.length = idx.size(1)
+        self.stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
 
-    def positions(self, T):
-        """Where the next token stands. T is 1."""
-        return self.position
+    def run(self, idx: torch.Tensor) -> torch.Tensor:
+        """The model's logits (B, 1, V) after idx (B, T), which continues what the cache holds."""
+        with keep_casts(self.casts):
+            return self.model(idx, cache=self.cache)[0]
 
-    def append(self, layer, *new):
-        """Write `new` (each (B, ..., 1, size)) at the position; returns the whole buffers."""
-        buffers = self.layers[layer]
-        return [t.index_copy_(-2, self.position, part.to(t.dtype)) for t, part in zip(buffers, new, strict=True)]
+    def draw(self, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
+        """The next token of each sequence (B,), drawn from `logits`."""
+        return draw(self.logits[:, -1], temperature, top_k, **self.rules)
 
-    def visible(self):
-        """Bool (1, max_tokens): which keys the one query may see."""
-        return torch.arange(self.max_tokens, device=self.position.device)[None] <= self.position
-
-    def advance(self, T):
-        """Nothing: FixedStep sets the position before each step."""
+    def append(self, token: torch.Tensor) -> bool:
+        """Add a token (B,) to the sequences and compute the logits after it; False if no further one is wanted."""
+        if self.stop_token is not None:
+            token = torch.where(self.stopped, self.stop_token, token)
+            self.stopped |= token == self.stop_token
+        self.tokens[:, self.length] = token
+        self.length += 1
+        if self.on_token is not None:
+            self.on_token(token)
+        # reading `stopped` waits for the device, so it is read only where there is a stop token
+        if self.length == self.tokens.size(1) or (self.stop_token is not None and bool(self.stopped.all())):
+            return False
+        if self.cache is None:
+            self.logits = self.run(self.tokens[:, max(0, self.length - self.window) : self.length])
+        elif self.cache.length == self.cache.max_tokens:
+            self.cache.length = 0
+            self.logits = self.run(self.tokens[:, self.length - max(1, self.cache.max_tokens // 2) : self.length])
+        elif self.fixed:
+            self.step = self.step or FixedStep(self.model, self.cache)
+            self.logits = self.step(token[:, None])
+        else:
+            self.logits = self.run(token[:, None])
+        return True
 
 
 class FixedStep:
@@ -69,15 +136,17 @@ class FixedStep:
     eagerly, which is slower than an ordinary step, because attention reads all `max_tokens`; the logits are the same.
     """
 
-    def __init__(self, model, cache):
+    def __init__(self, model: Any, cache: Cache):
         """cache: a Cache with room for at least one token. Under autocast, call the step in the same context."""
-        self.model, self.cache, self.fixed, self.graph = model, cache, FixedCache(cache), None
+        self.model, self.cache, self.fixed = model, cache, FixedCache(cache)
+        self.graph: Any = None
+        self.casts: dict = {}  # a graph reads these copies of weights as long as it lives
         self.device = self.fixed.position.device
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.device)
         if self.device.type == 'cuda':
             self.capture()
 
-    def capture(self):
+    def capture(self) -> None:
         """
         Record the step as a CUDA graph. What the warm-up writes to the cache, the first step overwrites.
 
@@ -97,16 +166,17 @@ class FixedStep:
                 self.logits = self.run()
         self.graph = graph
 
-    def replay(self):
+    def replay(self) -> None:
         """Launch the captured step on its GPU's current stream."""
         with torch.cuda.device(self.device):
             self.graph.replay()
 
-    def run(self):
+    def run(self) -> torch.Tensor:
         """The logits (B, 1, V) for `token` at the current position."""
-        return self.model(self.token, cache=self.fixed)[0]
+        with keep_casts(self.casts):
+            return self.model(self.token, cache=self.fixed)[0]
 
-    def __call__(self, token):
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, 1, V) that `model(token, cache=cache)` gives for token (B, 1); valid until the next call."""
         self.token.copy_(token)
         self.fixed.position.fill_(self.cache.length)

@@ -5,19 +5,22 @@ model.py and model_mla.py call these by name and never say how they are computed
 
     Linear                nn.Linear; few rows on a CPU, as in a decode step, are split over the cores
     dropout, Dropout      F.dropout and nn.Dropout; on a CPU the mask comes from 16 random bits per element
-    attend                causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
+    fast_attention        causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
     attend_rows           its formula for the few queries of a decode step, on a GPU
     attention_pattern     the softmax alone, as the formula says it
     per_head              one matrix per head times that head's rows
-    cast_once             a parameter in another dtype, copied once per cache and not once per step
+    keep_casts            while decoding, weights are converted to another dtype once and not in every step
     RMSNorm               nn.RMSNorm; under autocast it returns the dtype of its input on every device
     linear_cross_entropy  output head and loss in one, without the (N, V) logits
 
 tests/ops/test_kernels.py compares each with its plain form, gradients included.
 """
 
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -26,7 +29,7 @@ from torch.nn import functional as F
 
 
 @functools.cache
-def cpu_is_intel():
+def cpu_is_intel() -> bool:
     """True on Intel CPUs, where MKL takes its optimized paths (on other CPUs it takes slower, generic ones)."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
@@ -47,7 +50,7 @@ class Linear(nn.Linear):
     measured on AMD EPYCs (Zen 3, Zen 4) and an Intel Emerald Rapids; from 7 rows on, that prefers them as columns.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
         plain = rows > 16 or (rows <= 3 and cpu_is_intel()) or x.device.type != 'cpu' or x.dtype == torch.bfloat16
         if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
@@ -67,9 +70,11 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def per_head(x, weight):
-    """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n)."""
+def per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n), in the dtype of x."""
     B, H, T, _ = x.shape
+    if weight.dtype != x.dtype:
+        weight = cast_once(weight, x.dtype)
     x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
     # away from Intel, memory is read fastest along its contiguous rows, except bfloat16
     along_rows = weight.mT.is_contiguous() and x.dtype != torch.bfloat16 and not cpu_is_intel()
@@ -77,33 +82,46 @@ def per_head(x, weight):
     return y.reshape(H, B, T, -1).transpose(0, 1)
 
 
-def cast_once(parameter, dtype, copies):
-    """
-    `parameter` in `dtype`, without gradients. The dict `copies` keeps the copy for the next call.
+kept_casts: dict | None = None  # of the decoding in progress: see keep_casts
 
-    Autocast keeps copies of whole parameters, but copies a slice of one again in every step. A copy is replaced if the
-    parameter has changed: an optimizer step and load_state_dict raise its version. Returns `parameter` itself where
-    that has `dtype`, and where gradients are enabled.
+
+@contextlib.contextmanager
+def keep_casts(casts: dict | None = None) -> Iterator[None]:
     """
-    if parameter.dtype == dtype or torch.is_grad_enabled():
-        return parameter
-    state = (dtype, parameter.data_ptr(), None if parameter.is_inference() else parameter._version)
-    if parameter not in copies or copies[parameter][0] != state:
-        copies[parameter] = state, parameter.detach().to(dtype)
-    return copies[parameter][1]
+    Inside, `per_head` converts each weight once and not in every step; the weights must not change meanwhile.
+
+    Autocast keeps copies of whole parameters, but converts a slice of one again in every step. casts: a dict that keeps
+    the copies for the next time; a new one by default.
+    """
+    global kept_casts
+    before, kept_casts = kept_casts, {} if casts is None else casts
+    try:
+        yield
+    finally:
+        kept_casts = before
+
+
+def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in `dtype`; inside `keep_casts`, and where no gradient is needed, the copy of an earlier call."""
+    if kept_casts is None or torch.is_grad_enabled():
+        return weight.to(dtype)
+    key = (weight.data_ptr(), weight.shape, weight.stride(), dtype)
+    if key not in kept_casts:
+        kept_casts[key] = weight.to(dtype)
+    return kept_casts[key]
 
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, computed in the weight's dtype and returned in that of x; on CUDA autocast would return float32."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
-def dropout(x, p):
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """
     Zero each element of x with probability p and scale the others by 1/(1-p) (arXiv:1207.0580).
 
@@ -121,24 +139,26 @@ def dropout(x, p):
 class Dropout(nn.Dropout):
     """nn.Dropout, by `dropout`."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return dropout(x, self.p) if self.training and self.p else x
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def causal_mask(T, S, device):
+def causal_mask(T: int, S: int, device: torch.device | str) -> torch.Tensor:
     """Bool (T, S): which of S keys each of the last T positions may attend to. The last query sees every key."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def repeat_heads(x, n_head, dim=1):
+def repeat_heads(x: torch.Tensor, n_head: int, dim: int = 1) -> torch.Tensor:
     """Each head along `dim` repeated for its group, so that there are n_head; x itself where there are already."""
+    if x.size(dim) == 1:  # a view: nothing is copied
+        return x.expand(*(n_head if i == dim else -1 for i in range(x.dim())))
     return x if x.size(dim) == n_head else x.repeat_interleave(n_head // x.size(dim), dim=dim)
 
 
-def attention_pattern(q, k, scale):
+def attention_pattern(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal softmax(q k^T scale): q (..., T, size), k (..., S, size) -> (..., T, S); rows sum to 1."""
     visible = causal_mask(q.size(-2), k.size(-2), q.device)
     return ((q * scale) @ k.mT).masked_fill_(~visible, float('-inf')).softmax(dim=-1)
@@ -165,7 +185,9 @@ class EagerAttention(torch.autograd.Function):
     HEAD_SIZES = 8  # the longest sequence, in head sizes of 16 or more
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, p_drop):
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p_drop: float
+    ) -> torch.Tensor:
         """q, k (B, H, T, size), v (B, H, T, d), all of one dtype; scale and p_drop floats -> (B, H, T, d)."""
         B, H, T, _ = q.shape
         q, k, v = (t.reshape(B * H, T, t.size(-1)) for t in (q * scale, k, v))
@@ -187,7 +209,7 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, *patterns = ctx.saved_tensors
         B, H, T, _ = out.shape
         inner = (out * grad).sum(-1).view(B * H, T, 1) if ctx.p_drop else None  # rowsum(O g(O))
@@ -197,7 +219,7 @@ class EagerAttention(torch.autograd.Function):
             end = pattern.size(2)
             rows, seen = slice(end - pattern.size(1), end), slice(end)
             grad_scores = torch.bmm(grad[:, rows], v[:, seen].mT)
-            if ctx.p_drop:
+            if inner is not None:
                 grad_scores.mul_(dropped).addcmul_(pattern, inner[:, rows], value=-1)
             else:
                 grad_scores = torch._softmax_backward_data(grad_scores, pattern, -1, pattern.dtype)
@@ -207,13 +229,16 @@ class EagerAttention(torch.autograd.Function):
         return *(t.unflatten(0, (B, H)) for t in (grad_q, grad_k, grad_v)), None, None
 
 
-def attend_rows(q, k, v, scale, visible=None):
+def attend_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The formula, for few queries that share their keys and values: q (B, K, G, size), k and v (B, K, S, size).
 
-    visible: a bool mask (G or 1, S). On a GPU this is how a step of GQA and MLA attends where there is a mask, as in a
-    captured step, or a size above 256, as a latent has. Both rule out the one kernel of SDPA that divides the keys
-    among the multiprocessors; the others give all S keys of a sequence to one. cuBLAS divides them (BENCHMARKS.md).
+    mask: bool (G or 1, S), which keys are seen. On a GPU this is how a step of GQA and MLA attends where there is a
+    mask, as in a captured step, or a size above 256, as a latent has. Both rule out the one kernel of SDPA that divides
+    the keys among the multiprocessors; the others give all S keys of a sequence to one. cuBLAS divides them
+    (BENCHMARKS.md).
     """
     B, K, G, size = q.shape
     q, k = (q * scale).reshape(B * K, G, size), k.reshape(B * K, -1, size).mT
@@ -221,46 +246,59 @@ def attend_rows(q, k, v, scale, visible=None):
     # a rounding in between would cost large scores too much; a product without one is for GPUs, and has no gradient
     unrounded = q.is_cuda and q.dtype != wide and not torch.is_grad_enabled()
     scores = torch.bmm(q, k, out_dtype=wide) if unrounded else torch.bmm(q, k).to(wide)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float('-inf'))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float('-inf'))
     return scores.softmax(dim=-1).to(v.dtype).view(B, K, G, -1) @ v
 
 
-def attend(q, k, v, scale, p_drop=0.0, flash=True, causal=True, visible=None):
-    """
-    Attention of T queries over S keys: q (B, H, T, size), k and v (B, K, S, size) -> (B, H, T, size).
+def attend_group(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One query per head, the heads that share keys as rows: q (B, K, H/K, size), k, v (B, K, S, .); mask (1, S)."""
+    if q.is_cuda and (mask is not None or q.size(-1) > 256):
+        return attend_rows(q, k, v, scale, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    Where K < H, each key/value head serves H/K neighbouring query heads. causal: the queries are the last T of the S
-    positions; otherwise every query sees every key. visible: a bool mask (T or 1, S) that replaces the causal one.
-    flash=False: the plain formula, for comparison.
+
+def fast_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    p_drop: float = 0.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    softmax(q k^T scale) v: q (B, H, T, size), k (B, K, S, size), v (B, K, S, d) -> (B, H, T, d).
+
+    Where K < H, each key/value head serves H/K neighbouring query heads. mask: bool (T or 1, S), which keys each query
+    sees; None: causal, the queries being the last T of the S positions. p_drop: of the pattern's entries.
     """
     T, S = q.size(-2), k.size(-2)
     if k.size(1) < q.size(1):
         if T == 1:  # the queries of a group become the rows of one matrix: no key or value is copied
             rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
-            return attend(rows, k, v, scale, causal=False, visible=visible).reshape(*q.shape[:-1], v.size(-1))
+            return attend_group(rows, k, v, scale, mask).reshape(*q.shape[:-1], v.size(-1))
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
-    if not causal and q.is_cuda and (visible is not None or q.size(-1) > 256):
-        return attend_rows(q, k, v, scale, visible)
-    if visible is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    square = causal and T == S
+    square = mask is None and T == S
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
     short = T <= EagerAttention.HEAD_SIZES * max(16, q.size(-1))
-    if square and flash and trains_on_cpu and (p_drop or short):
+    if square and trains_on_cpu and (p_drop or short):
         return EagerAttention.apply(q, k, v, scale, p_drop)
-    if causal and not flash:
-        pattern = attention_pattern(q, k, scale)
-        return (dropout(pattern, p_drop) if p_drop else pattern) @ v
     # SDPA aligns its is_causal mask top-left, which is right only where T equals S; a single query sees every key
-    mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
+    if mask is None and 1 < T < S:
+        mask = causal_mask(T, S, q.device)
+    size = v.size(-1)
+    if T > 1 and q.size(-1) != size:  # its fast kernels want queries, keys and values of one size
+        q, k, v = (F.pad(t, (0, max(q.size(-1), size) - t.size(-1))) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p_drop, is_causal=square, scale=scale)
+    return y[..., :size]
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
-def logits_gradient(log_p, ids):
+def logits_gradient(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """
     The gradient of rows' losses with respect to their logits, from log_p (N, V): p, less 1 at each id (N, 1).
 
@@ -283,12 +321,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     ROWS = {'cuda': 4096, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
 
     @staticmethod
-    def piece(rows, vocab_size):
+    def piece(rows: int, vocab_size: int) -> int:
         """How many rows are taken at a time: `rows`, or more where the vocabulary is small."""
         return max(rows, 2**22 // vocab_size)
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -319,13 +357,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight, count = ctx.saved_tensors
         grad = grad / count
         return grad_x.to(ctx.x_dtype) * grad, grad_weight.mul_(grad.to(grad_weight.dtype)), None
 
 
-def linear_cross_entropy(x, weight, targets):
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-1), float32 or wider, without the logits in memory.
 

@@ -15,6 +15,12 @@ from core.text.tokenizer import CharTokenizer
 from core.text.write_dataset import write_dataset
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def restored_hooks():
     """A script that a test runs in this process leaves no signal handler and no excepthook."""

@@ -141,6 +141,11 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+def files_of(root, name):
+    """The paths of the files below root/tests that are called test_NAME.py."""
+    return sorted(Path(root).glob(f'tests/*/test_{name}.py'))
+
+
 def outcome(file, before, after, tests):
     """What notices the mutation: 'test_file::test' of the first that fails, or 'nothing'."""
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +156,7 @@ def outcome(file, before, after, tests):
         if text.count(before + '\n') != 1:
             raise SystemExit(f'{file} has the line {before!r} {text.count(before)} times, not once')
         mutant.write_text(text.replace(before + '\n', after + '\n'))
-        files = [str(path) for name in tests.split() for path in sorted(Path(folder).glob(f'tests/*/test_{name}.py'))]
+        files = [file for name in tests.split() for file in files_of(folder, name)]
         command = [sys.executable, '-m', 'pytest', '-q', '-x', *files]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
                               env=dict(os.environ, OMP_NUM_THREADS='1'))  # fmt: skip

@@ -27,16 +27,22 @@ RENAMED = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_lay
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
-def read(model_type: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(
+    model_type: str, override_args: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
 
     Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
-    Raises ValueError for an unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors
-    are not GPT-2's or not finite, naming them.
+    override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an
+    unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors are not GPT-2's or not
+    finite, naming them.
     """
     if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
         raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
+    override_args = override_args or {}
+    if fixed := set(override_args) - {'dropout', 'flash', 'recompute'}:
+        raise ValueError(f'{sorted(fixed)} cannot be overridden: the pretrained weights decide that')
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def unreadable(error):
@@ -67,7 +73,7 @@ def read(model_type: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     state = from_gpt2(hf_model.state_dict())
     if name := not_finite(state):
         raise ValueError(f"'{model_type}' holds weights that are not finite: {name}")
-    return settings, state
+    return {**settings, **override_args}, state
 
 
 def settings_of(hf_config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 from typing import Any
 
+from core.text.byte_pairs import are_pieces, byte_letters, merges_of
 from core.text.tokenizer import (
     END_OF_TEXT,
     NO_TEXT,
@@ -18,9 +19,6 @@ from core.text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    are_pieces,
-    byte_letters,
-    merges_of,
     tokenizer_of,
 )
 

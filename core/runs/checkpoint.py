@@ -1,5 +1,5 @@
 """
-Checkpoints: what one holds, writing one so that a crash never leaves a broken file, and turning one into a model.
+Checkpoints: what one holds, writing one so that a crash never leaves a broken file, and reading one.
 
 Notable features:
 - nanoGPT's keys, so its sample.py reads our MHA checkpoints, and its checkpoints are read here
@@ -10,29 +10,21 @@ Notable features:
 
 import contextlib
 import os
+import struct
 import threading
 import zipfile
-from dataclasses import fields, replace
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from core.cli import files, ranges
+from core.cli import files
 from core.cli.errors import UserError
-from core.convert import hf_tokenizer
-from core.convert.gpt2 import GPT2_SIZES
-from model import GPT, GPTConfig
-from model_mla import MLAGPT, MLAConfig
-from ops.checks import not_finite
-from ops.optimizers import moments
 
-NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # its resume needs each
-NOT_THE_MODEL = ('flash', 'recompute')  # fields that say how to compute, not what
-OLDER = {'optimizer': 'adamw', 'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
-KINDS = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
-OTHER_COPY = 'use ckpt_best.pt beside it, or an older copy'
+OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
 # None.
-TYPES = {
+TYPES: dict[str, Any] = {
     'model': dict,
     'model_args': dict,
     'optimizer': dict,
@@ -46,62 +38,37 @@ TYPES = {
     'val_loss': (int, float, torch.Tensor),
     'scaler': dict,
     'wandb_run_id': str,
+    'learning': dict,  # which rows learn slowly, and whether Muon divides fused matrices: see resume.learning_rules
 }
 
 
-def attention_of(model):
-    """'mha' or 'mla'."""
-    return 'mla' if isinstance(model, MLAGPT) else 'mha'
+class NumpyDtype:
+    """Stands for numpy.dtype while a checkpoint is read: the kind and size of one plain number, such as 'i8'."""
+
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, '<'
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = '>' if state[1] == '>' else '<'
 
 
-def arm_of(config):
-    """What tables call the attention of a config: 'MHA', 'MQA', 'GQA-2' (key/value heads) or 'MLA, r=64'."""
-    if isinstance(config, MLAConfig):
-        return f'MLA, r={config.n_latent}'
-    heads = config.n_kv_head
-    return 'MHA' if not heads else 'MQA' if heads == 1 else f'GQA-{heads}'
+def numpy_number(dtype: NumpyDtype, data: bytes) -> int | float | bool:
+    """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
+    formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
+    if not isinstance(dtype, NumpyDtype) or dtype.code not in formats:
+        raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
+    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
 
 
-def model_args(config):
-    """A plain dict of nanoGPT's seven keys, and of those others whose values nanoGPT can't express."""
-    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
-    return {
-        name: value
-        for name, (value, default) in values.items()
-        # n_latent's own default depends on n_embd, so it is always written
-        if name in NANOGPT_ARGS or (name not in NOT_THE_MODEL and (value != default or name == 'n_latent'))
-    }
+# nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
+NUMPY: list[Any] = [
+    (NumpyDtype, 'numpy.dtype'),
+    (numpy_number, 'numpy.core.multiarray.scalar'),
+    (numpy_number, 'numpy._core.multiarray.scalar'),
+]
 
 
-def contents(model, config, *, optimizer=None, iter_num=0, best_val_loss=1e9, val_loss=None, tokenizer=None, corpus='',
-             tokens=0, scaler=None, wandb_run_id=None):  # fmt: skip
-    """
-    The dict that a checkpoint file holds.
-
-    model: a GPT or MLAGPT, not wrapped; config: the run's keys and values; tokenizer: the data set's meta;
-    corpus: one line that describes the training data; val_loss: the last one measured, in nats per token; tokens:
-    trained on so far.
-    """
-    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    first = {}  # a tensor with two names, the tied embedding, becomes one object and is saved once
-    return {
-        'model': {k: first.setdefault(owner.get(k, k), tensor) for k, tensor in model.state_dict().items()},
-        'optimizer': optimizer.state_dict() if optimizer is not None else None,
-        'model_args': model_args(model.config),
-        'iter_num': iter_num,
-        'tokens': tokens,
-        'best_val_loss': best_val_loss,
-        'config': config,
-        'attention': attention_of(model),
-        'tokenizer': tokenizer or {},
-        'corpus': corpus,
-        'val_loss': val_loss,
-        'scaler': scaler.state_dict() if scaler is not None else None,
-        'wandb_run_id': wandb_run_id,
-    }
-
-
-def save(path, checkpoint):
+def save(path: str, checkpoint: dict) -> None:
     """Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays."""
     try:
         with files.replacing(path, 'wb') as file:
@@ -111,7 +78,7 @@ def save(path, checkpoint):
                         'the previous checkpoint is as it was') from error  # fmt: skip
 
 
-def link(path, other):
+def link(path: str, other: str) -> None:
     """Give the file `path` a second name `other`, replacing that file; a copy where hard links are not supported."""
     beside = f'{other}.writing'
     with contextlib.suppress(OSError):
@@ -132,10 +99,12 @@ class Writer:
     writes: False on ranks that only take part in gathering a sharded model's tensors.
     """
 
-    def __init__(self, writes=True):
-        self.thread, self.error, self.writes = None, None, writes
+    def __init__(self, writes: bool = True):
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.writes = writes
 
-    def save(self, path, checkpoint, others=()):
+    def save(self, path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
         """Copy `checkpoint` now; write it to `path`, with `others` as further names, while the caller continues."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
@@ -143,7 +112,7 @@ class Writer:
             self.thread = threading.Thread(target=self._write, args=(path, snapshot, others))
             self.thread.start()
 
-    def _write(self, path, snapshot, others):
+    def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
         try:
             save(path, snapshot)
             for other in others:
@@ -151,7 +120,7 @@ class Writer:
         except Exception as error:
             self.error = error
 
-    def wait(self):
+    def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
         if self.thread is not None:
             self.thread.join()
@@ -161,7 +130,7 @@ class Writer:
             raise error
 
 
-def copy_tensors(value, copies=None, keep=True):
+def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:
     """
     A copy of nested dicts and lists whose tensors are full CPU copies; a tensor that occurs twice is copied once.
 
@@ -173,7 +142,7 @@ def copy_tensors(value, copies=None, keep=True):
         sharded = hasattr(value, 'full_tensor')
         key = id(value) if sharded or not value.numel() else (value.data_ptr(), value.shape, value.dtype)
         if key not in copies:
-            whole = value.detach().full_tensor() if sharded else value.detach()
+            whole = value.detach().full_tensor() if sharded else value.detach()  # type: ignore[attr-defined]
             copies[key] = whole.to('cpu', copy=not sharded) if keep else None
         return copies[key]
     if isinstance(value, dict):
@@ -183,7 +152,7 @@ def copy_tensors(value, copies=None, keep=True):
     return value
 
 
-def find(path):
+def find(path: str) -> str:
     """The checkpoint file that `path` names: itself, or ckpt.pt in a folder. UserError if it doesn't exist."""
     file = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
     if not os.path.isfile(file):
@@ -191,7 +160,7 @@ def find(path):
     return file
 
 
-def check_sums(file):
+def check_sums(file: str) -> None:
     """UserError where a part of the file differs from its CRC. torch.save writes zip files, torch.load ignores CRCs."""
     if not zipfile.is_zipfile(file):
         return  # PyTorch's format before 1.6 has no checksums; torch.load says what is wrong with other files
@@ -204,7 +173,7 @@ def check_sums(file):
         raise UserError(f'{file} is damaged: the checksum of {damaged} is wrong; {OTHER_COPY}')
 
 
-def load(path, device='cpu', mapped=False):
+def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
     """
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`. 'config' and 'tokenizer'
     are {} where it has none; other keys may be missing or None.
@@ -217,7 +186,8 @@ def load(path, device='cpu', mapped=False):
     file = find(path)
     check_sums(file)
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(NUMPY):
+            checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # a truncated file fails in many ways, all with the same meaning for the user
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
@@ -243,129 +213,3 @@ def load(path, device='cpu', mapped=False):
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
         raise UserError(f"{file} is damaged: its 'model' holds more than named tensors; {OTHER_COPY}")
     return checkpoint
-
-
-def kind_of(checkpoint):
-    """'mha' or 'mla', for a loaded checkpoint. UserError where it names another attention."""
-    guess = 'mla' if any('.c_kv_down.' in name for name in checkpoint['model']) else 'mha'  # nanoGPT's don't say
-    kind = checkpoint.get('attention') or guess
-    if kind not in KINDS:
-        raise UserError(f"the checkpoint's attention is '{kind}'; only {' and '.join(KINDS)} are supported")
-    return kind
-
-
-def model_config(checkpoint, **overrides):
-    """The GPTConfig or MLAConfig of a loaded checkpoint. overrides: model_args to replace. UserError if invalid."""
-    config_class, args = KINDS[kind_of(checkpoint)][1], {**checkpoint['model_args'], **overrides}
-    try:
-        for field in fields(config_class):
-            value = args.get(field.name, field.default)
-            if type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
-                raise TypeError(f'{field.name} is a {type(value).__name__}')
-            if found := ranges.problem(field.name, value):
-                raise ValueError(f'{field.name} {found}')
-        return config_class(**args)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
-
-
-def check_sizes(state, config):
-    """
-    UserError unless tensors, {name: tensor}, have the layers and the embedding of a config.
-
-    Before a model of these sizes is made, which could take all memory where model_args are damaged.
-    """
-    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
-    embedding = state.get('transformer.wte.weight', torch.empty(0)).shape
-    expected = torch.Size((config.vocab_size, config.n_embd))
-    if layers != config.n_layer or embedding != expected:
-        raise UserError(
-            f"the checkpoint's tensors don't fit its model_args: {layers} layers and an embedding of "
-            f'{tuple(embedding)}, expected {config.n_layer} and {tuple(expected)}; {OTHER_COPY}'
-        )
-
-
-def changed(config, key, value):
-    """True where a model's config would differ if its field `key` were set to `value` (0 may stand for a default)."""
-    try:
-        return getattr(replace(config, **{key: value}), key) != getattr(config, key)
-    except ValueError:
-        return True
-
-
-def build_model(checkpoint, **overrides):
-    """
-    The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
-
-    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit, and
-    weights that are not finite.
-    """
-    state = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint['model'].items()}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith('.attn.bias')}  # nanoGPT's mask buffer
-    config = model_config(checkpoint, **overrides)
-    check_sizes(state, config)
-    model = KINDS[kind_of(checkpoint)][0](config)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        first = ' '.join(' '.join(str(error).split('\n')[1:3]).split())
-        first = first if len(first) <= 200 else f'{first[:200]}...'
-        raise UserError(f"the checkpoint's tensors don't fit its model_args: {first}; {OTHER_COPY}") from error
-    if name := not_finite(model.state_dict()):
-        raise UserError(f'the checkpoint holds weights that are not finite: {name}; {OTHER_COPY}')
-    return model
-
-
-def part_like(parameter, tensor):
-    """`tensor`, or this process's shard of it where `parameter` is sharded and has the same shape."""
-    if not hasattr(parameter, 'full_tensor') or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
-
-
-def restore_optimizer(optimizer, state):
-    """
-    Load the optimizer state of a checkpoint; weight decay and betas stay those that the optimizer was made with.
-
-    UserError where the state doesn't fit the optimizer's parameters.
-    """
-    made_with = [
-        {key: group[key] for key in ('weight_decay', 'betas') if key in group} for group in optimizer.param_groups
-    ]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    names = [moments(group) for group in optimizer.param_groups for _ in group['params']]
-    try:
-        for i, (parameter, wanted) in enumerate(zip(parameters, names, strict=True)):
-            if state['state'] and any(state['state'][i][name].shape != parameter.shape for name in wanted):
-                raise ValueError('its tensors have other shapes')
-        parts = {i: {k: part_like(parameters[i], v) for k, v in entry.items()} for i, entry in state['state'].items()}
-        optimizer.load_state_dict({**state, 'state': parts})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f'it lacks {error}' if isinstance(error, KeyError) else error
-        raise UserError(f"the checkpoint's 'optimizer' does not fit its model: {reason}; {OTHER_COPY}") from error
-    for group, settings in zip(optimizer.param_groups, made_with, strict=True):
-        group.update(settings)
-
-
-def pretrained(source, dropout=0.0, **overrides):
-    """
-    The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
-
-    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for the
-    last two the dict holds only `tokenizer` and `corpus`). overrides: as for `build_model`. UserError where nothing can
-    be loaded.
-    """
-    if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
-        checkpoint = load(source)
-        return build_model(checkpoint, dropout=dropout, **overrides), checkpoint
-    if source not in GPT2_SIZES and not os.path.isdir(source):
-        raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
-    try:
-        model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
-        meta = hf_tokenizer.read(source, model.config.vocab_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}

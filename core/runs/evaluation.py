@@ -7,20 +7,31 @@ of two models can be compared window by window.
 
 import contextlib
 import math
+from contextlib import AbstractContextManager
 
 import torch
 
 from core.cli.machine import to_device
 from core.runs.processes import Processes
+from core.text.dataset import TokenData
+from model import GPT
 
 
 @torch.no_grad()
-def window_losses(model, data, split, count, batch_size, autocast=None, processes=None):
+def window_losses(
+    model: GPT,
+    data: TokenData,
+    split: str,
+    count: int,
+    batch_size: int,
+    autocast: AbstractContextManager | None = None,
+    processes: Processes | None = None,
+) -> torch.Tensor:
     """
     The loss of each window in nats per token, float64 on the CPU: of all windows, or of this process's share.
 
-    model: a GPT or MLAGPT, measured in eval mode; data: a TokenData; count: windows at most, `batch_size` at a time on
-    each process; autocast: a context to compute in.
+    The model is measured in eval mode. count: windows at most, `batch_size` at a time on each process; autocast: a
+    context to compute in.
     """
     processes = processes or Processes()
     training, device = model.training, model.lm_head.weight.device
@@ -36,7 +47,7 @@ def window_losses(model, data, split, count, batch_size, autocast=None, processe
     return torch.cat(losses).double()
 
 
-def mean_and_stderr(losses, processes=None):
+def mean_and_stderr(losses: torch.Tensor, processes: Processes | None = None) -> tuple[float, float]:
     """Mean of losses (n,) and its standard error, floats; over all processes together where they each have a share."""
     sums = torch.stack((torch.tensor(len(losses), dtype=torch.float64), losses.sum(), losses.square().sum()))
     count, total, squares = (processes or Processes()).sum(sums).tolist()

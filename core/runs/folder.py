@@ -18,8 +18,7 @@ import os
 import re
 import socket
 
-from core.cli import errors
-from core.cli.errors import UserError
+from core.cli.errors import UserError, notice
 from core.runs import checkpoint as checkpoints
 
 try:
@@ -34,27 +33,27 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 class RunFolder:
     """The folder out_dir of a run. Making this object touches nothing; `acquire` creates the folder and locks it."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.path = path
         self.ckpt, self.best = os.path.join(path, 'ckpt.pt'), os.path.join(path, 'ckpt_best.pt')
         self.log = os.path.join(path, 'log.csv')
         self.lock = None
 
-    def kept(self, iteration):
+    def kept(self, iteration: int) -> str:
         """Where the checkpoint of an iteration in keep_checkpoints is kept."""
         return os.path.join(self.path, f'ckpt_{iteration:06}.pt')
 
-    def files(self):
+    def files(self) -> list[str]:
         """Paths of all files of a run, in order of their names; none where the folder doesn't exist."""
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
         return [os.path.join(self.path, name) for name in sorted(names) if RUN_FILES.fullmatch(name)]
 
-    def checkpoints(self):
+    def checkpoints(self) -> list[str]:
         """Paths of the checkpoints, ckpt.pt first."""
         found = [path for path in self.files() if path.endswith('.pt')]
         return sorted(found, key=lambda path: path != self.ckpt)
 
-    def newest(self):
+    def newest(self) -> tuple[str | None, dict | None]:
         """
         The newest whole checkpoint: (path, loaded), preferring ckpt.pt where it is whole; (None, None) without any.
 
@@ -74,19 +73,19 @@ class RunFolder:
         if errors and best[1] is None:
             raise errors[0]
         for error in errors:
-            errors.notice(f'{error}: resuming from {best[0]} instead')
+            notice(f'{error}: resuming from {best[0]} instead')
         return best
 
-    def acquire(self):
+    def acquire(self) -> None:
         """
         Create the folder, and lock it until this process ends. UserError where another trainer holds it.
 
         The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
-        Where the file system has none, a notice says so.
+        Where the file system has none, a notice says so. Windows has none, and folders are not locked there.
         """
+        os.makedirs(self.path, exist_ok=True)
         if self.lock is not None or fcntl is None:
             return
-        os.makedirs(self.path, exist_ok=True)
         path = os.path.join(self.path, '.lock')
         while True:
             lock = open(path, 'a+', encoding='utf-8')
@@ -94,7 +93,7 @@ class RunFolder:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in UNSUPPORTED:
-                    errors.notice(f'{self.path} is on a file system without locks: run only one trainer in it')
+                    notice(f'{self.path} is on a file system without locks: run only one trainer in it')
                     return
                 lock.seek(0)
                 owner = ' '.join(lock.read(200).split()) or 'another process'
@@ -111,7 +110,15 @@ class RunFolder:
         self.lock = lock
         atexit.register(self.release)
 
-    def release(self):
+    def begin(self, resumes: bool, overwrite: bool) -> None:
+        """Own the folder; a new run removes what the folder holds of another, or sets a lone log aside."""
+        self.acquire()
+        if not resumes and overwrite:
+            self.clear()
+        elif not resumes:
+            self.set_log_aside()
+
+    def release(self) -> None:
         """Give the lock back and remove its file."""
         if self.lock is not None:
             with contextlib.suppress(OSError):
@@ -119,17 +126,17 @@ class RunFolder:
             self.lock.close()
             self.lock = None
 
-    def clear(self):
+    def clear(self) -> None:
         """Remove every file of the run that the folder holds."""
         for path in self.files():
             os.remove(path)
 
-    def set_log_aside(self):
+    def set_log_aside(self) -> None:
         """Rename a log.csv that no checkpoint belongs to, so that a new run doesn't overwrite it."""
         if os.path.exists(self.log):
             number = next(n for n in range(1, 10**6) if not os.path.exists(self._old_log(n)))
             os.rename(self.log, self._old_log(number))
-            errors.notice(f'{self.log} has no checkpoint beside it; it is kept as {self._old_log(number)}')
+            notice(f'{self.log} has no checkpoint beside it; it is kept as {self._old_log(number)}')
 
-    def _old_log(self, number):
+    def _old_log(self, number: int) -> str:
         return os.path.join(self.path, f'log.{number}.csv')

@@ -1,5 +1,5 @@
 """
-What a training run starts from: its keys and its model, from a checkpoint, from a pretrained model or from scratch.
+What a training run starts from: its keys, its model and its optimizer's state, from a checkpoint or a trained model.
 
 A resumed run takes from its checkpoint every key that it wasn't given. A given key that may change is applied, and said
 in one line. One that would make it another run (the model's shape, the seed, the data) is an error. The same holds for
@@ -8,30 +8,38 @@ the shape of a pretrained model.
 
 import math
 import os
+from collections.abc import Set
 from dataclasses import fields
+from typing import Any
+
+import torch
 
 from core.cli import errors
 from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
-from core.runs import checkpoint as checkpoints
+from core.runs import models
+from core.runs.folder import RunFolder
 from core.text.dataset import TokenData
 from core.text.tokenizer import tokenizer_of
+from model import GPT, GPTConfig
+from ops.optimizers import is_block_matrix, kv_rows, moments
 
 # what to do in this call, and where: never taken from a checkpoint
 OF_THIS_CALL = ('out_dir', 'init_from', 'resume', 'overwrite', 'eval_only')
 # describe the machine: not taken from nanoGPT's checkpoints, whose defaults ask for a GPU and for wandb
 OF_THE_MACHINE = ('device', 'dtype', 'compile', 'backend', 'threads', 'fsdp', 'wandb_log')
+OLDER = {'optimizer': 'adamw', 'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
 # what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
 IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
-def shape_keys(config_class, keys):
+def shape_keys(config_class: type[GPTConfig], keys: dict) -> list[str]:
     """Names of the keys that decide a model's shape: config fields without dropout and without how to compute it."""
-    other = ('dropout', *checkpoints.NOT_THE_MODEL)
+    other = ('dropout', *models.NOT_THE_MODEL)
     return [field.name for field in fields(config_class) if field.name in keys and field.name not in other]
 
 
-def resolve(keys, given, folder):
+def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str | None, dict | None]:
     """
     The keys that a run really has, and what it resumes: (keys, path of the checkpoint, loaded checkpoint).
 
@@ -40,12 +48,9 @@ def resolve(keys, given, folder):
     'auto'. UserError where there is nothing to resume, the folder holds a run that was not asked for, or MHA is given
     keys of MLA.
     """
-    if keys['attention'] == 'mha' and any(keys[key] for key in ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm')):
-        raise UserError(
-            'n_latent, n_latent_q, n_rope and latent_norm belong to MLA; use train_mla.py, or leave them out'
-        )
-    given = given if keys['kv_lr'] else given - {'kv_lr'}  # 0 is the default
-    keys = dict(keys, kv_lr=keys['kv_lr'] or checkpoints.KINDS[keys['attention']][0].kv_lr)
+    misplaced = [key for key, default in models.MLA_KEYS.items() if keys.get(key, default) != default]
+    if keys['attention'] == 'mha' and misplaced:
+        raise UserError(f'{", ".join(misplaced)} belong to MLA alone; use train_mla.py, or leave them out')
     if keys['init_from'] in ('resume', 'auto'):
         keys['resume'] = {'resume': 'yes', 'auto': 'auto'}[keys['init_from']]
         keys['init_from'] = 'scratch'
@@ -62,24 +67,24 @@ def resolve(keys, given, folder):
     return resumed_keys(keys, given, saved, path), path, saved
 
 
-def resumed_keys(keys, given, saved, path):
+def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str) -> dict:
     """The keys of a run resumed from the checkpoint `saved` at `path`; a notice lists given ones that change it."""
     then, from_nanogpt = saved.get('config') or {}, 'attention' not in saved
     ours = set(keys) - set(OF_THIS_CALL) - (set(OF_THE_MACHINE) if from_nanogpt else set())
     keys = {**keys, **{key: then[key] for key in ours - given if same_type(then.get(key), keys[key])}}
     keys['init_from'] = then.get('init_from', 'scratch')  # where the run once came from
-    kind = checkpoints.kind_of(saved)
+    kind = models.kind_of(saved)
     if keys['attention'] != kind:
         script = 'train_mla.py' if kind == 'mla' else 'train.py'
         raise UserError(f'{path} holds a model with the other attention; resume it with python {script} --resume=yes '
                         f'--out_dir={keys["out_dir"]}')  # fmt: skip
-    config_class = checkpoints.KINDS[kind][1]
-    shape = checkpoints.model_config(saved)
+    config_class = models.KINDS[kind][1]
+    shape = models.model_config(saved)
     for key in shape_keys(config_class, keys):
-        if key in given and checkpoints.changed(shape, key, keys[key]):
+        if key in given and models.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
-    for key, default in {'seed': keys['seed'], **checkpoints.OLDER}.items():
+    for key, default in {'seed': keys['seed'], **OLDER}.items():
         found = then[key] if same_type(then.get(key), keys[key]) else default
         if key in given and keys[key] != found:
             raise unchangeable(key, keys[key], found, path, keys)
@@ -91,7 +96,7 @@ def resumed_keys(keys, given, saved, path):
     return keys
 
 
-def same_type(value, default):
+def same_type(value: Any, default: Any) -> bool:
     """True where the value of a key in a checkpoint has the type that the key has here."""
     types = (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else (type(default),)
     if default == 'auto':
@@ -99,14 +104,27 @@ def same_type(value, default):
     return type(value) in types
 
 
-def unchangeable(key, value, found, path, keys):
+def unchangeable(key: str, value: Any, found: Any, path: str, keys: dict) -> UserError:
     """The error for a given key that would make the resumed run another run."""
     script = 'train_mla.py' if keys['attention'] == 'mla' else 'train.py'
     return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; leave out what '
                      f'sets it: python {script} --resume=yes --out_dir={keys["out_dir"]}')  # fmt: skip
 
 
-def progress(saved):
+def keys_to_record(keys: dict, saved: dict | None) -> dict:
+    """The keys that checkpoints record: the run's, or those that a finished run, `saved`, was made with."""
+    if keys['min_lr'] > keys['learning_rate'] and keys['decay_lr']:
+        errors.notice(
+            f'note: min_lr={keys["min_lr"]:g} is above learning_rate={keys["learning_rate"]:g}, so the learning rate '
+            'will rise as it decays; lower --min_lr too'
+        )
+    if saved is None or progress(saved)[0] < keys['max_iters']:
+        return keys
+    errors.notice(f'the run has reached max_iters={keys["max_iters"]}; to train on, give a higher --max_iters')
+    return keys | {key: value for key, value in (saved.get('config') or {}).items() if key in keys}
+
+
+def progress(saved: dict) -> tuple[int, int, float | None, float]:
     """What a run has done so far, from its checkpoint: (iterations, tokens, last val loss or None, best val loss)."""
     iterations, keys = saved.get('iter_num') or 0, saved.get('config') or {}
     tokens = saved.get('tokens')
@@ -121,7 +139,7 @@ def progress(saved):
 # ---- the data must be that of the model ------------------------------------------------------------------------------
 
 
-def check_data(saved, data, path):
+def check_data(saved: dict, data: TokenData, path: str) -> None:
     """UserError where the data set is not the one that the run in the checkpoint `saved` began with."""
     then, now = (flat(meta) for meta in (saved.get('tokenizer') or {}, data.meta))
     for name in then.keys() & now.keys():
@@ -131,7 +149,7 @@ def check_data(saved, data, path):
                             'another --out_dir')  # fmt: skip
 
 
-def flat(meta):
+def flat(meta: dict) -> dict:
     """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
     entries = {key: meta[key] for key in IDENTITY if key in meta}
     nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
@@ -139,7 +157,7 @@ def flat(meta):
     return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries
 
 
-def check_tokenizer(meta, data, source):
+def check_tokenizer(meta: dict, data: TokenData, source: str) -> None:
     """UserError where the model of `source`, whose tokenizer `meta` describes, would read other tokens."""
     then, now = tokenizer_of(meta), tokenizer_of(data.meta)
     if (then and then.meta()) != (now and now.meta()):
@@ -147,12 +165,12 @@ def check_tokenizer(meta, data, source):
                         'set with the same tokenizer')  # fmt: skip
 
 
-def describe(tokenizer):
+def describe(tokenizer: Any) -> str:
     """A tokenizer and the size of its vocabulary, in a few words."""
     return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
 
 
-def short(value):
+def short(value: Any) -> str:
     """A value as an error message shows it."""
     text = str(value)
     return text if len(text) <= 40 else text[:37] + '...'
@@ -161,83 +179,167 @@ def short(value):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def model_and_data(keys, given, device, saved=None, path=''):
+def trained_model(
+    keys: dict, given: Set[str], device: str, saved: dict | None = None, path: str = ''
+) -> tuple[GPT, TokenData, dict]:
     """
-    What a training run starts from: (model on the CPU or `device`, its TokenData). The model is resumed, pretrained or
-    new.
+    The model that a run resumes or `init_from` names, the data, and the keys that the model decides: its shape.
 
-    keys: the run's keys, which are updated with the shape of a pretrained model; given: those that a file or flag set;
-    saved: the checkpoint to resume, loaded from `path`, or None. UserError where keys, source and data don't fit
-    together.
+    keys: the run's; given: those that a file or flag set; device: where a conversion measures the text; saved: the
+    checkpoint to resume, loaded from `path`, or None. The model is on the CPU or `device`. UserError, or ValueError
+    from a conversion, where keys, source and data don't fit together.
     """
-    try:
-        if saved:
-            data = open_data(keys)
-            check_data(saved, data, path)
-            if saved.get('tokenizer'):
-                check_tokenizer(saved['tokenizer'], data, path)
-            model = checkpoints.build_model(saved, **how(keys))
-        elif keys['init_from'] == 'scratch':
-            data = open_data(keys)
-            model = new_model(keys, data.padded_vocab_size)
-        else:
-            model, data = pretrained_model(keys, given, device)
-        if keys['block_size'] < model.config.block_size:
-            model.crop_block_size(keys['block_size'])
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if saved:
+        data = open_data(keys)
+        check_data(saved, data, path)
+        if saved.get('tokenizer'):
+            check_tokenizer(saved['tokenizer'], data, path)
+        model, shape = models.build_model(saved, **how(keys)), {}
+    else:
+        model, data, shape = pretrained_model(keys, given, device)
+    if (keys | shape)['block_size'] < model.config.block_size:
+        model.set_context((keys | shape)['block_size'])
     if data.n_vocab > model.config.vocab_size:
-        raise UserError(f'{data.folder} has {data.n_vocab} different tokens, and the model only '
-                        f'{model.config.vocab_size}; use the data set that the model was made for')  # fmt: skip
-    return model, data
+        raise UserError(
+            f'{data.folder} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; use the '
+            'data set that the model was made for'
+        )
+    return model, data, shape
 
 
-def open_data(keys):
+def open_data(keys: dict) -> TokenData:
     """The TokenData of a run's keys."""
     return TokenData(os.path.join(keys['data_dir'], keys['dataset']), keys['block_size'])
 
 
-def how(keys):
+def how(keys: dict) -> dict:
     """The keys that a trained model's config may still change."""
-    return {name: keys[name] for name in ('dropout', *checkpoints.NOT_THE_MODEL)}
+    return {name: keys[name] for name in ('dropout', *models.NOT_THE_MODEL)}
 
 
-def new_model(keys, vocab_size):
-    """A model with initial values and the sizes in `keys`. ValueError where they don't fit together."""
-    model_class, config_class = checkpoints.KINDS[keys['attention']]
-    sizes = {field.name: keys[field.name] for field in fields(config_class) if field.name in keys}
-    return model_class(config_class(**{**sizes, 'vocab_size': vocab_size}), seed=keys['seed'])
-
-
-def pretrained_model(keys, given, device):
+def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, TokenData, dict]:
     """
-    The model that `init_from` names, and the data: (model, TokenData). Updates `keys` with the model's shape.
+    The model that `init_from` names, the data, and the keys that the model decides.
 
     With attention='mla' an MHA model is converted, weighted by what its attention reads in the data. UserError, or
     ValueError from a conversion.
     """
     source = keys['init_from']
-    model, saved = checkpoints.pretrained(source, **how(keys))
+    model, saved = models.pretrained(source, **how(keys))
+    keys = dict(keys)
     if 'block_size' not in given:
         keys['block_size'] = model.config.block_size
     elif keys['block_size'] > model.config.block_size:
-        raise UserError(f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in '
-                        f'{source}; lower it')  # fmt: skip
+        raise UserError(
+            f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in {source}; '
+            'lower it'
+        )
     data = open_data(keys)
     if saved.get('tokenizer'):  # nanoGPT's checkpoints don't say
         check_tokenizer(saved['tokenizer'], data, source)
-    if checkpoints.attention_of(model) == 'mla' and keys['attention'] == 'mha':
+    kind = models.attention_of(model)
+    if (kind, keys['attention']) == ('mla', 'mha'):
         raise UserError(f'{source} holds a model with MLA, which cannot be converted back to MHA; use train_mla.py')
-    if checkpoints.attention_of(model) == 'mha' and keys['attention'] == 'mla':
+    if (kind, keys['attention']) == ('mha', 'mla'):
         count = max(keys['batch_size'], 65536 // keys['block_size'])
         text = training_text(data, count, keys['batch_size'])
         model = to_mla(model, keys['n_latent'], collect_statistics(model.to(device), text))
-    for key in shape_keys(type(model.config), keys):
-        if key == 'block_size':
-            continue  # a pretrained model can be shortened
-        if key in given and checkpoints.changed(model.config, key, keys[key]):
-            found = getattr(model.config, key)
-            raise UserError(f'{key}={keys[key]} cannot be applied to {source}, which has {key}={found}; remove it from '
-                            'the command line or the config file')  # fmt: skip
-        keys[key] = getattr(model.config, key)
-    return model, data
+    shape = {'block_size': keys['block_size']}  # a pretrained model can be shortened
+    for key in set(shape_keys(type(model.config), keys)) - {'block_size'}:
+        shape[key] = getattr(model.config, key)
+        if key in given and models.changed(model.config, key, keys[key]):
+            raise UserError(
+                f'{key}={keys[key]} cannot be applied to {source}, which has {key}={shape[key]}; remove it from the '
+                'command line or the config file'
+            )
+    return model, data, shape
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def learning_rules(model: GPT, keys: dict, saved: dict | None) -> dict:
+    """
+    Which rows learn at kv_lr times the rate, and whether Muon divides fused matrices: an entry of each checkpoint.
+
+    {'slow_rows': {name: [first, end]}, 'divides': bool}: those of the checkpoint `saved`, so that a run keeps what it
+    began with. One without them is older: it slowed other rows of MLA and divided nothing, and a notice says so.
+    """
+    rows = kv_rows(model.named_parameters(), model.parts)
+    rules = {'slow_rows': {name: [part.start, part.stop] for name, part in rows.items()}, 'divides': True}
+    if saved is None:
+        return rules
+    if saved.get('learning'):
+        return saved['learning']
+    older = {**rules, 'divides': False}
+    if keys['kv_lr'] != 1 and models.attention_of(model) == 'mla':
+        owners = ('c_kv_down', 'c_kv_up', *(('c_q_down', 'c_q') if model.config.n_latent_q else ()))
+        weights = {name: p for name, p in model.named_parameters() if name.endswith('.weight')}
+        older['slow_rows'] = {name: [0, p.size(0)] for name, p in weights.items() if name.split('.')[-2] in owners}
+        if older['slow_rows'] != rules['slow_rows']:
+            errors.notice('this run goes on as it began: kv_lr slows all rows of the projections of its latents')
+    if keys['optimizer'] == 'muon' and any(map(model.parts, dict(model.named_parameters()))):
+        errors.notice('this run goes on as it began: its Muon takes fused matrices, such as c_attn, as one')
+    return older
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, model: GPT, saved: dict | None, path: str | None
+) -> tuple[int, int, float | None, float]:
+    """Load the states of a resumed run; returns its `progress`, and that of a new run where nothing is resumed."""
+    if saved is None:
+        return 0, 0, None, math.inf
+    if saved.get('optimizer'):
+        restore_optimizer(optimizer, model, saved, path)
+    if saved.get('scaler'):
+        scaler.load_state_dict(saved['scaler'])
+    return progress(saved)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict, path: str) -> None:
+    """
+    Load the optimizer state of the checkpoint `saved`, by the parameters' names; rates, decay and betas stay as made.
+
+    Older checkpoints and nanoGPT's hold no names: theirs are in the order that those versions had. UserError where the
+    state doesn't fit the parameters.
+    """
+    groups = optimizer.param_groups
+    try:
+        state, then = saved['optimizer']['state'], saved['optimizer']['param_groups']
+        if all('param_names' in group for group in then):
+            names = [name for group in then for name in group['param_names']]
+        else:
+            names = plain_order(model, muon='momentum' in groups[0])
+        if len(names) != sum(len(group['params']) for group in then):
+            raise ValueError('it is of another number of parameters')
+        place, entries = {name: number for number, name in enumerate(names)}, []
+        for group in groups if state else ():
+            for name, parameter in zip(group['param_names'], group['params'], strict=True):
+                entry = state[place[name]]
+                if any(entry[moment].shape != parameter.shape for moment in moments(group)):
+                    raise ValueError('its tensors have other shapes')
+                entries.append({key: part_like(parameter, value) for key, value in entry.items()})
+        made = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict({'state': dict(enumerate(entries)), 'param_groups': made})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f'it lacks {error}' if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} can't be resumed, since its 'optimizer' doesn't fit its model: {reason} (nanoGPT before May 2023 "
+            f'had another order); start a new run from its weights with --init_from={path}'
+        ) from error
+
+
+def plain_order(model: GPT, muon: bool) -> list[str]:
+    """The parameters' names in the order of nanoGPT's two groups, behind Muon's one where that is used."""
+    named = list(model.named_parameters())
+    return [name for name, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
+
+
+def part_like(parameter: torch.Tensor, tensor: Any) -> Any:
+    """`tensor`, or this process's shard of it where `parameter` is sharded and has the same shape."""
+    if not hasattr(parameter, 'full_tensor') or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)

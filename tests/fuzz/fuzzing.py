@@ -26,11 +26,26 @@ from core.text.write_dataset import write_dataset
 
 SECONDS, MEMORY = 60, 3 << 30
 # imported before the fork; transformers and datasets take seconds
-MODULES = (*forking.MODULES, 'analysis.report', 'analysis.latent', 'analysis.circuits', 'analysis.forward',
-           'core.speed.rivals', 'core.speed.planner', 'core.cli.subprocesses', 'core.runs.resume', 'core.runs.folder', 'safetensors.torch',
-           'tokenizers', 'tiktoken', 'transformers.models.auto.modeling_auto', 'transformers.tokenization_utils_fast',
-           'transformers.models.gpt2.modeling_gpt2', 'datasets')  # fmt: skip
-REPOSITORY = ('*.py', 'core/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
+MODULES = (
+    *forking.MODULES,
+    'analysis.report',
+    'analysis.latent',
+    'analysis.circuits',
+    'analysis.forward',
+    'core.speed.rivals',
+    'core.speed.planner',
+    'core.cli.subprocesses',
+    'core.runs.resume',
+    'core.runs.folder',
+    'safetensors.torch',
+    'tokenizers',
+    'tiktoken',
+    'transformers.models.auto.modeling_auto',
+    'transformers.tokenization_utils_fast',
+    'transformers.models.gpt2.modeling_gpt2',
+    'datasets',
+)
+REPOSITORY = ('*.py', 'ops/*.py', 'core/**/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
 
 TINY = {
     'bench.py': {'mode': 'compare', 'files': '{place}/before.json,{place}/after.json', 'new_tokens': 0},
@@ -139,7 +154,7 @@ VALID = {
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
-       'checkpoint_interval', 'shard_documents', 'shard_tokens', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
+       'checkpoint_interval', 'drawn_from', 'shard_tokens', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
        'n_kv_head', 'gpus', 'tokens')  # fmt: skip
 LARGEST = dict.fromkeys(ANY, math.inf) | {
     'resamples': 200, 'sequences': 16, 'length': 16, 'statistics_tokens': 1000, 'eval_tokens': 1000, 'n_embd': 64,

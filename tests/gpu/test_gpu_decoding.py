@@ -10,7 +10,7 @@ from support.training import ROOT, environment, run
 
 from core.cli import machine
 from ops.decoding import FixedStep
-from ops.kernels import attend
+from ops.kernels import fast_attention
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA GPUs')
 
@@ -66,9 +66,9 @@ def test_the_queries_of_a_step_attend_as_on_a_cpu(kv_heads, size, masked, dtype,
                for heads, rows in ((12, 1), (kv_heads, 500), (kv_heads, 500)))  # fmt: skip
     q *= 8  # large scores
     visible = torch.arange(500)[None] < 400 if masked else None
-    expected = attend(q, k, v, size**-0.5, visible=visible)
+    expected = fast_attention(q, k, v, size**-0.5, visible=visible)
     sent = (tensor.to(device, dtype) for tensor in (q, k, v))
-    y = attend(*sent, size**-0.5, visible=visible if visible is None else visible.to(device)).cpu().double()
+    y = fast_attention(*sent, size**-0.5, visible=visible if visible is None else visible.to(device)).cpu().double()
     assert (y - expected).norm() <= tolerance * expected.norm()
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from core.runs.models import attention_params
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops.optimizers import adamw, param_groups
 
 SIZES = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 VARIANTS = {
@@ -89,10 +91,10 @@ def test_parameter_counts():
     assert GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124_439_808  # as published
     mha, mla = make('mha', bias=False), make('mla', bias=False)
     C, r, L = 32, 16, 2
-    assert make('gqa', bias=False).num_attention_params() == L * (2 * C * C + 2 * C * C // 2)
+    assert attention_params(make('gqa', bias=False)) == L * (2 * C * C + 2 * C * C // 2)
     assert GPTConfig(n_kv_head=12) == GPTConfig()
-    assert mha.num_attention_params() == L * 4 * C * C
-    assert mla.num_attention_params() == L * (2 * C * C + 3 * r * C)
+    assert attention_params(mha) == L * 4 * C * C
+    assert attention_params(mla) == L * (2 * C * C + 3 * r * C)
     assert mha.get_num_params(non_embedding=False) - mha.get_num_params() == 16 * C
 
 
@@ -101,8 +103,9 @@ def test_flops_follow_the_formula():
     L, C, T, V = 2, 32, 16, 50
     assert mha.flops_per_token() == 6 * (V * C + L * 12 * C * C) + 12 * L * C * T
     assert mla.flops_per_token() == 6 * (V * C + L * (10 * C * C + 3 * 16 * C)) + 12 * L * C * T
-    assert mha.estimate_mfu(8, 2.0, None) is None
-    assert mha.estimate_mfu(8, 2.0, 1e9) == pytest.approx(mha.flops_per_token() * T * 8 / 2.0 / 1e9)
+    modern = MLAGPT(MLAConfig(**SIZES | dict(pos='rope', n_rope=4, n_nope=6, n_value=10, tied=False, bias=False)))
+    matrices = V * C + L * (8 * C * C + C * 4 * 10 + C * (16 + 4) + 16 * 4 * 16 + 4 * 10 * C)
+    assert modern.flops_per_token() == 6 * matrices + 6 * L * 4 * (10 + 10) * T
 
 
 def test_parameter_order_and_names_are_nanogpts():
@@ -114,8 +117,7 @@ def test_parameter_order_and_names_are_nanogpts():
 
 
 def test_matrices_decay_and_vectors_do_not():
-    optimizer = make('mla').configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    decayed, kept = optimizer.param_groups
+    decayed, kept = adamw(param_groups(make('mla').named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert decayed['weight_decay'] == 0.1 and {p.dim() for p in decayed['params']} == {2}
     assert kept['weight_decay'] == 0.0 and {p.dim() for p in kept['params']} == {1}
 
@@ -124,12 +126,25 @@ def test_cropping_keeps_what_short_inputs_give():
     for variant in ('mha', 'mha-rope-nobias'):
         model, idx = make(variant), torch.arange(8)[None]
         before = model(idx)[0]
-        model.crop_block_size(8)
+        model.set_context(8)
         torch.testing.assert_close(model(idx)[0], before)
         with pytest.raises(ValueError, match='block_size=8'):
             model(torch.arange(9)[None])
-        with pytest.raises(ValueError, match='exceeds the 8'):
-            model.crop_block_size(9)
+    with pytest.raises(ValueError, match='more than the 16 learned positions'):
+        make('mha').set_context(17)
+
+
+@pytest.mark.parametrize('settings', [dict(pos='rope'), dict(pos='none'), dict(pos='rope', shared_rope=False)])
+def test_without_learned_positions_a_model_reads_longer_texts(settings):
+    """As a model that was made for them does with the same weights."""
+    longer = MLAGPT(MLAConfig(**SIZES | settings | dict(block_size=40)))
+    model = MLAGPT(MLAConfig(**SIZES | settings))
+    model.load_state_dict(longer.state_dict())
+    idx = torch.arange(40)[None]
+    with pytest.raises(ValueError, match='40 tokens do not fit'):
+        model(idx)
+    model.set_context(40)
+    assert torch.equal(model(idx, idx)[0], longer(idx, idx)[0])
 
 
 @pytest.mark.parametrize(
@@ -143,13 +158,17 @@ def test_cropping_keeps_what_short_inputs_give():
         (MLAConfig, dict(n_kv_head=2), 'n_kv_head=2 belongs to MHA'),
         (GPTConfig, dict(dropout=1.0), 'dropout is 1.0'),
         (GPTConfig, dict(gelu='relu'), "gelu is 'relu'"),
-        (GPTConfig, dict(pos='none'), "pos is 'none'"),
+        (GPTConfig, dict(pos='alibi'), "pos is 'alibi'"),
+        (GPTConfig, dict(n_rope=4), "n_rope=4 needs pos='rope'"),
+        (GPTConfig, dict(pos='rope', n_rope=10), 'RoPE rotates pairs of dimensions, 8 at most'),
+        (GPTConfig, dict(norm='batch'), "norm is 'batch'"),
+        (MLAConfig, dict(n_value=-1), 'n_value=-1 must be at least 1'),
+        (MLAConfig, dict(shared_rope=False), "shared_rope=False rotates whole keys: it needs pos='rope'"),
         (GPTConfig, dict(pos='rope', n_embd=12), 'RoPE rotates pairs'),
         (MLAConfig, dict(n_latent=33), 'n_latent=33 is outside'),
         (MLAConfig, dict(n_latent=-1), 'n_latent=-1 is outside'),
         (MLAConfig, dict(n_latent_q=40), 'n_latent_q=40 is outside'),
         (MLAConfig, dict(n_rope=4), "n_rope=4 needs pos='rope'"),
-        (MLAConfig, dict(pos='rope', n_rope=8), 'n_rope=8 is outside 0 to 7'),
         (MLAConfig, dict(pos='rope', n_rope=3), 'RoPE rotates pairs'),
     ],
 )

@@ -8,16 +8,18 @@ import torch
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops.optimizers import adamw, param_groups
 
 SIZES = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8, bias=True)
 
 
 def saved(tmp_path, model, **extra):
     path = str(tmp_path / 'ckpt.pt')
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    checkpoints.save(path, checkpoints.contents(model, {'dataset': 'x'}, optimizer=optimizer, iter_num=7, **extra))
+    optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu')
+    checkpoints.save(path, models.contents(model, {'dataset': 'x'}, optimizer=optimizer, iter_num=7, **extra))
     return path
 
 
@@ -32,14 +34,14 @@ def saved(tmp_path, model, **extra):
     ids=['mha', 'mha-rope', 'mla', 'mla-published'],
 )
 def test_a_saved_model_comes_back(tmp_path, model):
-    back = checkpoints.build_model(checkpoints.load(saved(tmp_path, model)))
+    back = models.build_model(checkpoints.load(saved(tmp_path, model)))
     assert type(back) is type(model) and back.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
 
 
 def test_an_mha_checkpoint_has_nanogpts_keys_alone(tmp_path):
     checkpoint = checkpoints.load(str(tmp_path) if saved(tmp_path, GPT(GPTConfig(**SIZES))) else '')
-    assert set(checkpoint['model_args']) == set(checkpoints.NANOGPT_ARGS)
+    assert set(checkpoint['model_args']) == set(models.NANOGPT_ARGS)
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(checkpoint)
     assert checkpoint['attention'] == 'mha' and checkpoint['iter_num'] == 7
 
@@ -51,7 +53,7 @@ def test_nanogpts_checkpoints_are_read(tmp_path):
     args = dict(SIZES, dropout=0.0)
     path = str(tmp_path / 'ckpt.pt')
     torch.save(dict(model=state, model_args=args, iter_num=3, best_val_loss=torch.tensor(2.5), config={}), path)
-    back = checkpoints.build_model(checkpoints.load(path))
+    back = models.build_model(checkpoints.load(path))
     assert torch.equal(back.lm_head.weight, model.lm_head.weight)
 
 
@@ -101,7 +103,7 @@ def test_what_does_not_fit_is_named(tmp_path, change, complaint):
     change(content)
     torch.save(content, path)
     with pytest.raises(UserError, match=complaint):
-        checkpoints.build_model(checkpoints.load(path))
+        models.build_model(checkpoints.load(path))
 
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path, monkeypatch):

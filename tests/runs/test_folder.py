@@ -13,7 +13,7 @@ from support.training import ROOT
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs import folder
+from core.runs import folder, models
 from core.runs.folder import RunFolder
 from model import GPT, GPTConfig
 
@@ -28,7 +28,7 @@ time.sleep(60)
 
 def write(path, iteration):
     model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
-    checkpoints.save(str(path), checkpoints.contents(model, {}, iter_num=iteration))
+    checkpoints.save(str(path), models.contents(model, {}, iter_num=iteration))
 
 
 def damage(path):
@@ -95,6 +95,13 @@ def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypat
     monkeypatch.setattr(folder.fcntl, 'lockf', refuse)
     RunFolder(str(tmp_path)).acquire()
     assert 'file system without locks' in capsys.readouterr().err
+
+
+def test_a_system_without_locks_makes_the_folder_too(tmp_path, monkeypatch):
+    """As Windows does, which has no fcntl."""
+    monkeypatch.setattr(folder, 'fcntl', None)
+    RunFolder(str(tmp_path / 'new')).acquire()
+    assert (tmp_path / 'new').is_dir()
 
 
 def test_any_file_of_a_run_makes_the_folder_taken_and_others_do_not(tmp_path):

@@ -11,6 +11,7 @@ from support import ROOT
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.dataset import TokenData
 from core.text.tokenizer import CharTokenizer
 from core.text.write_dataset import write_dataset
@@ -40,7 +41,7 @@ def save_model(folder, dataset='letters', **changes):
             parameter.add_(0.2 * torch.randn_like(parameter))
     folder.mkdir(exist_ok=True)
     meta = {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': 10}
-    contents = checkpoints.contents(model, {'dataset': dataset}, tokenizer=meta, corpus='random letters', iter_num=7)
+    contents = models.contents(model, {'dataset': dataset}, tokenizer=meta, corpus='random letters', iter_num=7)
     checkpoints.save(str(folder / 'ckpt.pt'), contents)
 
 
@@ -58,7 +59,7 @@ def convert(monkeypatch, tmp_path, *flags):
 def test_a_checkpoint_that_is_like_any_other(monkeypatch, tmp_path, capsys):
     folder = convert(monkeypatch, tmp_path, '--n_latent=6', f'--json={tmp_path / "out.json"}')
     saved = checkpoints.load(str(folder))
-    model = checkpoints.build_model(saved).eval()
+    model = models.build_model(saved).eval()
     assert saved['attention'] == 'mla' and saved['model_args']['n_latent'] == 6 and saved['iter_num'] == 0
     assert saved['tokenizer']['chars'] == CHARS and saved['corpus'] == 'random letters'
     assert saved['config']['dataset'] == 'letters'
@@ -89,10 +90,10 @@ def test_full_rank_costs_nothing(monkeypatch, tmp_path, flags, n_latent):
 def test_to_grouped_queries_and_from_them_to_mla_of_the_same_cache(monkeypatch, tmp_path, capsys):
     save_model(tmp_path / 'mha', n_head=4)
     gqa = convert(monkeypatch, tmp_path, '--n_kv_head=1', f'--out_dir={tmp_path / "gqa"}') and tmp_path / 'gqa'
-    pooled = checkpoints.build_model(checkpoints.load(str(gqa)))
+    pooled = models.build_model(checkpoints.load(str(gqa)))
     assert pooled.config.n_kv_head == 1 and 'mean-pooled' in capsys.readouterr().out
     mla = convert(monkeypatch, tmp_path, f'--source={gqa}', f'--json={tmp_path / "out.json"}')
-    converted = checkpoints.build_model(checkpoints.load(str(mla)))
+    converted = models.build_model(checkpoints.load(str(mla)))
     rows = json.loads((tmp_path / 'out.json').read_text())['rows']
     assert [row['method'] for row in rows] == ['MQA', 'data'] and converted.config.n_latent == 2 * 1 * C // 4
     assert rows[0]['cache_bytes_per_token'] == rows[1]['cache_bytes_per_token'] and abs(rows[1]['rise']) < 1e-5
@@ -103,7 +104,7 @@ def test_weights_alone_need_no_text(monkeypatch, tmp_path, capsys):
     with pytest.raises(UserError, match='--dataset'):
         convert(monkeypatch, tmp_path)
     folder = convert(monkeypatch, tmp_path, '--method=weights', f'--json={tmp_path / "out.json"}')
-    assert checkpoints.build_model(checkpoints.load(str(folder))).config.n_latent == C // 2
+    assert models.build_model(checkpoints.load(str(folder))).config.n_latent == C // 2
     assert 'rise' not in json.loads((tmp_path / 'out.json').read_text())['rows'][1]
     assert 'loss' not in capsys.readouterr().out
 
@@ -125,7 +126,7 @@ def test_a_gpt2_folder(monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / 'gpt2')
     flags = [f'--source={tmp_path / "gpt2"}', '--dataset=letters', f'--n_latent={C - 1}']
     saved = checkpoints.load(str(convert(monkeypatch, tmp_path, *flags)))
-    ours, idx = checkpoints.build_model(saved).eval(), torch.arange(10)[None]
+    ours, idx = models.build_model(saved).eval(), torch.arange(10)[None]
     assert ours.config.gelu == 'tanh' and 'as published' in saved['corpus']
     with torch.no_grad():
         assert (ours(idx, idx)[0] - model.eval()(idx).logits).abs().max() < 1e-5

@@ -11,6 +11,7 @@ from support import ROOT
 
 from core.convert.factorize import collect_statistics, to_mla
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.dataset import TokenData
 from core.text.tokenizer import CharTokenizer
 from core.text.write_dataset import write_dataset
@@ -29,7 +30,7 @@ def prepared(tmp_path_factory):
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     (folder / 'mha').mkdir()
-    checkpoints.save(str(folder / 'mha' / 'ckpt.pt'), checkpoints.contents(model, {}, iter_num=7))
+    checkpoints.save(str(folder / 'mha' / 'ckpt.pt'), models.contents(model, {}, iter_num=7))
     return folder, model
 
 
@@ -52,7 +53,7 @@ def test_mha_becomes_mla_on_the_way(prepared, tmp_path):
     data = TokenData(folder / 'data' / 'letters', 16)
     text = data.windows('train', data.eval_windows('train', 10**6))[0]
     expected = to_mla(model, 5, collect_statistics(model.eval(), [text])).eval()
-    trained, idx = checkpoints.build_model(saved).eval(), text[:4]
+    trained, idx = models.build_model(saved).eval(), text[:4]
     with torch.no_grad():
         assert (trained(idx, idx)[0] - expected(idx, idx)[0]).abs().max() < 1e-3
 

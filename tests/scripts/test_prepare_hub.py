@@ -20,6 +20,8 @@ from core.cli.files import sha256
 from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 datasets = pytest.importorskip('datasets')
 HUB = 'data/hub/prepare.py'
 # 1.1 MB, in five tasks of the encoder; document 7 is empty, and 8 is long enough to be encoded in pieces

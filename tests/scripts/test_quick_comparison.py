@@ -8,6 +8,8 @@ import torch
 from support import forking
 from support.training import write_characters
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = 'test_shakespeare_quick.py'
 
 

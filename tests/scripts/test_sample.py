@@ -12,6 +12,7 @@ from support import ROOT
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.decoding import draw
@@ -155,7 +156,7 @@ def folder(tmp_path, model):
 
 
 def save(folder, model, **more):
-    checkpoints.save(folder / 'ckpt.pt', checkpoints.contents(model, {'dataset': 'letters'}, **more))
+    checkpoints.save(folder / 'ckpt.pt', models.contents(model, {'dataset': 'letters'}, **more))
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_text_on_stdout_alone(sample, folder):
 def test_kind_comes_from_the_checkpoint(sample, folder, model):
     for script in ('sample.py', 'sample_mla.py'):
         _, err = sample(f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=2', script=script)
-        assert f'{checkpoints.attention_of(model).upper()},' in err
+        assert f'{models.attention_of(model).upper()},' in err
     with pytest.raises(UserError, match='no checkpoint out-mla'):
         sample('--num_samples=1', script='sample_mla.py')
 

@@ -44,6 +44,7 @@ def test_both_models_see_the_same_batches_whatever_else_differs(data_dir, tmp_pa
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_is_the_run(data_dir, tmp_path):
     """MHA, and gradient accumulation; test_faults.py kills more, and MLA."""
     extra = dict(dropout=0.2, checkpoint_interval=3, max_iters=60, lr_decay_iters=60, gradient_accumulation_steps=2)
@@ -64,6 +65,7 @@ def test_a_run_killed_and_resumed_is_the_run(data_dir, tmp_path):
     assert_same_run(tmp_path / 'whole', broken)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
 def test_a_signal_lets_the_step_finish_and_saves(name, data_dir, tmp_path):
@@ -104,6 +106,7 @@ def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(data_dir, tmp_path
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
 def test_a_second_interrupt_stops_at_once(data_dir, tmp_path):
     process = started('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)

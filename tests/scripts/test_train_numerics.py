@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.training import ROOT, assert_same_curve, command, log_of, run, torchrun
+from support.training import ROOT, assert_same_curve, command, log_of, run
 
 from core.cli import machine
 from core.text.tokenizer import CharTokenizer
@@ -86,7 +86,7 @@ def test_every_rank_and_every_micro_step_draws_its_own_dropout_masks(tmp_path):
     keys = dict(dropout=0.5, max_iters=2)
     run('train.py', tmp_path / 'data', tmp_path / 'one', **keys)
     run('train.py', tmp_path / 'data', tmp_path / 'micro', **keys, gradient_accumulation_steps=2)
-    done = run('train.py', tmp_path / 'data', tmp_path / 'ranks', torchrun(2), **keys, gradient_accumulation_steps=2)
+    done = run('train.py', tmp_path / 'data', tmp_path / 'ranks', processes=2, **keys, gradient_accumulation_steps=2)
     assert done.returncode == 0, done.stderr
     first = {name: float(log_of(tmp_path / name)[0]['loss']) for name in ('one', 'micro', 'ranks')}
     assert len(set(first.values())) == 3 and max(first.values()) - min(first.values()) < 0.5

@@ -10,6 +10,8 @@ from support.planted import randomized, save
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
+pytestmark = pytest.mark.slow
+
 STEP, SEEDS = 10, (1337, 1338)
 SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up
 NAMES = [

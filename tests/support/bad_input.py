@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from core.runs import checkpoint as checkpoints
+from core.runs import models
 from core.text.tokenizer import ByteTokenizer, CharTokenizer
 from core.text.write_dataset import write_dataset
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops.optimizers import adamw, param_groups
 from support import ROOT, forking  # noqa: F401  (ROOT for the tests)
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=16)
@@ -35,11 +37,11 @@ PROOF = Path(tempfile.gettempdir()) / f'a_pickle_ran_code_{os.getpid()}'
 # ---- the place in which everything is as it should be ----------------------------------------------------------------
 def save(path, model, tokenizer, **more):
     path.parent.mkdir()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu')
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
     config = dict(SMALL, dataset='tiny')
-    checkpoints.save(str(path), checkpoints.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
+    checkpoints.save(str(path), models.contents(model, config, optimizer=optimizer, tokenizer=tokenizer, **more))
 
 
 def make_place(folder):

@@ -14,6 +14,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,14 @@ MODULES = (
 )
 
 
-def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES):
+def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES, cwd=None, processes=1):
     """
     The subprocess.CompletedProcess of `python script arguments`, run in the folder `root`; killed after `seconds`.
 
-    memory: bytes that it may allocate; 0: any number. modules: imported before the fork.
+    memory: bytes that it may allocate; 0: any number. modules: imported before the fork. cwd: another folder to run in.
+    processes: how many run it together, as torchrun would start them; the first that fails ends them all.
     """
-    request = [str(script), [str(argument) for argument in arguments], seconds, memory]
+    request = [str(script), [str(argument) for argument in arguments], seconds, memory, str(cwd or root), processes]
     process = server(root, modules)
     process.stdin.write(json.dumps(request) + '\n')
     process.stdin.flush()
@@ -72,6 +74,7 @@ def server(root, modules):
 def run_script(script, arguments):
     """Run a script as Python would; returns the exit code."""
     sys.argv = [script, *arguments]
+    sys.path[:2] = [os.path.dirname(os.path.abspath(script))]
     try:
         try:
             runpy.run_path(script, run_name='__main__')
@@ -92,37 +95,63 @@ def limit_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 
-def run_forked(script, arguments, seconds, memory):
-    """[exit code, stdout, stderr] of a script in a fork of this process."""
+def fork(script, arguments, out, err, memory, cwd, variables):
+    """The process id of a fork that runs a script and ends."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.environ.update(variables)
+        limit_memory(memory)
+        os.chdir(cwd)
+        code = run_script(script, arguments)
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()  # as Python does when a script ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def ranks(processes):
+    """The variables that torchrun sets in each of several processes; for one process, none."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        port = found.getsockname()[1]
+    same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    same |= dict(GLOO_SOCKET_IFNAME='lo')
+    return [{k: str(v) for k, v in dict(same, RANK=n, LOCAL_RANK=n).items()} for n in range(processes)]
+
+
+def run_forked(script, arguments, seconds, memory, cwd, processes):
+    """[exit code, stdout, stderr] of a script in forks of this process, run in the folder cwd."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            code = 70
-            try:
-                os.setsid()
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                limit_memory(memory)
-                code = run_script(script, arguments)
-                for thread in threading.enumerate():
-                    if thread is not threading.current_thread() and not thread.daemon:
-                        thread.join()
-                atexit._run_exitfuncs()  # as Python does when a script ends
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
+        running = {fork(script, arguments, out, err, memory, cwd, variables) for variables in ranks(processes)}
         deadline = time.monotonic() + seconds
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.killpg(child, signal.SIGKILL)  # with all that it has started itself
+        code = 0
+        while running:
+            for child in sorted(running):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    running.remove(child)
+                    code = code or os.waitstatus_to_exitcode(status)
+            if code or time.monotonic() > deadline:
+                for child in running:
+                    os.killpg(child, signal.SIGKILL)  # with all that it has started itself
             time.sleep(0.002)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode('utf-8', errors='replace'))
-    return [os.waitstatus_to_exitcode(ended[1]), *texts]
+    return [code, *texts]
 
 
 if __name__ == '__main__':

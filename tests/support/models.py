@@ -21,6 +21,16 @@ VARIANTS = {
     'mla-norm': (MLAGPT, dict(n_latent=20, n_latent_q=12, latent_norm=True)),
     'mla-open': (MLAGPT, dict(flash=False)),
     'mla-rope': (MLAGPT, dict(pos='rope')),
+    'mha-none': (GPT, dict(pos='none')),
+    'mha-modern': (GPT, dict(pos='rope', n_rope=4, norm='rms', mlp='swiglu', bias=False, tied=False, rope_theta=500.0)),
+    'mla-none': (MLAGPT, dict(pos='none', n_value=5)),
+    'mla-published': (
+        MLAGPT,
+        dict(pos='rope', n_rope=4, n_nope=6, n_value=10, n_latent=12, latent_norm=True, bias=False),
+    ),
+    'mla-wide-values-open': (MLAGPT, dict(pos='rope', n_rope=2, n_nope=4, n_value=12, n_latent=20, flash=False)),
+    'mla-carved': (MLAGPT, dict(pos='rope', n_rope=4, n_nope=4)),  # the only shape of before there was n_nope
+    'mla-whole-keys': (MLAGPT, dict(pos='rope', shared_rope=False, n_latent=20)),
     'mla-rope-all': (MLAGPT, dict(pos='rope', n_rope=6, n_latent=12, n_latent_q=12, latent_norm=True, bias=False)),
 }
 MLA = [name for name in VARIANTS if name.startswith('mla')]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from analysis import induction
-from core.runs import checkpoint
+from core.runs import checkpoint, models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -103,6 +103,6 @@ def repeats(count=32, **changes):
 def save(folder, model, **changes):
     """A checkpoint of `model` in `folder` as of a trained run; `changes` replace its keys. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.contents(model, {'dataset': 'none'}, val_loss=1.25, best_val_loss=1.25, iter_num=40)
+    state = models.contents(model, {'dataset': 'none'}, val_loss=1.25, best_val_loss=1.25, iter_num=40)
     checkpoint.save(str(folder / 'ckpt.pt'), {**state, **changes})
     return folder

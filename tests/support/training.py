@@ -58,11 +58,17 @@ def command(script, data_dir, out_dir, launcher=(), **changes):
     return [sys.executable, *launcher, script, *(f'--{key}={value}' for key, value in keys.items())]
 
 
-def run(script, data_dir, out_dir, launcher=(), fresh=False, **changes):
-    """The finished process of a training run with COMMON and these keys; fresh: one that imports everything itself."""
+def run(script, data_dir, out_dir, launcher=(), fresh=False, processes=1, **changes):
+    """
+    The finished process of a training run with COMMON and these keys; fresh: one that imports everything itself.
+
+    processes: how many train together. They are forks where there are forks, and torchrun's otherwise.
+    """
+    if processes > 1 and not hasattr(os, 'fork'):
+        launcher = torchrun(processes)
     arguments = command(script, data_dir, out_dir, launcher, **changes)
     if not (fresh or launcher) and hasattr(os, 'fork'):
-        return forking.run(script, arguments[2:])
+        return forking.run(script, arguments[2:], processes=processes)
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment())
 
 

@@ -28,7 +28,7 @@ from support.bad_input import (
     write,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')]
 
 CHECKPOINTS = [
     Case(T, '--init_from=resume', 'there is no checkpoint', 'start the run'),

@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.training import SCRIPTS, assert_same_run, run, started
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get('FAULT_KILLS', '5'))
 
 

@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 from support.training import ROOT
 
-WHOLE = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-PROJECT = WHOLE['project']
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 RANGES = {
     'requirements.txt': PROJECT['dependencies'],
     'requirements-test.txt': PROJECT['optional-dependencies']['test'],
@@ -56,14 +56,27 @@ def test_the_oldest_versions_are_those_of_the_ranges():
     assert all(one.specifier.contains(version(one)) and '==' in str(one) for one in oldest.values())
 
 
-def test_what_is_installed_is_enough_for_the_models(tmp_path):
-    installed = WHOLE['tool']['setuptools']
-    for module in installed['py-modules']:
-        shutil.copy(ROOT / f'{module}.py', tmp_path)
-    for package in installed['packages']:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns('__pycache__'))
-    program = ('from model import GPT, GPTConfig; from model_mla import MLAGPT, MLAConfig; import core.runs.checkpoint, '
-               'core.convert.factorize; print(MLAGPT(MLAConfig(8, 10, 1, 2, 32)).get_num_params())')  # fmt: skip
-    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))  # fmt: skip
+def test_pip_installs_no_module(tmp_path):
+    """Of the repository a wheel holds nothing that could be imported: no `core`, no `model` in site-packages."""
+    pytest.importorskip('setuptools', minversion='77')
+    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'model.py', 'train.py'):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ('core', 'ops', 'analysis', 'studies'):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
+    program = 'import setuptools.build_meta as build; print(build.build_wheel("."))'
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+        assert {name.split('/')[0] for name in wheel.namelist()} == {f'nanogpt_mla-{PROJECT["version"]}.dist-info'}
+
+
+def test_the_models_work_elsewhere_with_the_folder_on_the_path(tmp_path):
+    program = (
+        'from model import GPT, GPTConfig; from model_mla import MLAGPT, MLAConfig; '
+        'print(MLAGPT(MLAConfig(8, 10, 1, 2, 32)).get_num_params())'
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr

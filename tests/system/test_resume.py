@@ -16,6 +16,8 @@ from support.training import COMMON, ROOT, assert_same_run, command, environment
 from core.text.tokenizer import CharTokenizer
 from core.text.write_dataset import write_dataset
 
+pytestmark = pytest.mark.slow
+
 SHORT = dict(max_iters=4, lr_decay_iters=20, eval_interval=2)
 
 

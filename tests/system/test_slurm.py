@@ -17,9 +17,11 @@ import pytest
 import torch
 from support import ROOT
 
-from core.runs import checkpoint
+from core.runs import checkpoint, models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+
+pytestmark = pytest.mark.slow
 
 SCRIPTS = ROOT / 'slurm_scripts'
 JOBS = sorted(path.name for path in SCRIPTS.glob('*.sh') if path.name != 'launch.sh')
@@ -176,7 +178,7 @@ def test_sampling_and_the_induction_analysis_run_as_jobs(checkout, cluster):
             model.transformer.ln_f.weight.mul_(2)  # a model with all its initial values is refused
         (checkout / out).mkdir()
         tokenizer = dict(format=1, tokenizer='byte', vocab_size=256)
-        saved = checkpoint.contents(model, {'dataset': 'tiny'}, iter_num=1, tokenizer=tokenizer, corpus='none')
+        saved = models.contents(model, {'dataset': 'tiny'}, iter_num=1, tokenizer=tokenizer, corpus='none')
         checkpoint.save(str(checkout / out / 'ckpt.pt'), saved)
     sample = ['--device=cpu', '--threads=1', '--start=first words', '--num_samples=1', '--max_new_tokens=20']
     induction = ['--device=cpu', '--threads=1', '--sequences=8', '--length=8', '--controls=1', '--resamples=200']

@@ -1,0 +1,214 @@
+"""
+Which models there are, and making one from a loaded checkpoint, a published model or a Hugging Face folder.
+
+A checkpoint of nanoGPT, of any age, and of every earlier version of this project makes the model that it was.
+"""
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from core.cli import ranges
+from core.cli.errors import UserError
+from core.convert import hf_tokenizer
+from core.convert.gpt2 import GPT2_SIZES
+from core.runs import checkpoint as checkpoints
+from model import GPT, GPTConfig
+from model_mla import MLAGPT, MLAConfig
+from ops.checks import not_finite
+
+KINDS: dict[str, tuple[type[GPT], type[GPTConfig]]] = {'mha': (GPT, GPTConfig), 'mla': (MLAGPT, MLAConfig)}
+# the keys of MLA alone, and their defaults
+MLA_KEYS = {field.name: field.default for field in fields(MLAConfig) if not hasattr(GPTConfig, field.name)}
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # its resume needs each
+NOT_THE_MODEL = ('flash', 'recompute')  # fields that say how to compute, not what
+ALWAYS_WRITTEN = (*NANOGPT_ARGS, 'n_latent', 'n_nope', 'n_rope', 'n_value')  # the last four have defaults that depend
+
+
+def attention_of(model: GPT) -> str:
+    """'mha' or 'mla'."""
+    return 'mla' if isinstance(model, MLAGPT) else 'mha'
+
+
+def attention_params(model: GPT) -> int:
+    """Parameters of all attention layers: what differs between MHA and MLA."""
+    return sum(p.numel() for block in model.transformer.h for p in block.attn.parameters())
+
+
+def label_of(config: GPTConfig) -> str:
+    """What tables call the attention of a config: 'MHA', 'MQA', 'GQA-2' (key/value heads) or 'MLA, r=64'."""
+    if isinstance(config, MLAConfig):
+        return f'MLA, r={config.n_latent}'
+    heads = config.n_kv_head
+    return 'MHA' if not heads else 'MQA' if heads == 1 else f'GQA-{heads}'
+
+
+def model_args(config: GPTConfig) -> dict[str, Any]:
+    """
+    What a checkpoint stores of a config: nanoGPT's seven keys, and of the others those that nanoGPT can't express.
+
+    Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
+    """
+    args = {field.name: getattr(config, field.name) for field in fields(config)}
+    defaults = {field.name: field.default for field in fields(config)}
+    always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
+    return {
+        name: value
+        for name, value in args.items()
+        if name in always or (name not in NOT_THE_MODEL and value != defaults[name])
+    }
+
+
+def entries(model: GPT) -> dict[str, Any]:
+    """What a checkpoint holds of a model, which is not wrapped: its tensors, its sizes and its kind of attention."""
+    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    first: dict = {}  # a tensor with two names, the tied embedding, becomes one object and is saved once
+    tensors = {k: first.setdefault(owner.get(k, k), tensor) for k, tensor in model.state_dict().items()}
+    return {'model': tensors, 'model_args': model_args(model.config), 'attention': attention_of(model)}
+
+
+def contents(model: GPT, config: dict, **more: Any) -> dict[str, Any]:
+    """The dict of a checkpoint that no training wrote, with what readers of nanoGPT's expect; more: further entries."""
+    defaults = {'optimizer': None, 'iter_num': 0, 'tokens': 0, 'best_val_loss': 1e9, 'tokenizer': {}, 'corpus': ''}
+    return {**entries(model), **defaults, 'config': config, **more}
+
+
+def kind_of(checkpoint: dict) -> str:
+    """'mha' or 'mla', for a loaded checkpoint. UserError where it names another attention."""
+    guess = 'mla' if any('.c_kv_down.' in name for name in checkpoint['model']) else 'mha'  # nanoGPT's don't say
+    kind = checkpoint.get('attention') or guess
+    if kind not in KINDS:
+        raise UserError(f"the checkpoint's attention is '{kind}'; only {' and '.join(KINDS)} are supported")
+    return kind
+
+
+def state_of(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a loaded checkpoint by the names that our models have: without the prefixes of DDP and torch.compile,
+    and without nanoGPT's mask buffers. UserError where two tensors would get one name.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in checkpoint['model'].items():
+        while name.startswith(('module.', '_orig_mod.')):
+            name = name.removeprefix('module.').removeprefix('_orig_mod.')
+        if name in state:
+            raise UserError(f'the checkpoint holds {name} twice; {checkpoints.OTHER_COPY}')
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):
+            state[name] = tensor
+    return state
+
+
+def all_args(checkpoint: dict, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """
+    The model_args of a loaded checkpoint, and what older ones leave to its tensors, `state`.
+
+    The head is tied where it is stored once or twice the same; one that is said to be tied and isn't is an error. MLA
+    of a checkpoint without n_nope has its rotated dimensions inside the head, and not beside its content.
+    """
+    args = dict(checkpoint['model_args'])
+    head, embedding = state.get('lm_head.weight'), state.get('transformer.wte.weight')
+    if embedding is not None and embedding.dim() == 2:
+        args.setdefault('vocab_size', embedding.size(0))
+    if head is not None and embedding is not None:
+        same = head is embedding or torch.equal(head, embedding)
+        if not same and args.get('tied'):
+            raise UserError(f"the checkpoint's output head differs from the embedding that it is tied to; "
+                            f'{checkpoints.OTHER_COPY}')  # fmt: skip
+        args.setdefault('tied', same)
+    sizes = [args.get(key) for key in ('n_embd', 'n_head', 'n_rope')]
+    if kind_of(checkpoint) == 'mla' and 'n_nope' not in args and all(type(n) is int for n in sizes[:2]) and sizes[1]:
+        args['n_nope'] = sizes[0] // sizes[1] - (sizes[2] or 0)
+    return args
+
+
+def model_config(checkpoint: dict, **overrides: Any) -> GPTConfig:
+    """The GPTConfig or MLAConfig of a loaded checkpoint. overrides: model_args to replace. UserError if invalid."""
+    return config_of(checkpoint, state_of(checkpoint), overrides)
+
+
+def config_of(checkpoint: dict, state: dict[str, torch.Tensor], overrides: dict[str, Any]) -> GPTConfig:
+    """The same, with the tensors of `state_of` at hand."""
+    config_class, args = KINDS[kind_of(checkpoint)][1], {**all_args(checkpoint, state), **overrides}
+    try:
+        for field in fields(config_class):
+            value = args.get(field.name, field.default)
+            if type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
+                raise TypeError(f'{field.name} is a {type(value).__name__}')
+            if found := ranges.problem(field.name, value):
+                raise ValueError(f'{field.name} {found}')
+        return config_class(**args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {checkpoints.OTHER_COPY}") from error
+
+
+def check_sizes(state: dict[str, torch.Tensor], config: GPTConfig) -> None:
+    """
+    UserError unless tensors, {name: tensor}, have the layers and the embedding of a config.
+
+    Before a model of these sizes is made, which could take all memory where model_args are damaged.
+    """
+    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+    embedding = state.get('transformer.wte.weight', torch.empty(0)).shape
+    expected = torch.Size((config.vocab_size, config.n_embd))
+    if layers != config.n_layer or embedding != expected:
+        raise UserError(
+            f"the checkpoint's tensors don't fit its model_args: {layers} layers and an embedding of "
+            f'{tuple(embedding)}, expected {config.n_layer} and {tuple(expected)}; {checkpoints.OTHER_COPY}'
+        )
+
+
+def changed(config: GPTConfig, key: str, value: Any) -> bool:
+    """True where a model's config would differ if its field `key` were set to `value` (0 may stand for a default)."""
+    try:
+        return getattr(replace(config, **{key: value}), key) != getattr(config, key)
+    except ValueError:
+        return True
+
+
+def build_model(checkpoint: dict, **overrides: Any) -> GPT:
+    """
+    The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
+
+    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit, and
+    weights that are not finite.
+    """
+    state = state_of(checkpoint)
+    config = config_of(checkpoint, state, overrides)
+    check_sizes(state, config)
+    if config.tied:
+        state['lm_head.weight'] = state['transformer.wte.weight']  # some files hold it once
+    model = KINDS[kind_of(checkpoint)][0](config)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        first = ' '.join(' '.join(str(error).split('\n')[1:3]).split())
+        first = first if len(first) <= 200 else f'{first[:200]}...'
+        raise UserError(
+            f"the checkpoint's tensors don't fit its model_args: {first}; {checkpoints.OTHER_COPY}"
+        ) from error
+    if name := not_finite(model.state_dict()):
+        raise UserError(f'the checkpoint holds weights that are not finite: {name}; {checkpoints.OTHER_COPY}')
+    return model
+
+
+def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT, dict]:
+    """
+    The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
+
+    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for the
+    last two the dict holds only `tokenizer` and `corpus`). overrides: as for `build_model`. UserError where nothing can
+    be loaded.
+    """
+    if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
+        checkpoint = checkpoints.load(source)
+        return build_model(checkpoint, dropout=dropout, **overrides), checkpoint
+    if source not in GPT2_SIZES and not os.path.isdir(source):
+        raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
+    try:
+        model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
+        meta = hf_tokenizer.read(source, model.config.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}
