@@ -71,8 +71,8 @@ def read(
     if wrong:
         raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
     state = from_gpt2(hf_model.state_dict())
-    if name := not_finite(state):
-        raise ValueError(f"'{model_type}' holds weights that are not finite: {name}")
+    if wrong_name := not_finite(state):
+        raise ValueError(f"'{model_type}' holds weights that are not finite: {wrong_name}")
     return {**settings, **override_args}, state
 
 
