@@ -33,7 +33,6 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import inspect
 import os
 import shlex
 import shutil
@@ -68,22 +67,22 @@ is_mla, label = models.attention_of(model) == 'mla', models.label_of(model.confi
 parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 form = published.native_form(model.config)
 misfit = form.misfit(model.config) or 'attention=mla' * (is_mla and format == 'gguf')
+# what MODEL_CODE can't express otherwise
+FIXED = dict(norm=('layer',), mlp=('gelu',), n_hidden=(0, 4 * model.config.n_embd), shared_rope=(True,))
 
 
 # ---- weights and config ----------------------------------------------------------------------------------------------
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
-    from core.convert.hf_modeling_mla import MLAGPTConfig  # slow to import
-
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*models.NOT_THE_MODEL, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
-    sizes = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
-    sizes = {name: value for name, value in sizes.items() if name not in without}
-    known = inspect.signature(MLAGPTConfig.__init__).parameters
-    for field in fields(model.config):
-        if field.name in sizes and field.name not in known and sizes[field.name] != field.default:
-            raise UserError(f"{MODEL_CODE} can't express {field.name}={sizes[field.name]}, and {misfit} is not in "
-                            f'{form.CLASS}')  # fmt: skip
+    for name, known in FIXED.items():
+        if (value := getattr(model.config, name)) not in known:
+            raise UserError(
+                f'no class has this model: {form.CLASS} has no {misfit}, and {MODEL_CODE} no {name}={value}'
+            )
+    without = (*models.NOT_THE_MODEL, *FIXED, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
+    names = [field.name for field in fields(model.config) if field.name not in without]
+    sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
     classes = {
         'AutoConfig': 'MLAGPTConfig',
@@ -170,9 +169,7 @@ elif is_mla:
     errors.notice(f'the model comes with its own code, because {form.CLASS} has no {misfit}')
     settings, tensors, code = mla_config(), model.state_dict(), True
 elif problem := gpt2.misfit(model.config):
-    raise UserError(
-        f"no class of transformers' own has this model: {form.CLASS} has no {misfit}, and GPT2LMHeadModel no {problem}"
-    )
+    raise UserError(f'no class has this model: {form.CLASS} has no {misfit}, and GPT2LMHeadModel no {problem}')
 else:
     if model.config.n_kv_head:
         errors.notice(f'{label} is exported as MHA, its keys and values repeated: GPT-2 shares none')

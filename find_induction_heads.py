@@ -9,11 +9,11 @@ Which heads do it on a text of your own, and which heads attend to the previous 
 $ python find_induction_heads.py --models=out-shakespeare --text=notes.txt
 $ python find_induction_heads.py --models=out-shakespeare --sort=previous
 
-A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF
-file (docs/serving.md). It reads a block of random tokens twice; an induction head attends from a token's second occurrence to the token that followed its
-first. Heads are ranked on one half of the sequences and reported on the other, with 95 % intervals over sequences. A
-head counts as an induction head (*) if its interval is above two controls, random initialization (the highest score of
-any head) and a shuffled second copy, and if it copies.
+A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
+(docs/serving.md). It reads a block of random tokens twice; an induction head attends from a token's second occurrence
+to the token that followed its first. Heads are ranked on one half of the sequences and reported on the other, with 95 %
+intervals over sequences. A head counts as an induction head (*) if its interval is above two controls, random
+initialization (the highest score of any head) and a shuffled second copy, and if it copies.
 
 Prints a table and writes into out_dir: induction.json (all numbers), induction_heads.png (heat maps) and patterns.html
 (a page to browse every head's pattern). --sweep computes the same scores for all checkpoints (ckpt*.pt) of each folder
