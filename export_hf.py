@@ -169,7 +169,7 @@ elif is_mla:
     errors.notice(f'the model comes with its own code, because {form.CLASS} has no {misfit}')
     settings, tensors, code = mla_config(), model.state_dict(), True
 elif problem := gpt2.misfit(model.config):
-    raise UserError(f'no class has this model: {form.CLASS} has no {misfit}, and GPT2LMHeadModel no {problem}')
+    raise UserError(f'no class has such a model: {form.CLASS} no {misfit}, and GPT2LMHeadModel no {problem}')
 else:
     if model.config.n_kv_head:
         errors.notice(f'{label} is exported as MHA, its keys and values repeated: GPT-2 shares none')

@@ -29,7 +29,7 @@ from core.runs import evaluation, models
 from core.text.dataset import TokenData
 from core.text.meta import meta_of_dataset
 from core.text.prompt import prompt_ids, prompt_text
-from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
+from core.text.tokenizer import NO_TEXT, GPT2Tokenizer, IdTokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), 'gpt2-xl', a Hugging Face folder or a GGUF file
@@ -74,7 +74,11 @@ else:
     meta = checkpoint['tokenizer']
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
-tokenizer = load_tokenizer(meta)
+if meta.get('tokenizer') == NO_TEXT:
+    tokenizer = IdTokenizer(model.config.vocab_size)
+    errors.notice("the model's tokenizer is none of ours: prompt and samples are its ids, as in --start='1 2 3'")
+else:
+    tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
     raise UserError(
         f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '

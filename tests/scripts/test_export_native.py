@@ -73,8 +73,8 @@ def test_the_setting_that_prevents_the_native_class_is_named(changes, named, exp
 
 
 @pytest.mark.parametrize('model, message', [
-    (lambda: our_llama(n_rope=4), 'LlamaForCausalLM has no n_rope=4, and GPT2LMHeadModel no norm=rms'),
-    (lambda: our_llama(norm='layer'), 'LlamaForCausalLM has no norm=layer, and GPT2LMHeadModel no mlp=swiglu'),
+    (lambda: our_llama(n_rope=4), 'LlamaForCausalLM no n_rope=4, and GPT2LMHeadModel no norm=rms'),
+    (lambda: our_llama(norm='layer'), 'LlamaForCausalLM no norm=layer, and GPT2LMHeadModel no mlp=swiglu'),
 ])  # fmt: skip
 def test_a_model_that_no_class_has_is_refused_and_no_folder_made(model, message, export, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -106,6 +106,18 @@ def test_a_published_model_can_be_exported_again(export, prepare, tmp_path):
     again, saved = models.pretrained(out)
     assert saved['tokenizer'] == CHARS.meta()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_with_a_tokenizer_that_is_none_of_ours_gives_ids(export):
+    folder, told = export(our_llama(), None)
+    assert len(told) == 1 and 'has no tokenizer for text' in told[0]
+    keys = [f'--init_from={folder}', '--start=1 2 36', '--num_samples=1', '--max_new_tokens=4', '--temperature=0']
+    done = forking.run('sample.py', keys)
+    expected = models.pretrained(folder)[0].eval().generate(torch.tensor([[1, 2, 36]]), 4, temperature=0)
+    assert done.stdout.split('\n')[0].split() == [str(i) for i in expected[0].tolist()]
+    assert 'prompt and samples are its ids' in done.stderr
+    done = forking.run('sample.py', [f'--init_from={folder}', '--start=1 37'])
+    assert done.returncode == 2 and "'37' is no id" in done.stderr
 
 
 @pytest.mark.slow
