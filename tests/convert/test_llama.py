@@ -196,3 +196,13 @@ def test_another_eps_is_exact_in_a_larger_stream():
         assert (rescaled(IDX, IDX)[0] - expected).abs().max() < 1e-12
         model.load_state_dict(rescaled.state_dict())
         assert (model(IDX, IDX)[0] - expected).abs().max() > 1e-3  # eps matters here
+
+
+def test_a_tokenizer_of_sentencepiece_is_none_of_ours(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+
+    their_llama().save_pretrained(tmp_path)
+    Tokenizer(kinds.Unigram([('<unk>', 0.0), ('a', -1.0), ('ab', -2.0)], 0)).save(str(tmp_path / 'tokenizer.json'))
+    _, saved = models.pretrained(str(tmp_path))
+    assert saved['tokenizer'] == {'tokenizer': 'none', 'vocab_size': 3}
