@@ -155,6 +155,9 @@ def test_llama_cpp_continues_a_text_greedily_as_we_do(name, tmp_path):
         prompt = tokenizer.encode(text)
         assert theirs.tokenize(text.encode(), add_bos=False) == prompt
         assert theirs.detokenize(prompt).decode() == text
+        for line in ('that  a\n\n banana ', ' \u00e9, the thing?\n'):  # more spaces than one, and more bytes
+            assert theirs.tokenize(line.encode(), add_bos=False) == tokenizer.encode(line)
+            assert theirs.detokenize(tokenizer.encode(line)).decode() == line
     theirs.eval(prompt)
     logits = model(torch.tensor([prompt]), torch.tensor([prompt]))[0][0].detach()
     assert np.abs(np.array(theirs.scores[: len(prompt)]) - logits.numpy()).max() < 1e-5
