@@ -34,7 +34,7 @@ from core.runs import resume as resuming
 from core.text.dataset import TokenData
 
 # ----------------------------------------------------------------------------------------------------------------------
-source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
+source = 'out'  # a checkpoint or its folder, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
 out_dir = 'out-converted'  # receives ckpt.pt, or the picture of a sweep
 overwrite = False  # replace the checkpoint in out_dir
 n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd and n_embd - 1 are exact

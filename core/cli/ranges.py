@@ -115,6 +115,7 @@ CHOICES = {
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
     'method': ('data', 'weights'),
     'documents': ('file', 'line'),
+    'format': ('hf', 'gguf'),
 }
 TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 

@@ -84,6 +84,8 @@ def read_files(folder):
 
 def meta_of(vocab, merges, whole):
     """The meta of a tokenizer (see `read`)."""
+    if not isinstance(vocab, dict):  # SentencePiece's pieces with their scores
+        return {'tokenizer': NO_TEXT, 'vocab_size': len(vocab)}
     pieces, letters = sorted(vocab, key=vocab.get), byte_letters()
     kind, splits = whole.get('model', {}).get('type', 'BPE'), whole.get('pre_tokenizer') or {}
     in_bytes = not whole or (splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space'))
