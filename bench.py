@@ -33,37 +33,28 @@ import contextlib
 import copy
 import functools
 import gc
-import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from analysis import report, speed
 from core.cli import arguments, errors, machine
 from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
 from core.cli.files import write_json
 from core.convert.int8 import quantize, weight_bytes
-from core.speed import gpus, peers, timing
-from core.speed.rivals import (
-    WITHOUT,
-    Decoding,
-    HuggingFaceDecoding,
-    SeparateTraining,
-    Setting,
-    Training,
-    random_data,
-    random_words,
-)
-from core.speed.timing import ms_text, print_table, shown, spread
-from core.text.dataset import TokenData, read_meta
+from core.speed import gpus, rivals, timing
+from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
+from core.speed.timing import ms_text, spread
+from core.text.dataset import TokenData
+from core.text.meta import read_meta
 from core.text.tokenizer import TOKENIZERS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -127,9 +118,11 @@ compile = device.startswith('cuda') if compile == 'auto' else compile
 machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 on GPUs for what stays float32
 ROOT = Path(__file__).resolve().parent
+TURN = 0.1  # seconds for which each contender is called in a round, where one call takes less
 alternate = functools.partial(timing.alternate, device=device)
 peak_bytes = functools.partial(timing.peak_bytes, device=device)
 host = timing.describe_machine(device, dtype)
+host_text = ', '.join(f'{key}: {value}' for key, value in host.items())
 
 
 def model_args(config_class, **settings):
@@ -155,24 +148,33 @@ def build_all(shares, **settings):
     return {models.label_of(model.config): model for model in models}
 
 
-# ---- mode=train ------------------------------------------------------------------------------------------------------
+def print_rows(rows, columns):
+    """Print dicts as a table. columns: {heading: function of a row}; a cell is empty where the row lacks its key."""
+
+    def cell(column, row):
+        try:
+            return column(row)
+        except KeyError:
+            return ''
+
+    print(report.markdown_table(columns, [[cell(column, row) for column in columns.values()] for row in rows], True))
 
 
-def training_rows(contenders, flops, peak):
-    """One row per contender {name: Training}. flops: {name: FLOPs per token}; peak: FLOP/s or None."""
-    seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds, turn=0.5)
-    rows = []
-    for name, contender in contenders.items():
-        row = {'name': name, **spread(seconds[name]), 'peak_bytes': contender.peak_bytes()}
-        row['tokens_per_s'] = 1e3 * batch_size * block_size / row['ms']
-        row['flops_per_s'] = flops.get(name, flops['MHA']) * row['tokens_per_s']
-        row['mfu'] = row['flops_per_s'] / peak if peak else None
-        rows.append(row)
+def free_memory():
+    """After a lack of memory: free what the exception's frames held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def compare_with(first, rows):
+    """Give each timed row its time as a multiple of that of `first`, unless that wasn't timed. Returns the rows."""
     for row in rows:
-        row['of_mha'] = row['ms'] / rows[0]['ms']
-        if nanogpt:
-            row['speed_of_nanogpt'] = next(r['ms'] for r in rows if r['name'] == 'nanoGPT') / row['ms']
+        if 'ms' in row and 'ms' in first:
+            row['of_mha'] = row['ms'] / first['ms']
     return rows
+
+
+# ---- mode=train ------------------------------------------------------------------------------------------------------
 
 
 def bench_train():
@@ -183,38 +185,45 @@ def bench_train():
     if device == 'cpu':
         machine.keep_freed_memory()
     models = build_all((2,))
-    with ExitStack() as stack:
+    separate = {'nanoGPT': dict(nanogpt=nanogpt)} if nanogpt else {}
+    separate |= {f'MHA without {part}': dict(leave_out=part) for part in parts}
+    with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        random_data(folder, vocab_size, block_size, seed)
+        rivals.random_data(folder, vocab_size, block_size, seed)
         setting = Setting(folder, batch_size, block_size, seed, device, dtype, compile)
         contenders = {name: Training(model, setting) for name, model in models.items()}
-        separate = {'nanoGPT': dict(nanogpt=nanogpt)} if nanogpt else {}
-        separate |= {f'MHA without {part}': dict(leave_out=part) for part in parts}
         for name, options in separate.items():
             process = SeparateTraining(name, setting, model_args(GPTConfig), **options)
             contenders[name] = stack.enter_context(process)
-        peak = timing.peak_flops(device, dtype)
+        peak = timing.cpu_flops(dtype) if device == 'cpu' else gpus.peak_flops(device, dtype)
         rate = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'unknown'
-        print(', '.join(f'{k}: {v}' for k, v in (host | {'compiled': compile}).items()), end='; ')
-        print(f'{n_layer} layers, C={n_embd}, batch {batch_size} x {block_size}, dropout {dropout}')
+        print(f'{host_text}, compiled: {compile}; {n_layer} layers, C={n_embd}', end='; ')
+        print(f'batch {batch_size} x {block_size}, dropout {dropout}')
         print(f'peak rate of matrix multiplications (MFU 100 %): {rate}\n')
-        flops = {name: model.flops_per_token() for name, model in models.items()}
-        rows = training_rows(contenders, flops, peak)
+        seconds = alternate({name: contender.run for name, contender in contenders.items()}, rounds, turn=0.5)
+        rows = [{'name': name, **spread(seconds[name])} for name in contenders]
+        for row in compare_with(rows[0], rows):
+            row['peak_bytes'] = contenders[row['name']].peak_bytes()
+            row['tokens_per_s'] = 1e3 * batch_size * block_size / row['ms']
+            row['flops_per_s'] = models.get(row['name'], models['MHA']).flops_per_token() * row['tokens_per_s']
+            row['mfu'] = row['flops_per_s'] / peak if peak else None
+            if nanogpt:
+                row['speed_of_nanogpt'] = next(r['ms'] for r in rows if r['name'] == 'nanoGPT') / row['ms']
         columns = {
             'training step': lambda row: row['name'],
             'ms (quartiles)': ms_text,
             'tokens/s': lambda row: f'{row["tokens_per_s"]:,.0f}',
             'time / MHA': lambda row: f'{row["of_mha"]:.3f}',
-            'speed / nanoGPT': lambda row: f'{row["speed_of_nanogpt"]:.2f}' if nanogpt else 'n/a',
+            'speed / nanoGPT': lambda row: f'{row["speed_of_nanogpt"]:.2f}',
             'TFLOP/s': lambda row: f'{row["flops_per_s"] / 1e12:.3f}',
             'MFU': lambda row: f'{row["mfu"]:.1%}' if row['mfu'] else 'n/a',
             'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}',
         }
-        print_table(rows, columns)
+        print_rows(rows, columns)
         for name in models if profile else ():
             path = f'{profile}-{name.replace(", ", "-").replace("=", "")}.json'
-            shares = timing.profile(contenders[name].run, path, device)[:8]
-            longest = ', '.join(f'{operation} {share:.0%}' for operation, share in shares)
+            parts = timing.profile(contenders[name].run, path, device)[:8]
+            longest = ', '.join(f'{operation[:60]} {part:.0%}' for operation, part in parts)
             print(f'{name}, one step: {longest}; trace written to {path}')
     return {'steps': rows, 'peak_flops': peak}
 
@@ -230,17 +239,16 @@ def step_peak(model, batch, folder):
         return training.peak_bytes()
     training = None  # with the optimizer's state
     model.zero_grad(set_to_none=True)
-    gc.collect()  # the frames that the exception held
-    torch.cuda.empty_cache()
+    free_memory()
     return None
 
 
 def bench_memory():
     """Find the largest batches that can be trained, and print a table. Returns the numbers as a dict."""
     rows = []
-    print(f'{", ".join(f"{k}: {v}" for k, v in host.items())}; {n_layer} layers, C={n_embd}, T={block_size}\n')
+    print(f'{host_text}; {n_layer} layers, C={n_embd}, T={block_size}\n')
     with tempfile.TemporaryDirectory() as folder:
-        random_data(folder, vocab_size, block_size, seed)
+        rivals.random_data(folder, vocab_size, block_size, seed)
         for name, model in build_all((2,)).items():
             fits, bytes_ = timing.largest(functools.partial(step_peak, model, folder=folder), most)
             rows.append({'name': name, 'largest_batch': fits, 'peak_bytes': bytes_})
@@ -248,9 +256,9 @@ def bench_memory():
     columns = {
         'model': lambda row: row['name'],
         'largest batch': lambda row: f'{row["largest_batch"]:,}' + ' or more' * (row['largest_batch'] == most),
-        'peak MiB of a step': lambda row: shown(row, 'peak_bytes', ',.0f', 2**-20) if row['peak_bytes'] else '',
+        'peak MiB of a step': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else '',
     }
-    print_table(rows, columns)
+    print_rows(rows, columns)
     return {'largest': rows}
 
 
@@ -260,15 +268,15 @@ def bench_memory():
 def time_together(makers):
     """A row for each of {name: function that makes its Decoding}, timed in turns: times, sizes and peak memory."""
     decodings = {name: make() for name, make in makers.items()}
-    seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds)
-    own = {name: decoding for name, decoding in decodings.items() if isinstance(decoding, Decoding)}
-    attention = alternate({name: decoding.run_attention for name, decoding in own.items()}, rounds)
+    seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds, turn=TURN)
+    own = {name: decoding.run_attention for name, decoding in decodings.items() if isinstance(decoding, Decoding)}
+    attention = alternate(own, rounds, turn=TURN)
     rows = [{'name': name, **spread(seconds[name]), **decoding.sizes} for name, decoding in decodings.items()]
     decodings.clear(), own.clear()  # frees the caches
     for row in rows:
         if row['name'] in attention:
             row['attention'] = spread(attention[row['name']])
-        row['peak_bytes'] = peak_bytes(lambda name=row['name']: makers[name]().run(1))
+        row['peak_bytes'] = peak_bytes(lambda name=row['name']: makers[name]().run())
     return rows
 
 
@@ -276,8 +284,7 @@ def time_steps(makers):
     """The rows of `time_together`; of each model alone where memory ends, and without times if it ends even then."""
     with contextlib.suppress(torch.OutOfMemoryError):
         return time_together(makers)
-    gc.collect()  # the frames that the exception held
-    torch.cuda.empty_cache()
+    free_memory()
     if len(makers) == 1:
         return [{'name': name, 'out_of_memory': True} for name in makers]
     return [row for name, make in makers.items() for row in time_steps({name: make})]
@@ -293,19 +300,15 @@ def measure_steps(models, hf_model, batch_size, context):
     rows = time_steps(makers)
     if batch_size * context <= uncached_tokens:
         idx = torch.zeros(batch_size, context, dtype=torch.int64, device=device)
-        times = alternate({'uncached': lambda: models['MHA'](idx) and None}, min(3, rounds))['uncached']
+        times = alternate({'uncached': lambda: models['MHA'](idx)}, min(3, rounds))['uncached']
         row = {'name': 'MHA, no cache', **spread(times), 'bytes_per_token': 0, 'cache_bytes': 0}
         rows.append(row | {'peak_bytes': peak_bytes(lambda: models['MHA'](idx))})
-    for row in rows:
+    compare_with(rows[0].get('attention', {}), [row['attention'] for row in rows if 'attention' in row])
+    for row in compare_with(rows[0], rows):
         row |= {'batch_size': batch_size, 'context': context}
-        if 'ms' not in row:
-            continue
-        row['tokens_per_s'] = 1e3 * batch_size / row['ms']
-        if 'ms' in rows[0]:
-            row['of_mha'] = row['ms'] / rows[0]['ms']
-        if 'attention' in row and 'attention' in rows[0]:
-            row['attention']['of_mha'] = row['attention']['ms'] / rows[0]['attention']['ms']
-        if row['cache_bytes']:
+        if 'ms' in row:
+            row['tokens_per_s'] = 1e3 * batch_size / row['ms']
+        if row.get('cache_bytes'):
             model = models.get(row['name'].removesuffix(', eager'), models['MHA'])
             weights = weight_bytes(model, machine.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
@@ -319,24 +322,25 @@ def random_prompt():
 
 
 def measure_texts(models, hf_model):
-    """One row per model and per peer: generating a text of `new_tokens` tokens."""
+    """One row per model and per rival: generating a text of `new_tokens` tokens."""
     prompt = random_prompt()
     rules = dict(temperature=1.0, top_k=200)  # the same for all
-    contenders = {name: lambda m=m: m.generate(prompt, new_tokens, **rules) for name, m in models.items()}
+    generators = {name: model.generate for name, model in models.items()}
     if nanogpt:
-        nanogpt_model = peers.nanogpt_model(nanogpt, models['MHA'], prompt)
-        contenders['nanoGPT'] = lambda: nanogpt_model.generate(prompt, new_tokens, **rules)
+        generators['nanoGPT'] = rivals.nanogpt_model(nanogpt, models['MHA'], prompt).generate
+    contenders = {
+        name: functools.partial(generate, prompt, new_tokens, **rules) for name, generate in generators.items()
+    }
     if hf_model:
-        mask = torch.ones_like(prompt)
-        lengths = dict(max_new_tokens=new_tokens, pad_token_id=0, use_cache=True)
-        contenders['Hugging Face, cached'] = lambda: hf_model.generate(
-            prompt, attention_mask=mask, do_sample=True, top_p=1.0, **rules, **lengths
+        lengths = dict(
+            max_new_tokens=new_tokens, pad_token_id=0, use_cache=True, attention_mask=torch.ones_like(prompt)
         )
-    seconds = alternate({name: lambda f=f: f() is None for name, f in contenders.items()}, min(3, rounds))
+        hf_generate = functools.partial(hf_model.generate, prompt, do_sample=True, top_p=1.0, **rules, **lengths)
+        contenders['Hugging Face, cached'] = hf_generate
+    seconds = alternate(contenders, min(3, rounds))
     rows = [{'name': name, **spread(times)} for name, times in seconds.items()]
-    for row in rows:
+    for row in compare_with(rows[0], rows):
         row['tokens_per_s'] = 1e3 * new_tokens / row['ms']
-        row['of_mha'] = row['ms'] / rows[0]['ms']
     return rows
 
 
@@ -348,49 +352,43 @@ def bench_sample():
     models = {name: model.eval() for name, model in all_models.items()}
     if int8:
         models |= {f'{name}, int8': quantize(copy.deepcopy(model)) for name, model in all_models.items()}
-    print(f'{", ".join(f"{k}: {v}" for k, v in host.items())}\n')
+    print(f'{host_text}\n')
     steps, texts = [], []
     with torch.no_grad(), machine.autocast(device, dtype):
-        hf_model = huggingface and peers.huggingface_model(models['MHA'], random_prompt())
+        hf_model = huggingface and rivals.huggingface_model(models['MHA'], random_prompt())
         for batch_size in sizes:
             for context in lengths:
                 errors.notice(f'timing steps at batch size {batch_size}, context {context}')
                 steps += measure_steps(models, hf_model, batch_size, context)
         gpu = gpus.gpu_of(device)
-        bandwidth = gpu.bandwidth if gpu else timing.read_bandwidth() if device == 'cpu' else None
-        step_columns = {
-            'B': lambda row: str(row['batch_size']),
-            'T': lambda row: str(row['context']),
+        bandwidth = gpu.bandwidth if gpu else timing.cpu_bandwidth() if device == 'cpu' else None
+        columns = {
+            'B': lambda row: row['batch_size'],
+            'T': lambda row: row['context'],
             'model': lambda row: row['name'],
             'ms per step (quartiles)': lambda row: ms_text(row) if 'ms' in row else 'out of memory',
-            'time / MHA': lambda row: f'{row["of_mha"]:.2f}' if 'of_mha' in row else '',
-            'attention only (ms)': lambda row: ms_text(row['attention']) if 'attention' in row else '',
-            'attention / MHA': lambda row: shown(row.get('attention'), 'of_mha', '.2f'),
-            'tokens/s': lambda row: shown(row, 'tokens_per_s', ',.1f'),
-            'GB/s': lambda row: shown(row, 'bytes_per_s', ',.1f', 1e-9),
-            'cache bytes per token': lambda row: shown(row, 'bytes_per_token', ','),
-            'cache MiB': lambda row: shown(row, 'cache_bytes', '.1f', 2**-20),
-            'peak MiB': lambda row: shown(row, 'peak_bytes', ',.1f', 2**-20),
+            'time / MHA': lambda row: f'{row["of_mha"]:.2f}',
+            'attention only (ms)': lambda row: ms_text(row['attention']),
+            'attention / MHA': lambda row: f'{row["attention"]["of_mha"]:.2f}',
+            'tokens/s': lambda row: f'{row["tokens_per_s"]:,.1f}',
+            'GB/s': lambda row: f'{row["bytes_per_s"] / 1e9:,.1f}',
+            'of bandwidth': lambda row: f'{row["bytes_per_s"] / 1e9 / bandwidth:.0%}' if bandwidth else '',
+            'cache bytes per token': lambda row: f'{row["bytes_per_token"]:,}',
+            'cache MiB': lambda row: f'{row["cache_bytes"] / 2**20:.1f}',
+            'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:,.1f}',
         }
-        if bandwidth:
-            step_columns['GB/s'] = lambda row: (
-                f'{row["bytes_per_s"] / 1e9:,.1f} ({row["bytes_per_s"] / 1e7 / bandwidth:.0f} %)'
-                if 'bytes_per_s' in row else ''
-            )  # fmt: skip
-        print_table(steps, step_columns)
+        print_rows(steps, columns)
         if new_tokens > 0:
             errors.notice(f'timing texts of {new_tokens} tokens')
             texts = measure_texts(models, hf_model)
-            text_columns = {
+            columns = {
                 f'generate {new_tokens} tokens': lambda row: row['name'],
                 'tokens/s': lambda row: f'{row["tokens_per_s"]:.1f}',
                 'ms per text (quartiles)': ms_text,
                 'time / MHA': lambda row: f'{row["of_mha"]:.2f}',
             }
-            print_table(texts, text_columns)
+            print_rows(texts, columns)
     if plot:
-        from analysis import report, speed  # matplotlib is slow to import
-
         setting = f'{host["device"]}, {host["threads"]} threads, {dtype}, {n_layer} layers, C = {n_embd}'
         report.save_figure(plot, speed.decoding_figure(steps, n_embd, setting), dpi=120)
     return {'steps': steps, 'texts': texts}
@@ -422,20 +420,11 @@ def measure_tokenizing(path, folder):
 def measure_batches(folder):
     """Two rows: gathering a batch as train.py does, in one vectorized read, and row by row as nanoGPT does."""
     data, tokens = TokenData(folder, block_size), np.memmap(os.path.join(folder, 'train.bin'), np.uint16, 'r')
-    iteration = itertools.count()
-
-    def ours():
-        for _ in range(20):
-            data.batch(seed, next(iteration), batch_size, slice(0, batch_size))
-        return 20
-
-    def by_row():
-        for _ in range(20):
-            peers.nanogpt_batch(tokens, batch_size, block_size)
-        return 20
-
-    seconds = alternate({'batch, ours': ours, 'batch, row by row': by_row}, rounds)
-    return [{'name': name, **spread(times)} for name, times in seconds.items()]
+    contenders = {
+        'batch, ours': lambda: data.batch(seed, time.perf_counter_ns(), batch_size, slice(0, batch_size)),
+        'batch, row by row': lambda: rivals.nanogpt_batch(tokens, batch_size, block_size),
+    }
+    return [{'name': name, **spread(times)} for name, times in alternate(contenders, rounds, turn=TURN).items()]
 
 
 def bench_data():
@@ -447,7 +436,7 @@ def bench_data():
     with tempfile.TemporaryDirectory() as folder:
         path = text or os.path.join(folder, 'words.txt')
         if not text:
-            random_words(path, megabytes * 1e6, seed)
+            rivals.random_words(path, megabytes * 1e6, seed)
         print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {machine.available_cores()} cores\n')
         tokenizing = measure_tokenizing(path, folder)
         columns = {
@@ -458,10 +447,10 @@ def bench_data():
             'MB/s': lambda row: f'{row["bytes_per_s"] / 1e6:.1f}',
             'peak MiB, all processes': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else 'n/a',
         }
-        print_table(tokenizing, columns)
+        print_rows(tokenizing, columns)
         batches = measure_batches(os.path.join(folder, 'byte'))
         heading = f'batch of {batch_size} x {block_size}'
-        print_table(batches, {heading: lambda row: row['name'].split(', ')[1], 'ms (quartiles)': ms_text})
+        print_rows(batches, {heading: lambda row: row['name'].split(', ')[1], 'ms (quartiles)': ms_text})
     return {'tokenizing': tokenizing, 'batches': batches}
 
 
@@ -483,7 +472,7 @@ def compare():
         'ms after': lambda row: f'{row["after"]:.2f}',
         'after / before': lambda row: f'{row["after"] / row["before"]:.3f}',
     }
-    print_table(rows, columns)
+    print_rows(rows, columns)
     slower = [row['name'] for row in rows if row['after'] > tolerance * row['before']]
     if slower:
         print(f'slower by more than {tolerance:g} times: {"; ".join(slower)}', file=sys.stderr)

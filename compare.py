@@ -59,7 +59,7 @@ def look(wait):
     for run in found:
         comparison.measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed)
     heading, rows = comparison.table(found)
-    errors.output(comparison.aligned(heading, rows))
+    errors.output(report.markdown_table(heading, rows, padded=True))
     if any(run.windows for run in found):
         print('val loss: mean ± standard error over windows; differences: by window, ± half of the 95 % interval')
     if len({run.iterations for run in found}) > 1:
@@ -72,9 +72,8 @@ def look(wait):
     report.save_text(os.path.join(out_dir, 'comparison.md'), report.markdown_table(heading, rows))
     gaps = {run.folder: comparison.difference(run, found[0]) for run in found}
     results = {run.label: dict(run.numbers, minus_first=gaps[run.folder]) for run in found}
-    numbers = dict(
-        device=device, torch=torch.__version__, machine=timing.describe_machine(device, dtype), results=results
-    )
+    machine_used = timing.describe_machine(device, dtype)
+    numbers = dict(device=device, torch=torch.__version__, machine=machine_used, results=results)
     report.save_json(os.path.join(out_dir, 'comparison.json'), numbers)
     return finished
 

@@ -15,7 +15,8 @@ $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --js
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
-The algebra is in core/convert/factorize.py. Fine-tuning recovers most of the loss: train_mla.py --init_from=out-converted.
+The algebra is in core/convert/factorize.py. Fine-tuning recovers most of the loss:
+$ python train_mla.py --init_from=out-converted
 """
 
 from core.cli import signals
@@ -31,7 +32,6 @@ from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import resume as resuming
 from core.text.dataset import TokenData
-from core.text.tokenizer import GPT2Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
@@ -77,16 +77,20 @@ except ValueError as error:
 model = model.to(device).eval()
 dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
 if not dataset and (sweep or method == 'data'):
-    way = 'convert to one size with --n_latent=SIZE --method=weights' if sweep else 'convert with --method=weights'
-    raise UserError(f'{"a sweep" if sweep else "statistics"} need{"s" * bool(sweep)} text: name a data set with '
-                    f'--dataset, or {way}')  # fmt: skip
+    if sweep:
+        raise UserError(
+            'a sweep needs text: name a data set with --dataset, or convert to one size with '
+            '--n_latent=SIZE --method=weights'
+        )
+    raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
 data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
-# nanoGPT's checkpoints don't say which tokens they read, and a folder's GPT-2 with another vocabulary may read any
-if data and saved.get('tokenizer') and ('model' in saved or model.config.vocab_size >= GPT2Tokenizer.n_vocab):
+if data and saved.get('tokenizer'):  # nanoGPT's checkpoints and a folder without a tokenizer don't say
     resuming.check_tokenizer(saved['tokenizer'], data, source)
 if data and data.n_vocab > model.config.vocab_size:
-    raise UserError(f'{dataset} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; '
-                    'use the data set that the model was made for')  # fmt: skip
+    raise UserError(
+        f'{dataset} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; '
+        'use the data set that the model was made for'
+    )
 
 
 def windows(tokens):
@@ -95,8 +99,10 @@ def windows(tokens):
 
 
 if data and len(data.eval_windows('val', windows(eval_tokens))) < 2:
-    raise UserError(f'a standard error requires at least two windows of {model.config.block_size} tokens; raise '
-                    f'--eval_tokens={eval_tokens}, or use a data set with a longer val.bin')  # fmt: skip
+    raise UserError(
+        f'a standard error requires at least two windows of {model.config.block_size} tokens; raise '
+        f'--eval_tokens={eval_tokens}, or use a data set with a longer val.bin'
+    )
 
 
 # ---- convert and measure ---------------------------------------------------------------------------------------------
@@ -162,9 +168,9 @@ os.makedirs(out_dir, exist_ok=True)
 if not sweep:
     tokenizer = saved.get('tokenizer') or (data.meta if data else {})
     corpus = saved.get('corpus') or source
-    contents = models.contents(converted, {**saved.get('config', {}), **config, 'dataset': dataset},
-                                    val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)  # fmt: skip
-    checkpoints.save(target, contents)
+    keys = {**saved.get('config', {}), **config, 'dataset': dataset}
+    facts = dict(val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)
+    checkpoints.save(target, models.contents(converted, keys, **facts))
     errors.output(f'checkpoint: {target}')
     raise SystemExit
 
@@ -182,8 +188,8 @@ figure = Figure(figsize=(7, 4.5), layout='constrained')
 axes = figure.subplots()
 for name in methods:
     points = [row for row in rows if row['method'] == name]
-    axes.errorbar([p['cache_bytes_per_token'] for p in points], [p['rise'] for p in points],
-                  [p['rise_stderr'] for p in points], capsize=3, label=name, **LOOK[name])  # fmt: skip
+    x, y, spread = ([p[key] for p in points] for key in ('cache_bytes_per_token', 'rise', 'rise_stderr'))
+    axes.errorbar(x, y, spread, capsize=3, label=name, **LOOK[name])
 axes.axvline(bytes_before, color='black', linewidth=0.8)
 axes.annotate(f'{before} ', (bytes_before, 0.96), xycoords=('data', 'axes fraction'), va='top', ha='right')
 axes.set_xscale('log', base=2)
@@ -192,8 +198,9 @@ axes.set_xticks(sizes, [f'{size:,}' for size in sizes], rotation=30)
 axes.minorticks_off()
 axes.set_yscale('symlog', linthresh=1e-3)
 axes.margins(y=0.08)
-axes.set(xlabel=f'cache bytes per token ({dtype})', ylabel='rise in validation loss (nats per token)',
-         title=f'{before} converted to MLA, before any fine-tuning: {data.corpus}')  # fmt: skip
+axes.set_xlabel(f'cache bytes per token ({dtype})')
+axes.set_ylabel('rise in validation loss (nats per token)')
+axes.set_title(f'{before} converted to MLA, before any fine-tuning: {data.corpus}')
 axes.grid(alpha=0.3)
 axes.legend()
 report.save_figure(os.path.join(out_dir, 'conversion.png'), figure, dpi=130)

@@ -58,8 +58,10 @@ def opened(name):
     data = TokenData(os.path.join(data_dir, name), block_size)
     starts = document_windows(data) if inside_documents else data.eval_windows('val', text_windows)
     if len(starts) < 2:
-        raise UserError(f'the standard error requires two windows of {block_size} tokens, and the validation split of '
-                        f'{data.folder} has {len(starts)}: use a smaller --block_size or more text')  # fmt: skip
+        raise UserError(
+            f'the standard error requires two windows of {block_size} tokens, and the validation split of '
+            f'{data.folder} has {len(starts)}: use a smaller --block_size or more text'
+        )
     return data, starts
 
 
@@ -68,10 +70,11 @@ def document_windows(data):
     tokenizer = tokenizer_of(data.meta)
     end = tokenizer.end_of_text if tokenizer else None
     if end is None:
-        raise UserError(f'the tokens of {data.folder} ({data.meta["tokenizer"]}) do not say where a document ends; use '
-                        '--inside_documents=False')  # fmt: skip
-    tokens = np.memmap(data.folder / 'val.bin', dtype=data.dtype, mode='r')
-    starts = bigrams.starts_inside(np.flatnonzero(tokens == end), block_size)
+        raise UserError(
+            f'the tokens of {data.folder} ({data.meta["tokenizer"]}) do not say where a document ends; use '
+            '--inside_documents=False'
+        )
+    starts = bigrams.starts_inside(np.flatnonzero(data.ids('val') == end), block_size)
     count = min(text_windows, len(starts))
     return starts[np.arange(count) * len(starts) // max(1, count)]
 
@@ -82,19 +85,18 @@ def measure(name):
     data, starts = opened(name)
     x, y = (tensor.numpy() for tensor in data.windows('val', starts))
     found, errors = bigrams.induction_columns(x, y, training_pairs(data), data.n_vocab)
-    return dict(name=name, corpus=data.corpus, tokenizer=data.meta['tokenizer'], vocab_size=data.n_vocab,
-                tokens=data.tokens, windows=len(starts), **found._asdict(), stderr=errors._asdict(),
-                seconds=time.perf_counter() - started)  # fmt: skip
+    which = dict(name=name, corpus=data.corpus, tokenizer=data.meta['tokenizer'], vocab_size=data.n_vocab)
+    numbers = dict(tokens=data.tokens, windows=len(starts), **found._asdict(), stderr=errors._asdict())
+    return {**which, **numbers, 'seconds': time.perf_counter() - started}
 
 
 def table(results):
     """The Markdown table of some results of `measure`, a str."""
     heading = ['data set', 'tokenizer', 'windows', *(name.replace('_', ' ') for name in bigrams.Columns._fields)]
-    rows = [
-        [row['name'], f'{row["tokenizer"]}, {row["vocab_size"]:,} ids', f'{row["windows"]:,}',
-         *(f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in bigrams.Columns._fields)]
-        for row in results
-    ]  # fmt: skip
+    rows = []
+    for row in results:
+        about = [row['name'], f'{row["tokenizer"]}, {row["vocab_size"]:,} ids', f'{row["windows"]:,}']
+        rows.append(about + [f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in bigrams.Columns._fields])
     return report.markdown_table(heading, rows)
 
 

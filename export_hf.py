@@ -32,11 +32,11 @@ import os
 import shlex
 import shutil
 from dataclasses import fields
-from json import dump
 
-from core.cli import arguments, errors, subprocesses
+from core.cli import arguments, errors, files
 from core.cli.errors import UserError
-from core.convert import gpt2
+from core.cli.keys import keys_of
+from core.convert import gpt2, hf_folder, hf_tokenizer
 from core.convert.factorize import to_mha
 from core.runs import checkpoint as checkpoints
 from core.runs import models
@@ -49,19 +49,15 @@ overwrite = False  # write into a folder that is not empty
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODEL_CODE = 'hf_modeling_mla.py'  # of core/
+MODEL_CODE = 'hf_modeling_mla.py'  # of core/convert/
+# all that an export may write, and replaces or removes where it's written again; config.json, which is read first, last
+NAMES = ('README.md', MODEL_CODE, *hf_tokenizer.FILES, 'model.safetensors', 'generation_config.json', 'config.json')
 arguments.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
     raise UserError(f'{out_dir} is not empty; choose another --out_dir, or write into it with --overwrite=True')
 saved = checkpoints.load(source)
 model = models.build_model(saved)
 meta = saved.get('tokenizer') or {}
-
-
-def write_json(name, value):
-    """A JSON file in out_dir."""
-    with open(os.path.join(out_dir, name), 'w', encoding='utf-8') as file:
-        dump(value, file, indent=2)
 
 
 # ---- weights and config ----------------------------------------------------------------------------------------------
@@ -73,21 +69,41 @@ def gpt2_config():
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*models.NOT_THE_MODEL, 'init_std', 'latent_init', 'n_kv_head')
+    without = (*models.NOT_THE_MODEL, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
-    auto_map = {'AutoConfig': f'{module}.MLAGPTConfig', 'AutoModelForCausalLM': f'{module}.MLAGPTForCausalLM'}
+    classes = {
+        'AutoConfig': 'MLAGPTConfig',
+        'AutoModel': 'MLAGPTModel',
+        'AutoModelForCausalLM': 'MLAGPTForCausalLM',
+        'AutoModelForSequenceClassification': 'MLAGPTForSequenceClassification',
+    }
+    auto_map = {auto: f'{module}.{name}' for auto, name in classes.items()}
     return {'model_type': 'mla_gpt', 'architectures': ['MLAGPTForCausalLM'], 'auto_map': auto_map, **sizes}
+
+
+GPT2_CLIENTS = """\
+What to know before using it with other libraries:
+
+- It requires transformers >= 4.57."""
+MLA_CLIENTS = """\
+What to know before using it with other libraries:
+
+- It requires transformers >= 5.1; the tokenizer loads from 4.57 on.
+- Decoding multiplies the up-projection `c_kv_up` into queries and outputs ("absorbed") only where it is a plain
+  `torch.nn.Linear`. With LoRA, quantization, offloading or hooks on it, keys and values are computed from the latents
+  at every step: right, but slower. Merging an adapter (`merge_and_unload()`) restores the speed.
+- Continuous batching and prefix tuning, which presuppose a cache of keys and values, are refused."""
 
 
 def model_card():
     """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
-    config, keys = model.config, subprocesses.keys_of('train.py')
+    config, keys = model.config, keys_of('train.py')
     script = 'train_mla.py' if is_mla else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
-    made_with = [f'--{key}={shlex.quote(str(value))}' for key, value in saved['config'].items()
-                 if key in keys and value != keys[key] and key not in here]  # fmt: skip
+    changed = {k: v for k, v in saved['config'].items() if k in keys and v != keys[k] and k not in here}
+    made_with = ' '.join(f'--{key}={shlex.quote(str(value))}' for key, value in changed.items())
     loss = f', validation loss {float(saved["val_loss"]):.4f} nats per token' if saved.get('val_loss') else ''
     trained = f'{saved.get("iter_num") or 0:,} iterations on {saved.get("corpus") or "a corpus that it does not name"}'
     code = ', trust_remote_code=True' if is_mla else ''
@@ -110,10 +126,14 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained('{os.path.basename(os.path.normpath(out_dir))}'{code})
 ```
 
+{MLA_CLIENTS if is_mla else GPT2_CLIENTS}
+- Prompt and new tokens together are at most {config.block_size:,}. `generate()` stops there unless it is told a length,
+  and lm_eval by `--gen_kwargs max_gen_toks=N`, where N leaves room for the prompt.
+
 The training's settings, as a command line:
 
 ```sh
-python {script} {' '.join(made_with)}
+python {script} {made_with}
 ```
 
 Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} is under the MIT licence.' * is_mla}
@@ -130,42 +150,39 @@ if not is_mla and model.config.n_kv_head:
 if not is_mla and model.config.pos != 'learned':
     raise UserError("this MHA model has RoPE, which GPT-2 can't express; only pos='learned' or MLA can be exported")
 try:
+    import tokenizers  # noqa: F401  (of hf_tokenizer.write)
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    from transformers import PreTrainedTokenizerFast
 except ImportError as error:
     raise UserError(f'exporting requires {error.name}: pip install {error.name}') from error
 tokenizer = tokenizer_of(meta, model.config.vocab_size)
-# without a meta the tokenizer is inferred from the vocabulary size, for end_of_text only
-fast_tokenizer = tokenizer.load().fast_tokenizer() if tokenizer and meta else None
-os.makedirs(out_dir, exist_ok=True)
 tensors = model.state_dict() if is_mla else gpt2.to_gpt2(model.state_dict())
-tensors = {name: value.contiguous() for name, value in tensors.items() if name != 'lm_head.weight'}  # tied to wte
+tied = model.lm_head.weight is model.transformer.wte.weight
+tensors = {name: value.contiguous() for name, value in tensors.items() if not tied or name != 'lm_head.weight'}
 dtype = str(model.lm_head.weight.dtype).removeprefix('torch.')
 end_of_text = tokenizer.end_of_text if tokenizer else None
 special = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), end_of_text)
-write_json('config.json', {**(mla_config() if is_mla else gpt2_config()), **special, 'dtype': dtype, 'use_cache': True,
-                           'tie_word_embeddings': True})  # fmt: skip
-write_json('generation_config.json', special)
-weights = os.path.join(out_dir, 'model.safetensors')
-save_file(tensors, weights, metadata={'format': 'pt'})
-os.chmod(weights, os.stat(os.path.join(out_dir, 'config.json')).st_mode)  # safetensors makes it private
-if is_mla:
-    shutil.copyfile(os.path.join('core', MODEL_CODE), os.path.join(out_dir, MODEL_CODE))
-with open(os.path.join(out_dir, 'README.md'), 'w', encoding='utf-8') as file:
-    file.write(errors.printable(model_card()))
+common = {**special, 'dtype': dtype, 'use_cache': True, 'tie_word_embeddings': tied}
+# a pipeline would otherwise ask for 256 new tokens, whatever the model's length
+generation = {**special, 'max_length': model.config.block_size}
 
-
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
-if fast_tokenizer is not None:
-    roles = ('eos_token', 'pad_token', 'unk_token', *(('bos_token',) if end_of_text is not None else ()))
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer,
-        model_max_length=model.config.block_size,
-        padding_side='left',  # of prompts, as generation requires
-        clean_up_tokenization_spaces=False,
-        model_input_names=['input_ids', 'attention_mask'],
-        **dict.fromkeys(roles, tokenizer.special_token),
-    ).save_pretrained(out_dir)
-else:
-    errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
+# ---- the folder ------------------------------------------------------------------------------------------------------
+try:
+    with hf_folder.replacing(out_dir, NAMES) as folder:
+        files.write_json(os.path.join(folder, 'config.json'), {**(mla_config() if is_mla else gpt2_config()), **common})
+        files.write_json(os.path.join(folder, 'generation_config.json'), generation)
+        weights = os.path.join(folder, 'model.safetensors')
+        save_file(tensors, weights, metadata={'format': 'pt'})
+        os.chmod(weights, os.stat(os.path.join(folder, 'config.json')).st_mode)  # safetensors makes it private
+        if is_mla:
+            shutil.copyfile(os.path.join('core', 'convert', MODEL_CODE), os.path.join(folder, MODEL_CODE))
+        with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+            file.write(errors.printable(model_card()))
+        if tokenizer and meta:  # without a meta it's inferred from the vocabulary size, for end_of_text only
+            hf_tokenizer.write(folder, tokenizer, model.config.block_size)
+        else:
+            errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
+except (OSError, SafetensorError) as error:
+    way = 'free some disk space or choose another --out_dir; what was there is unchanged'
+    raise UserError(f"{out_dir} can't be written ({error}); {way}") from error
 errors.output(f'{out_dir}: {", ".join(sorted(os.listdir(out_dir)))}')

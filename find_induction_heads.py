@@ -96,14 +96,15 @@ def load(spec):
         model = build_model(saved)
         loss = saved.get('val_loss')
         loss = saved.get('best_val_loss') if loss is None else loss
-        loss = None if loss is None else float(loss)
-        facts = dict(name=name, file=file, iteration=saved.get('iter_num'), val_loss=loss,
-                     sha256=files.sha256(file), corpus=saved.get('corpus', ''))  # fmt: skip
+        facts = dict(
+            name=name, file=file, iteration=saved.get('iter_num'), val_loss=None if loss is None else float(loss)
+        )
+        facts |= dict(sha256=files.sha256(file), corpus=saved.get('corpus', ''))
     meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
-    facts.update(parameters=model.get_num_params(), attention=attention_of(model),
-                 model_args=model_args(model.config))  # fmt: skip
+    facts |= dict(parameters=model.get_num_params(), attention=attention_of(model))
+    facts |= dict(model_args=model_args(model.config))
     try:
         tokenizer = tokenizer_of(meta, model.config.vocab_size)
     except UserError:
@@ -297,7 +298,8 @@ def measure_latent(loaded, repeats):
         out['logit_parts'] = {name: summary(values) for name, values in parts.items()}
     if ablate:
         bands = min(16, model.config.n_latent)
-        with progress(f'{loaded.facts["name"]}: latent directions', 2 * bands * model.config.n_layer) as bar:
+        total, name = 2 * bands * model.config.n_layer, f'{loaded.facts["name"]}: latent directions'
+        with tqdm(total=total, desc=name, leave=False, disable=None) as bar:
             found = latent.ablate_latent(model, few, moments, bands, bar.update)
         out['bands'] = found['bands']
         for path in ('keys', 'values'):
@@ -308,21 +310,12 @@ def measure_latent(loaded, repeats):
 def measure_ablation(loaded, repeats, ranking):
     """Increase of the loss on repeated tokens: each head alone, and the top heads together against random heads."""
     model = loaded.model
-    with progress(f'{loaded.facts["name"]}: heads', len(ranking)) as bar:
+    with tqdm(total=len(ranking), desc=f'{loaded.facts["name"]}: heads', leave=False, disable=None) as bar:
         base, alone = induction.ablate_each_head(model, repeats, bar.update)
     low, high = stats.bootstrap(np.moveaxis(alone - base, -1, 0), resamples, seed)
     counts = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= max(2, len(ranking) // 2)]
-    together = [
-        dict(heads=step['k'], rise=(step['loss'] - base).mean(), control_rise=(step['control'] - base).mean(),
-             control_heads=step['control_heads'])
-        for step in induction.ablate_cumulatively(model, repeats, ranking, counts, seed=seed)
-    ]  # fmt: skip
+    together = induction.ablate_cumulatively(model, repeats, ranking, counts, seed=seed)
     return dict(base=base.mean(), rise=(alone - base).mean(-1), low=low, high=high, together=together, counts=counts)
-
-
-def progress(text, total):
-    """A progress bar on stderr, if that is a terminal."""
-    return tqdm(total=total, desc=text, leave=False, disable=None)
 
 
 # ---- the page and the sweep ------------------------------------------------------------------------------------------
@@ -341,9 +334,9 @@ def page_entry(loaded, result):
         pattern = forward.patterns(loaded.model, tokens.to(device))[:, 0]  # (L, H, T, T)
         words = [word(loaded, token) for token in tokens[0].tolist()]
         entries.append(dict(title=title, tokens=words, data=report.packed_patterns(pattern)))
-    scores = result['induction']['mean']
-    return dict(name=report.describe(loaded.facts), layers=scores.shape[0], heads=scores.shape[1], sequences=entries,
-                scores=scores, called=result['called'])  # fmt: skip
+    scores, called = result['induction']['mean'], result['called']
+    name, (layers, heads) = report.describe(loaded.facts), scores.shape
+    return dict(name=name, layers=layers, heads=heads, sequences=entries, scores=scores, called=called)
 
 
 def word(loaded, token):
@@ -367,24 +360,22 @@ def sweep_files(folder):
 
 
 def formation(folder):
-    """The best scores at each checkpoint of one run: a dict of lists."""
+    """The best scores at each checkpoint of one run: a dict."""
     rows = []
     for iteration, file in tqdm(sweep_files(folder), desc=folder, disable=None, leave=False):
         loaded = load(file)
         layout = layouts_for(loaded)['main']
         scores = scores_of(loaded.model, repeats_for(loaded, layout))
         row = dict(iteration=iteration, file=file, val_loss=loaded.facts['val_loss'], in_context=in_context(loaded))
-        row['bigrams'] = bigrams(loaded)
+        row |= dict(bigrams=bigrams(loaded), repeat_loss=scores['repeat_loss'])
         row['bigram_gain'] = row['bigrams'] and row['bigrams']['gain']
         for name in ('induction', 'previous_token'):
             at = induction.ranked(scores[name]['ranking'])[0]
-            row[name] = dict(head=at, **{key: scores[name][key][at] for key in ('mean', 'low', 'high')})
-        row['repeat_loss'] = {key: float(value) for key, value in scores['repeat_loss'].items()}
+            row[name] = dict(head=at, **report.at_head(scores[name], at))
         rows.append(row)
-    null = float(random_controls(loaded, layout)['induction'].max())
-    chance = induction.chance(repeats_for(loaded, layout))
-    return dict(folder=folder, name=os.path.basename(os.path.normpath(folder)), attention=loaded.facts['attention'],
-                random_null=null, chance=chance, checkpoints=rows)  # fmt: skip
+    run = dict(folder=folder, name=os.path.basename(os.path.normpath(folder)), attention=loaded.facts['attention'])
+    null, chance = random_controls(loaded, layout)['induction'].max(), induction.chance(repeats_for(loaded, layout))
+    return dict(run, random_null=float(null), chance=chance, checkpoints=rows)
 
 
 # ---- measure and report ----------------------------------------------------------------------------------------------

@@ -230,15 +230,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
         super().__init__()
-        self.config = config
+        self.config: Any = config
         parts: dict[str, nn.Module] = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        blocks = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
-        self.transformer = nn.ModuleDict(parts | dict(drop=Dropout(config.dropout), h=blocks, ln_f=make_norm(config)))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
+        parts['drop'], parts['ln_f'] = Dropout(config.dropout), make_norm(config)
+        self.transformer: Any = nn.ModuleDict(parts)
+        self.lm_head: Any = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
+            self.transformer['wte'].weight = self.lm_head.weight  # arXiv:1608.05859
         self.register_buffer('rope', None, persistent=False)
         self.set_context(config.block_size)
         self.init_weights(seed)
@@ -333,8 +334,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:]), None
         if not logits:  # the same loss as below, without the logits in memory
             return None, kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        scores = self.lm_head(x)
+        return scores, F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def window_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of each row in nats per scored token, float32 (B,); idx and targets (B, T), -1 isn't scored."""

@@ -76,6 +76,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.c_proj = Linear(H * self.n_value, C, bias=bias)
         self.resid_dropout = Dropout(config.dropout)
         self.n_latent_q = config.n_latent_q
+        self.angles: Any
         self.register_buffer('angles', None, persistent=False)  # of all positions, where keys are rotated whole
 
     def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:

@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-from core.cli import errors, files, machine
+from core.cli import errors, machine
 from core.cli.errors import UserError, printable
 from core.convert.int8 import quantize
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
-from core.text.dataset import TokenData, read_meta, read_meta_pickle
+from core.text.dataset import TokenData
+from core.text.meta import meta_of_dataset
+from core.text.prompt import prompt_ids, prompt_text
 from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,17 +63,12 @@ captured = device.startswith('cuda') and compile in ('auto', True)
 if init_from == 'resume':
     checkpoint = checkpoints.load(out_dir)
     model = models.build_model(checkpoint)
-    meta = checkpoint.get('tokenizer')
+    # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
+    named = (checkpoint.get('config') or {}).get('dataset')
+    meta = checkpoint.get('tokenizer') or meta_of_dataset(data_dir, named)
     if not meta:
-        # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
-        folder = Path(data_dir, str((checkpoint.get('config') or {}).get('dataset', '')))
-        if (folder / 'meta.json').exists():
-            meta = read_meta(folder)
-        elif (folder / 'meta.pkl').exists():
-            meta = read_meta_pickle(folder)
-        else:
-            meta = GPT2Tokenizer().meta()
-            errors.notice(f"the checkpoint records no tokenizer, and {folder} has no meta.pkl: using GPT-2's")
+        meta = GPT2Tokenizer().meta()
+        errors.notice(f"the checkpoint records no tokenizer, and there is no {data_dir}/{named}: using GPT-2's")
 else:
     model, checkpoint = models.pretrained(init_from)
     meta = checkpoint['tokenizer']
@@ -109,14 +106,7 @@ if weights == 'int8':
         errors.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
-if start.startswith('FILE:'):
-    try:
-        start = files.read_bytes(start[5:], most=1 << 26).decode('utf-8')
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise UserError(f"the prompt {start[5:]} can't be read ({error}); name a UTF-8 text file") from error
-prompt = tokenizer.encode(start, special=True)
-if not prompt:
-    raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
+prompt = prompt_ids(tokenizer, prompt_text(start, tokenizer), is_default='start' not in given)
 if len(prompt) > model.config.block_size:
     errors.notice(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}')
 stop_ids = tokenizer.encode(stop, special=True)

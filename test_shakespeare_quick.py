@@ -16,15 +16,18 @@ signals.exit_at_once()  # for the time of the slow imports
 
 import os
 import sys
+from dataclasses import fields
 
-from analysis import comparison
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
+from core.cli.keys import keys_of
 from core.runs import checkpoint as checkpoints
+from core.runs.models import KINDS
 from core.text.dataset import TokenData
+from core.text.prompt import prompt_ids
 from core.text.tokenizer import load_tokenizer
 
-globals().update(subprocesses.keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
+globals().update(keys_of(os.path.join(os.path.dirname(__file__), 'train.py')))  # the other keys
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-quick'  # receives a folder per model, comparison.png and comparison.json
 overwrite = False  # discard a comparison with other settings that out_dir holds
@@ -41,14 +44,13 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 SIZES = {
-    'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3,
-                min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
-    'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, dropout=0.0, learning_rate=4e-3,
-                min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20),
-}  # fmt: skip
+    'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3),
+    'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, dropout=0.0, learning_rate=4e-3),
+}
+SCHEDULE = dict(min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20, kv_lr=1.0)
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
-OF_MLA = ('n_latent', 'n_latent_q', 'n_rope', 'latent_norm', 'latent_init')
+SHAPE = {kind: {field.name for field in fields(config_class)} for kind, (_, config_class) in KINDS.items()}
 device = machine.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
@@ -56,27 +58,30 @@ if size not in SIZES:
 if decided := given & set(DECIDED):
     raise UserError(f'{min(decided)} cannot be given: both models are trained from scratch, and resumed where they are')
 arguments.check_folder(out_dir)
-setting = dict(SIZES[size], gradient_accumulation_steps=1, log_interval=10)
+setting = dict(SIZES[size], **SCHEDULE, gradient_accumulation_steps=1, log_interval=10)
 setting.update((key, config[key]) for key in given - set(OURS))
 setting.update(dataset=dataset, data_dir=data_dir, threads=threads, seed=seed, device=device)
 setting['dtype'] = dtype = machine.pick_dtype(dtype, device, setting['n_embd'])
 if 'lr_decay_iters' not in given:
     setting['lr_decay_iters'] = setting['max_iters']
 data = TokenData(os.path.join(data_dir, dataset), setting['block_size'])
-comparison.prompt_ids(load_tokenizer(data.meta), start)  # a prompt that can't be encoded is found out before training
+# a prompt that can't be encoded is found out before training
+prompt_ids(load_tokenizer(data.meta), start, is_default='start' not in given)
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
-keys = {name: {key: value for key, value in setting.items() if name == 'mla' or key not in OF_MLA} for name in models}
-keys['mla'].pop('n_kv_head', None)
+foreign = {'mha': SHAPE['mla'] - SHAPE['mha'], 'mla': {'n_kv_head'}}  # keys of the other attention
+keys = {name: {key: value for key, value in setting.items() if key not in foreign[name]} for name in models}
 for name in models:
     folder = os.path.join(out_dir, name)
     if os.path.exists(os.path.join(folder, 'ckpt.pt')) and not overwrite:
         earlier = checkpoints.OLDER | checkpoints.load(folder, mapped=True)['config']
         changed = [key for key, value in keys[name].items() if key != 'threads' and earlier.get(key) != value]
         if changed:
-            raise UserError(f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or discard it '
-                            'with --overwrite=True')  # fmt: skip
+            raise UserError(
+                f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or discard it with '
+                '--overwrite=True'
+            )
 for name, script in models.items():
     arguments = dict(keys[name], out_dir=os.path.join(out_dir, name))
     arguments.update(overwrite=True) if overwrite else arguments.update(resume='auto')
@@ -87,7 +92,7 @@ for name, script in models.items():
 
 # ---- compare ---------------------------------------------------------------------------------------------------------
 folders = ','.join(os.path.join(out_dir, name) for name in models)
-arguments = dict(runs=folders, out_dir=out_dir, data_dir=data_dir, device=device, dtype=dtype, threads=threads,
-                 start=start, sample_tokens=sample_tokens, seed=seed)  # fmt: skip
+arguments = dict(runs=folders, start=start, sample_tokens=sample_tokens, out_dir=out_dir)
+arguments.update((key, setting[key]) for key in ('data_dir', 'device', 'dtype', 'threads', 'seed'))
 print(flush=True)
 sys.exit(subprocesses.call([sys.executable, 'compare.py', *(f'--{key}={value}' for key, value in arguments.items())]))

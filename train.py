@@ -230,6 +230,7 @@ first_bad = torch.full((), max_iters, device=place)  # first iteration whose los
 def save(best=False):
     """Save iteration iter_num in the background. Rank 0 writes; a sharded model is gathered by all processes."""
     if processes.rank == 0 or sharded:
+        folder.follow()
         checkpoint = {
             **models.entries(raw_model),  # 'model', 'model_args' and 'attention'
             'optimizer': optim.state_dict(),
@@ -299,7 +300,7 @@ while True:
         if saves:
             save(best=improved)
         elif saved_iter != iter_num:
-            notice(f'always_save_checkpoint=False: iteration {iter_num} is no improvement and is not saved')
+            notice(f'iteration {iter_num} of {max_iters} is not saved, since it is no improvement')
         break
 
     for group in optim.param_groups:

@@ -12,11 +12,15 @@ Notable features:
 - a window's time grows as T log T, the corpus is counted in one pass of bounded memory, for vocabularies of any size
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from analysis.stats import ratio
+
+Pairs = Iterable[tuple[np.ndarray, np.ndarray]]  # tokens and the next ones
 
 
 class Columns(NamedTuple):
@@ -28,7 +32,7 @@ class Columns(NamedTuple):
     net_gain: float  # mean over all positions of seen * (reliable - bigram)
 
 
-def latest_earlier(x):
+def latest_earlier(x: np.ndarray) -> np.ndarray:
     """The index of the latest earlier position with the same token, int (N, T) in 0..T-1; -1 where there is none."""
     order = np.argsort(x, axis=1, kind='stable')  # equal tokens stay in the order of their positions
     ordered = np.take_along_axis(x, order, axis=1)
@@ -39,14 +43,14 @@ def latest_earlier(x):
     return found
 
 
-def copied(x):
+def copied(x: np.ndarray) -> np.ndarray:
     """What induction predicts at each position: the token after the latest earlier occurrence, int (N, T), or -1."""
     found = latest_earlier(x)
     # an earlier position is followed by another one of the window, so its successor is there
     return np.where(found < 0, -1, np.take_along_axis(x, np.minimum(found + 1, x.shape[1] - 1), axis=1))
 
 
-def repeated_pairs(x, y):
+def repeated_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     Where the pair of a token and the next one occurred earlier in the window: bool (N, T) for tokens x, y (N, T).
 
@@ -56,11 +60,11 @@ def repeated_pairs(x, y):
     return (latest_earlier(pairs) >= 0) & (y >= 0)
 
 
-def pair_probabilities(first, second, corpus, vocab_size):
+def pair_probabilities(first: np.ndarray, second: np.ndarray, corpus: Pairs, vocab_size: int) -> np.ndarray:
     """
     The probability of `second` after `first` in a corpus, for arrays of ids of one shape: float64 of this shape.
 
-    corpus: an iterable of (x, y) arrays of any shape, each pair of tokens once; pairs with y = -1 don't count. It is
+    corpus: arrays x, y of any shape, each pair of tokens once; pairs with y = -1 don't count. It is
     count(first, second) / count(first), without smoothing, and 0 where `first` is never followed by anything.
     """
     queries, place = np.unique(first.astype(np.int64) * vocab_size + second, return_inverse=True)
@@ -73,11 +77,11 @@ def pair_probabilities(first, second, corpus, vocab_size):
     return (pairs / np.maximum(1, firsts[queries // vocab_size]))[place].reshape(first.shape)
 
 
-def induction_columns(x, y, corpus, vocab_size):
+def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: int) -> tuple[Columns, Columns]:
     """
     The predictor for windows x, y (N, T), N >= 2, and the corpus that pair_probabilities describes.
 
-    Returns (Columns, Columns of standard errors). These are over windows, as if windows were independent.
+    Returns the columns and their standard errors, which are over windows, as if windows were independent.
     """
     valid = y >= 0
     guess = copied(x)
@@ -85,20 +89,15 @@ def induction_columns(x, y, corpus, vocab_size):
     expected = np.zeros(x.shape)
     expected[seen] = pair_probabilities(x[seen], guess[seen], corpus, vocab_size)
     right = seen & (guess == y)
-    per_window = {name: values.sum(axis=1) for name, values in
-                  dict(valid=valid, seen=seen, right=right, expected=expected).items()}  # fmt: skip
-    found = Columns(
-        seen=ratio(per_window['seen'], per_window['valid']),
-        reliable=ratio(per_window['right'], per_window['seen']),
-        bigram=ratio(per_window['expected'], per_window['seen']),
-        net_gain=ratio(per_window['right'] - per_window['expected'], per_window['valid']),
-    )
-    return Columns(*(mean for mean, _ in found)), Columns(*(error for _, error in found))
+    n_valid, n_seen, n_right, n_expected = (part.sum(axis=1) for part in (valid, seen, right, expected))
+    of_columns = (n_seen, n_valid), (n_right, n_seen), (n_expected, n_seen), (n_right - n_expected, n_valid)
+    means, errors = zip(*(ratio(*parts) for parts in of_columns), strict=True)
+    return Columns(*means), Columns(*errors)
 
 
-def starts_inside(ends, block_size):
+def starts_inside(ends: ArrayLike, block_size: int) -> np.ndarray:
     """
-    Starts of the windows of `block_size` tokens, and their next token, that lie inside one document, an int array.
+    Starts of the windows of `block_size` tokens, and their next token, that lie inside one document.
 
     ends: ascending positions of the documents' last tokens; the first document begins at 0. Windows don't overlap.
     """
@@ -109,7 +108,9 @@ def starts_inside(ends, block_size):
     return np.repeat(begins, counts) + number * block_size
 
 
-def with_copies(tokens, share, lengths=(16, 48), distance=200, seed=0):
+def with_copies(
+    tokens: np.ndarray, share: float, lengths: tuple[int, int] = (16, 48), distance: int = 200, seed: int = 0
+) -> np.ndarray:
     """
     A copy of token ids (N,) in which a share of the tokens repeats what stood up to `distance` tokens earlier.
 

@@ -1,40 +1,83 @@
 """
 What attention heads read and write, from the weights alone: OV and QK circuits, copying scores, composition.
 
-Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT and MLAGPT: both have
-`attn.head_weights()`.
+Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT and MLAGPT.
 
-Shapes: L layers, H heads, C width, d head size, V vocabulary.
+Shapes: L layers, H heads, C width, d size of a query and a key, d_v of a value (both C/H in MHA), V vocabulary.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from analysis.forward import device_of, rope_of
 from core.cli.machine import to_float64
+from model import GPT, Block, CausalSelfAttention
+from model_mla import MultiHeadLatentAttention
 from ops.kernels import repeat_heads
 
 
+def head_weights(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Each head's weights on the layer's normed input: W_Q, W_K (H, d, C), W_V (H, d_v, C) and W_O (H, C, d_v).
+
+    Biases and positions are left out. MLA's projections are multiplied out, with the gains
+    of the latents' norms folded in; what remains of such a norm is one positive factor per token. MLA's keys end in the
+    rows that RoPE rotates, which all heads share.
+    """
+    H = attn.n_head
+    w_o = attn.c_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)
+    if isinstance(attn, CausalSelfAttention):
+        heads = attn.c_attn.weight.unflatten(0, (-1, attn.head_size)).split((H, attn.kv_heads, attn.kv_heads))
+        w_q, w_k, w_v = (repeat_heads(w, H, dim=0) for w in heads)
+        return w_q, w_k, w_v, w_o
+    w_k, w_v = up_weights(attn)
+    down, shared = attn.c_kv_down.weight.split((attn.n_latent, attn.n_rope))
+    down, w_q = with_gain(down, attn.kv_norm), attn.c_q.weight
+    if hasattr(attn, 'c_q_down'):
+        w_q = w_q @ with_gain(attn.c_q_down.weight, attn.q_norm)
+    w_k = torch.cat((w_k @ down, shared.expand(H, -1, -1)), dim=1)
+    return w_q.unflatten(0, (H, -1)), w_k, w_v @ down, w_o
+
+
+def up_weights(attn: MultiHeadLatentAttention) -> tuple[Tensor, Tensor]:
+    """What each head of an MLA layer reads of the latent (r numbers): W_K (H, n_nope, r) and W_V (H, d_v, r)."""
+    keys = attn.n_head * attn.n_nope
+    w_k, w_v = attn.c_kv_up.weight.tensor_split((keys,))
+    return w_k.unflatten(0, (attn.n_head, -1)), w_v.unflatten(0, (attn.n_head, -1))
+
+
+def with_gain(weight: Tensor, norm: nn.Module) -> Tensor:
+    """A projection (n, C) with the gain of the norm of its output folded in; an Identity has none."""
+    gain = getattr(norm, 'weight', None)
+    return weight if gain is None else gain[:, None] * weight
+
+
 @torch.no_grad()
-def circuits(attn):
+def circuits(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[Tensor, Tensor]:
     """W_QK and W_OV of every head, both (H, C, C), on the layer's normed input x: scores x^T W_QK x, output W_OV x."""
-    w_q, w_k, w_v, w_o = attn.head_weights()
-    return w_q.transpose(1, 2) @ w_k, w_o @ w_v
+    w_q, w_k, w_v, w_o = head_weights(attn)
+    return w_q.mT @ w_k, w_o @ w_v
 
 
-def stream_weights(block):
+def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`head_weights` on the residual stream: ln_1's gain and mean subtraction are folded into W_Q, W_K and W_V."""
-    w_q, w_k, w_v, w_o = block.attn.head_weights()
-    folded = [w * block.ln_1.weight for w in (w_q, w_k, w_v)]
-    return (*(w - w.mean(-1, keepdim=True) for w in folded), w_o)
+    *reading, w_o = head_weights(block.attn)
+    norm: Any = block.ln_1
+    w_q, w_k, w_v = (w * norm.weight for w in reading)
+    if isinstance(norm, nn.LayerNorm):  # RMSNorm subtracts no mean
+        w_q, w_k, w_v = (w - w.mean(-1, keepdim=True) for w in (w_q, w_k, w_v))
+    return w_q, w_k, w_v, w_o
 
 
 # ---- copying ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def effective_embeddings(model, ids, batch_size=1024):
+def effective_embeddings(model: GPT, ids: np.ndarray | Tensor, batch_size: int = 1024) -> Tensor:
     """
     Token embeddings (n, C) as later layers see them: E + MLP_0(E), without block 0's attention and without positions.
 
@@ -48,14 +91,14 @@ def effective_embeddings(model, ids, batch_size=1024):
 
 
 @torch.no_grad()
-def copying_eigenvalues(model, ids, effective=True):
+def copying_eigenvalues(model: GPT, ids: np.ndarray | Tensor, effective: bool = True) -> np.ndarray:
     """
     Copying score of every head: Re(sum lambda) / sum |lambda| over the eigenvalues of W_U W_OV W_E, array (L, H).
 
     Between -1 and 1; 1 is pure copying (Elhage et al. 2021). ids: token ids (n,) that W_E and W_U are restricted to.
     effective: use `effective_embeddings` for W_E, otherwise the raw embedding. The V x V product has the nonzero
-    eigenvalues of the d x d product W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f are
-    folded in.
+    eigenvalues of the d_v x d_v product W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f
+    are folded in.
     """
     ids, gain = torch.as_tensor(ids, device=device_of(model)), model.transformer.ln_f.weight
     C = model.config.n_embd
@@ -73,7 +116,7 @@ def copying_eigenvalues(model, ids, effective=True):
 
 
 @torch.no_grad()
-def copying_tokens(model, ids, top=5, max_logits=2**24):
+def copying_tokens(model: GPT, ids: np.ndarray | Tensor, top: int = 5, max_logits: int = 2**24) -> np.ndarray:
     """
     The fraction of tokens `ids` (n,) that a head attending to them ranks among its `top` output logits: array (L, H).
 
@@ -85,9 +128,9 @@ def copying_tokens(model, ids, top=5, max_logits=2**24):
     n_head, step = model.config.n_head, max(1, max_logits // model.config.vocab_size)
     own_id, fractions = ids.repeat_interleave(n_head), []
     for block in model.transformer.h:
-        _, _, v = block.attn.qkv(block.ln_1(embedding)[:, None], rope)  # one-token sequences: (n, H, 1, d)
+        _, _, v = block.attn.qkv(block.ln_1(embedding)[:, None], rope)  # one-token sequences: (n, H, 1, d_v)
         v = repeat_heads(v, n_head)
-        out = torch.einsum('nhd,hcd->nhc', v[:, :, 0], block.attn.head_weights()[3]).flatten(0, 1)
+        out = torch.einsum('nhd,hcd->nhc', v[:, :, 0], head_weights(block.attn)[3]).flatten(0, 1)
         hits = []
         for rows, own in zip(model.transformer.ln_f(out).split(step), own_id.split(step), strict=True):
             logits = model.lm_head(rows)
@@ -99,20 +142,20 @@ def copying_tokens(model, ids, top=5, max_logits=2**24):
 # ---- composition -----------------------------------------------------------------------------------------------------
 
 
-def frobenius(middle, left, right):
+def frobenius(middle: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Squared norms ||A^T M B||^2 from M (..., a, b) and the Gram matrices left = A A^T, right = B B^T."""
     return ((left @ middle @ right) * middle).sum((-2, -1))
 
 
 @torch.no_grad()
-def composition(model):
+def composition(model: GPT) -> dict[str, np.ndarray]:
     """
     How strongly each head reads what each head of an earlier layer writes: {'q', 'k', 'v'} -> lift (L, H, L, H).
 
     Entry [l1, h1, l2, h2] is nan unless l1 < l2. Elhage et al. 2021 define the scores, in row-vector convention, as
       k: |W_OV1 W_QK2^T| / (|W_OV1| |W_QK2|)   q: |W_OV1 W_QK2| / (..)   v: |W_OV1 W_OV2| / (|W_OV1| |W_OV2|)
     in Frobenius norms. Lift is C score^2. With a random rotation between the two circuits its expectation is 1 at any
-    rank, so MHA and MLA can be compared. All norms come from d x d Gram matrices.
+    rank, so MHA and MLA can be compared. All norms come from a head's small Gram matrices.
     """
     L, H, C = model.config.n_layer, model.config.n_head, model.config.n_embd
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}

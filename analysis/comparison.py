@@ -7,11 +7,11 @@ Notable features:
 """
 
 import os
-import statistics
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,70 +22,82 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import log as runlog
+from core.runs.resume import OLDER
 from core.text.dataset import TokenData
+from core.text.prompt import prompt_ids
 from core.text.tokenizer import load_tokenizer
+from model import GPT
+from model_mla import MLAConfig
 
 # of different brightness, to be distinguishable in grey
 COLORS = ('#1f3b73', '#e07b39', '#4f9a94', '#9b2226', '#8f7fb8', '#c9a227')
 MARKERS = 'os^Dv*'
-# differ between any two runs, and say nothing about them
-OF_THE_RUN = ('out_dir', 'resume', 'overwrite', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'threads',
-              'device', 'log_interval', 'eval_interval', 'eval_iters', 'checkpoint_interval', 'keep_checkpoints',
-              'data_dir', 'backend', 'eval_only', 'always_save_checkpoint', 'attention', 'n_latent',
-              'n_kv_head')  # fmt: skip
+# differ between any two runs, and say nothing about what they learned
+OF_THE_RUN = {'out_dir', 'resume', 'overwrite', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log'}
+OF_THE_RUN |= {'threads', 'device', 'backend', 'data_dir', 'eval_only', 'always_save_checkpoint', 'log_interval'}
+OF_THE_RUN |= {'eval_interval', 'eval_iters', 'checkpoint_interval', 'keep_checkpoints'}
+IN_THE_NAME = {'attention', 'n_kv_head', 'n_latent'}  # of the attention: 'MQA', or 'MLA, r=64'
+LOGGED = ['iter', 'loss', 'train_loss', 'val_loss', 'tokens_per_s']  # the columns of log.csv that are shown
 
 
 @dataclass
 class Run:
-    """One run as its folder has it. saved: its checkpoint's dict, None before the first save; log: rows of log.csv."""
+    """One run as its folder has it: its checkpoint's dict, None before the first save, and the LOGGED columns."""
 
     folder: str
     saved: dict | None
-    log: list
+    log: dict[str, np.ndarray] | None
     label: str = ''
-    numbers: dict = field(default_factory=dict)  # what `measure` found
+    numbers: dict[str, Any] = field(default_factory=dict)  # what `measure` found
     losses: torch.Tensor | None = None  # of each validation window, nats per token
     windows: tuple = ()  # what two runs must share for their losses to be of the same windows
 
     @property
-    def done(self):
+    def done(self) -> bool:
         """True for a run that has reached its last iteration."""
-        return bool(self.saved) and self.iterations >= self.saved['config'].get('max_iters', 0)
+        return self.saved is not None and self.iterations >= self.saved['config'].get('max_iters', 0)
 
     @property
-    def iterations(self):
+    def iterations(self) -> int:
         """The iteration of the checkpoint; 0 where there is none yet, or it says none (nanoGPT's, a conversion's)."""
         return (self.saved or {}).get('iter_num') or 0
 
 
-def read(folder):
+def read(folder: str) -> Run:
     """The Run in a folder. UserError where there is neither a checkpoint nor a log."""
     paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'log.csv')]
     if not any(map(os.path.exists, paths)):
         raise UserError(f'{folder} holds no run: neither ckpt.pt nor log.csv; name the out_dir of a training')
     saved = checkpoints.load(paths[0], mapped=True) if os.path.exists(paths[0]) else None
-    return Run(folder, saved, runlog.read(paths[1]) if os.path.exists(paths[1]) else [])
+    return Run(folder, saved, runlog.read(paths[1], LOGGED) if os.path.exists(paths[1]) else None)
 
 
-def label(runs):
-    """Name each run by its attention, and where others have the same, by the keys in which they differ."""
-    for run in runs:
-        config = models.model_config(run.saved) if run.saved else None
-        run.label = models.label_of(config) if config else f'{run.folder} (nothing saved yet)'
-    for name in {run.label for run in runs}:
-        same = [run for run in runs if run.label == name and run.saved]
-        configs = [run.saved['config'] for run in same]
-        keys = [key for key in configs[0] if key not in OF_THE_RUN and len({str(c.get(key)) for c in configs}) > 1
-                ] if len(same) > 1 else []  # fmt: skip
-        for run in same:
-            run.label += ''.join(f', {key}={run.saved["config"].get(key)}' for key in keys)
+def label(runs: list[Run]) -> None:
+    """Name each run by its attention and by every training key in which it differs from another."""
+    settings = {}
+    for number, run in enumerate(runs):
+        run.label = f'{run.folder} (nothing saved yet)'
+        if run.saved:
+            model_config = models.model_config(run.saved)
+            run.label = models.label_of(model_config)
+            settings[number] = OLDER | run.saved['config'] | asdict(model_config)
+            if not isinstance(model_config, MLAConfig):  # train.py saves MLA's keys for MHA too, where they do nothing
+                settings[number] = {key: value for key, value in settings[number].items() if key not in models.MLA_KEYS}
+    keys = dict.fromkeys(key for own in settings.values() for key in own if key not in OF_THE_RUN | IN_THE_NAME)
+    for key in keys:
+        values = {number: own[key] for number, own in settings.items() if key in own}
+        if len(set(values.values())) > 1:
+            for number, value in values.items():
+                runs[number].label += f', {key}={value}'
     for name, count in Counter(run.label for run in runs).items():
         if count > 1:
             for number, run in enumerate([run for run in runs if run.label == name], 1):
                 run.label += f' ({number})'
 
 
-def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed):
+def measure(
+    run: Run, data_dir: str, windows: int, batch_size: int, device: str, dtype: str, start: str, tokens: int, seed: int
+) -> None:
     """
     Fill in a run's numbers, its losses on at most `windows` validation windows, and a sample; nothing without a save.
 
@@ -104,29 +116,30 @@ def measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, se
     autocast = machine.autocast(device, dtype)
     run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
     run.windows = (str(data.meta.get('sha256')), data.tokens['val'], data.block_size, len(run.losses))
-    speeds = runlog.column(run.log, 'tokens_per_s')[1]
+    speeds = logged(run, 'tokens_per_s')[1]  # the first holds the warm-up
     loss, error = evaluation.mean_and_stderr(run.losses)
-    run.numbers = dict(
-        folder=run.folder,
-        corpus=data.corpus,
-        iterations=run.iterations,
-        **sizes(model, dtype),
-        dtype=dtype,
-        tokens_per_s=statistics.median(speeds[1:] or speeds) if speeds else None,  # the first holds the warm-up
-        val_loss=loss,
-        val_stderr=error,
-    )
+    speed = float(np.median(speeds[1:] if len(speeds) > 1 else speeds)) if len(speeds) else None
+    run.numbers = dict(folder=run.folder, corpus=data.corpus, iterations=run.iterations, **sizes(model, dtype))
+    run.numbers |= dict(dtype=dtype, tokens_per_s=speed, val_loss=loss, val_stderr=error)
     if tokens:
         tokenizer = load_tokenizer(data.meta)
-        ids = prompt_ids(tokenizer, start)
+        ids = prompt_ids(tokenizer, start, is_default=start == '\n')
         torch.manual_seed(seed)
         with autocast:
-            ids = model.generate(torch.tensor([ids], device=device), tokens, temperature=0.8, top_k=200,
-                                 valid_ids=tokenizer.n_vocab)[0]  # fmt: skip
-        run.numbers['sample'] = tokenizer.decode(ids.tolist())
+            prompt = torch.tensor([ids], device=device)
+            sample = model.generate(prompt, tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
+        run.numbers['sample'] = tokenizer.decode(sample.tolist())
 
 
-def sizes(model, dtype='float32'):
+def logged(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of a run's log, where the column `name` was measured."""
+    if run.log is None:
+        return np.empty(0), np.empty(0)
+    measured = ~np.isnan(run.log[name])
+    return run.log['iter'][measured], run.log[name][measured]
+
+
+def sizes(model: GPT, dtype: str = 'float32') -> dict[str, int]:
     """A dict of a model's parameters, FLOPs per token of training, and bytes per token of a cache in `dtype`."""
     return dict(
         parameters=model.get_num_params(),
@@ -136,15 +149,7 @@ def sizes(model, dtype='float32'):
     )
 
 
-def prompt_ids(tokenizer, start):
-    """The ids of a prompt, a list. UserError where there are none, or the tokenizer doesn't have its characters."""
-    ids = tokenizer.encode(start)
-    if not ids:
-        raise UserError('start is empty; the prompt must contain at least one token (the default is a newline)')
-    return ids
-
-
-def difference(run, first):
+def difference(run: Run, first: Run) -> tuple[float, float] | None:
     """Mean of a run's losses minus those of `first` and the half width of its 95 % interval; None on other windows."""
     if run is first or run.losses is None or first.losses is None or run.windows != first.windows:
         return None
@@ -152,35 +157,26 @@ def difference(run, first):
     return mean, 1.96 * error
 
 
-def table(runs):
-    """The heading and the rows of the table, lists of str: one row for each run."""
-    heading = ['run', 'iteration', 'parameters', 'FLOPs per token', 'cache bytes per token', 'tokens/s', 'val loss',
-               'minus the first']  # fmt: skip
+def table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of the table, one row for each run."""
+    heading = ['run', 'iteration', 'parameters', 'FLOPs per token', 'cache bytes per token', 'tokens/s', 'val loss']
+    heading += ['minus the first']
     rows = []
     for run in runs:
         n, gap = run.numbers, difference(run, runs[0])
-        if not n:
+        if not n or run.saved is None:
             rows.append([run.label, *[''] * 7])
             continue
         of = '' if run.done else f' of {run.saved["config"]["max_iters"]:,}'
-        rows.append([
-            run.label, f'{n["iterations"]:,}{of}', f'{n["parameters"]:,}', f'{n["flops_per_token"]:,}',
-            f'{n["cache_bytes_per_token"]:,}', f'{n["tokens_per_s"]:,.0f}' if n['tokens_per_s'] else '',
-            f'{n["val_loss"]:.4f} ± {n["val_stderr"]:.4f}', f'{gap[0]:+.4f} ± {gap[1]:.4f}' if gap else '',
-        ])  # fmt: skip
+        cells = [run.label, f'{n["iterations"]:,}{of}']
+        cells += [f'{n[name]:,}' for name in ('parameters', 'flops_per_token', 'cache_bytes_per_token')]
+        cells += [f'{n["tokens_per_s"]:,.0f}' if n['tokens_per_s'] else '']
+        cells += [f'{n["val_loss"]:.4f} ± {n["val_stderr"]:.4f}', f'{gap[0]:+.4f} ± {gap[1]:.4f}' if gap else '']
+        rows.append(cells)
     return heading, rows
 
 
-def aligned(heading, rows):
-    """The same table for a terminal: columns padded to their widest cell, numbers to the right."""
-    table = [heading, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(heading))]
-    return '\n'.join('  '.join(cell.rjust(width) if column else cell.ljust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-                     for row in table) + '\n'  # fmt: skip
-
-
-def side_by_side(runs, width):
+def side_by_side(runs: list[Run], width: int) -> str:
     """The runs' samples as columns of a text, `width` characters wide in all; one below the other where too narrow."""
     with_sample = [run for run in runs if 'sample' in run.numbers]
     column = width // max(1, len(with_sample)) - 2
@@ -195,36 +191,36 @@ def side_by_side(runs, width):
     return '\n'.join('  '.join(cell.ljust(column) for cell in row).rstrip() for row in rows) + '\n'
 
 
-def curves(runs):
-    """Losses over iterations, and the cache of each run, a Figure."""
+def curves(runs: list[Run]) -> Figure:
+    """Losses over iterations, and the cache of each run."""
     figure = Figure(figsize=(13, 4.8), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.2))
-    shown = []
+    drawn = []
     for number, run in enumerate(runs):
         look = dict(color=COLORS[number % 6], marker=MARKERS[number % 6], markersize=4)
-        left.plot(*runlog.column(run.log, 'loss'), color=look['color'], linewidth=0.6, alpha=0.35)  # of single batches
+        left.plot(*logged(run, 'loss'), color=look['color'], linewidth=0.6, alpha=0.35)  # of single batches
         for split, line in (('val', '-'), ('train', '--')):
-            x, y = runlog.column(run.log, f'{split}_loss')
-            points = [(n, loss) for n, loss in zip(x, y, strict=True) if n]
-            if points:
-                left.plot(*zip(*points, strict=True), line, label=f'{run.label}: {split}', **look)
-                shown.append(points)
+            x, y = logged(run, f'{split}_loss')
+            x, y = x[x > 0], y[x > 0]
+            if len(x):
+                left.plot(x, y, line, label=f'{run.label}: {split}', **look)
+                drawn.append((x, y))
     left.set_xscale('log')
-    if shown:
+    if drawn:
         # the first iterations fall from ln(vocabulary) and would squeeze the end, where runs differ
-        late = [loss for points in shown for n, loss in points if n >= points[-1][0] / 10]
-        low, high = min(late), max(late)
+        late = np.concatenate([y[x >= x[-1] / 10] for x, y in drawn])
+        low, high = late.min(), late.max()
         left.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.3 * (high - low) + 1e-3)
-        last = max(points[-1][0] for points in shown)
+        last = max(x[-1] for x, _ in drawn)
         left.set_xlim(last / 30, last * 1.1)
-        left.legend(fontsize=8)
+        left.legend(loc='upper right', fontsize=8)
     corpora = {run.numbers['corpus'] for run in runs if run.numbers}
     left.set(xlabel='iteration', ylabel='loss (nats per token)', title=' and '.join(sorted(corpora)))
     left.grid(alpha=0.3, which='both')
-    measured = [(number, run) for number, run in enumerate(runs) if run.numbers]
+    measured = [(COLORS[number % 6], run) for number, run in enumerate(runs) if run.numbers]
     places = np.arange(len(measured))
-    bars = right.barh(places, [run.numbers['cache_bytes_per_token'] for _, run in measured],
-                      color=[COLORS[number % 6] for number, _ in measured])  # fmt: skip
+    sizes = [run.numbers['cache_bytes_per_token'] for _, run in measured]
+    bars = right.barh(places, sizes, color=[color for color, _ in measured])
     right.bar_label(bars, fmt='{:,.0f}', padding=3)
     right.set_yticks(places, [textwrap.fill(run.label, 18) for _, run in measured], fontsize=8)
     right.invert_yaxis()

@@ -4,23 +4,29 @@ A forward pass that shows each layer's queries, keys, values and attention patte
 Works for GPT and MLAGPT. One layer's patterns are in memory at a time, so memory doesn't grow with depth. Models must
 be in eval mode.
 
-Shapes: B batch, T tokens, L layers, H heads, C width, d head size, V vocabulary.
+Shapes: B batch, T tokens, L layers, H heads, C width, d size of a query and a key, d_v of a value, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import GPT, Block
 from ops.kernels import attention_pattern, fast_attention, repeat_heads
 
+Edit = Callable[[int, Tensor], Tensor]  # (layer, the heads' outputs) -> what takes their place
 
-def device_of(model):
-    """The torch.device of a model's weights."""
+
+def device_of(model: GPT) -> torch.device:
+    """Where a model's weights are."""
     return model.lm_head.weight.device
 
 
-def embed(model, tokens):
+def embed(model: GPT, tokens: Tensor) -> Tensor:
     """
     The residual stream (B, T, C) at the input of block 0, from token ids (B, T).
 
@@ -35,30 +41,36 @@ def embed(model, tokens):
     return x + model.transformer.wpe.weight[:T] if model.config.pos == 'learned' else x
 
 
-def rope_of(model, T):
+def rope_of(model: GPT, T: int) -> Tensor | None:
     """RoPE's table for T positions, or None."""
     return None if model.rope is None else model.rope[:, :T]
 
 
 @dataclass
 class Attention:
-    """One layer's queries, keys and values (B, H, T, d), its pattern (B, H, T, T) and its normed input (B, T, C)."""
+    """What one layer computes; the heads of queries that share keys and values have copies of them."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    pattern: torch.Tensor
-    normed: torch.Tensor
+    q: Tensor  # (B, H, T, d)
+    k: Tensor  # (B, H, T, d)
+    v: Tensor  # (B, H, T, d_v)
+    pattern: Tensor  # (B, H, T, T)
+    normed: Tensor  # (B, T, C), the layer's normed input
 
 
 @torch.no_grad()
-def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
+def run(
+    model: GPT,
+    x: Tensor,
+    start: int = 0,
+    visit: Callable[[int, Attention], object] | None = None,
+    edit: Edit | None = None,
+    qkv: Callable[[int, nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Tensor:
     """
     Run the residual stream x (B, T, C) through the blocks from `start` on; returns the output of ln_f (B, T, C).
 
     visit(layer, Attention): called for each layer; without it no pattern is computed. edit(layer, z) -> z: replaces the
-    heads' outputs z (B, H, T, d). qkv(layer, attn, normed, rope): replaces attn.qkv(normed, rope). finish=False: stop
-    after the last layer's `visit` and return None; patterns don't need the rest.
+    heads' outputs z (B, H, T, d_v). qkv(layer, attn, normed, rope): replaces attn.qkv(normed, rope).
     """
     rope = rope_of(model, x.size(1))
     for layer in range(start, model.config.n_layer):
@@ -71,29 +83,27 @@ def run(model, x, start=0, visit=None, edit=None, qkv=None, finish=True):
         else:
             pattern = attention_pattern(q, k, attn.scale)
             visit(layer, Attention(q, k, v, pattern, normed))
-            if not finish and layer == model.config.n_layer - 1:
-                return None
             z = pattern @ v
         x = finish_block(block, x, z if edit is None else edit(layer, z))
     return model.transformer.ln_f(x)
 
 
-def finish_block(block, x, z):
-    """The output (B, T, C) of a block from its input x (B, T, C) and its heads' outputs z (B, H, T, d)."""
+def finish_block(block: Block, x: Tensor, z: Tensor) -> Tensor:
+    """The output (B, T, C) of a block from its input x (B, T, C) and its heads' outputs z (B, H, T, d_v)."""
     x = x + block.attn.c_proj(z.transpose(1, 2).flatten(2))
     return x + block.mlp(block.ln_2(x))
 
 
 @torch.no_grad()
-def patterns(model, tokens):
+def patterns(model: GPT, tokens: Tensor) -> Tensor:
     """The attention patterns of all layers for token ids (B, T): (L, B, H, T, T) on the CPU. For a few sequences."""
-    seen = []
-    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()), finish=False)
+    seen: list[Tensor] = []
+    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()))
     return torch.stack(seen)
 
 
 @torch.no_grad()
-def token_losses(model, hidden, targets, max_logits=2**24):
+def token_losses(model: GPT, hidden: Tensor, targets: Tensor, max_logits: int = 2**24) -> Tensor:
     """
     Cross-entropy (n,) in nats of targets (n,) given the output of ln_f, hidden (n, C).
 
@@ -108,7 +118,9 @@ def token_losses(model, hidden, targets, max_logits=2**24):
 
 
 @torch.no_grad()
-def text_losses(model, tokens, positions=None, batch_size=8, edit=None):
+def text_losses(
+    model: GPT, tokens: Tensor, positions: Sequence[int] | None = None, batch_size: int = 8, edit: Edit | None = None
+) -> np.ndarray:
     """
     Loss of predicting each token but the first of token ids (N, T): float32 array (N, T-1), in nats.
 
@@ -126,31 +138,34 @@ def text_losses(model, tokens, positions=None, batch_size=8, edit=None):
 
 
 @torch.no_grad()
-def head_means(model, tokens, batch_size=8):
-    """The mean output of every head at each position over token ids (N, T): a tensor (L, H, T, d)."""
-    total = 0
+def head_means(model: GPT, tokens: Tensor, batch_size: int = 8) -> Tensor:
+    """The mean output of every head at each position over token ids (N, T): (L, H, T, d_v)."""
+    totals = [torch.zeros(()) for _ in model.transformer.h]
 
-    def add(layer, z):
-        sums.append(z.sum(0))
+    def add(layer: int, z: Tensor) -> Tensor:
+        totals[layer] = totals[layer].to(z) + z.sum(0)
         return z
 
     for part in tokens.split(batch_size):
-        sums = []
         run(model, embed(model, part.to(device_of(model))), edit=add)
-        total = total + torch.stack(sums)
-    return total / len(tokens)
+    return torch.stack(totals) / len(tokens)
 
 
-def replacing_heads(means, heads):
-    """An `edit` for `run` that replaces the outputs of `heads`, pairs (layer, head), by means (L, H, T, d)."""
-    chosen = {}
+def replacing_heads(heads: Iterable[tuple[int, int]], means: Tensor | None = None) -> Edit:
+    """
+    An `edit` for `run` that replaces the outputs of `heads`, pairs (layer, head), by means (L, H, T, d_v).
+
+    Without means: by those over the sequences of the pass itself, with the other heads already replaced.
+    """
+    chosen: dict[int, list[int]] = {}
     for layer, head in heads:
         chosen.setdefault(layer, []).append(head)
 
     def edit(layer, z):
         if layer in chosen:
             z = z.clone()
-            z[:, chosen[layer]] = means[layer, chosen[layer]]
+            own = z[:, chosen[layer]]
+            z[:, chosen[layer]] = own.mean(0) if means is None else means[layer, chosen[layer]]
         return z
 
     return edit

@@ -15,26 +15,21 @@ Shapes: N sequences, B of them in a batch, T tokens, Q scored queries per sequen
 size. Positions are 0-based. Losses are in nats. Models must be in eval mode.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from analysis import stats
+from analysis import forward, stats
 from analysis.bigrams import repeated_pairs
-from analysis.forward import (
-    device_of,
-    embed,
-    finish_block,
-    head_means,
-    replacing_heads,
-    rope_of,
-    run,
-    text_losses,
-    token_losses,
-)
-from ops.kernels import fast_attention
+from analysis.forward import Attention, device_of, embed, token_losses
+from model import GPT
+
+Scores = dict[str, np.ndarray]
+Heads = list[tuple[int, int]]  # (layer, head)
 
 SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
 
@@ -46,27 +41,37 @@ SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
 class Repeats:
     """Sequences with a repeated block, and the positions in later copies with their counterparts one copy earlier."""
 
-    tokens: torch.Tensor  # (N, T) int64
-    query: torch.Tensor  # (N, Q) positions in the later copies
-    match: torch.Tensor  # (N, Q) the same place one copy earlier
+    tokens: Tensor  # (N, T) int64
+    query: Tensor  # (N, Q) positions in the later copies
+    match: Tensor  # (N, Q) the same place one copy earlier
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: slice) -> 'Repeats':
         return Repeats(self.tokens[rows], self.query[rows], self.match[rows])
 
-    def to(self, device):
+    def to(self, device: torch.device) -> 'Repeats':
         """The same on another device."""
         return Repeats(self.tokens.to(device), self.query.to(device), self.match.to(device))
 
-    def batches(self, batch_size, device):
+    def batches(self, batch_size: int, device: torch.device) -> Iterator['Repeats']:
         """Yields the sequences in batches of `batch_size`, on `device`."""
         for first in range(0, len(self), batch_size):
             yield self[first : first + batch_size].to(device)
 
 
-def repeated_sequences(count, length, ids, *, bos=None, copies=2, max_gap=0, shuffled=False, seed=0):
+def repeated_sequences(
+    count: int,
+    length: int,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    bos: int | None = None,
+    copies: int = 2,
+    max_gap: int = 0,
+    shuffled: bool = False,
+    seed: int = 0,
+) -> Repeats:
     """
     `count` sequences [BOS] x x ..., where x is a block of `length` distinct random tokens: Repeats on the CPU.
 
@@ -85,11 +90,7 @@ def repeated_sequences(count, length, ids, *, bos=None, copies=2, max_gap=0, shu
     drawn = np.stack([rng.choice(ids, length + max_gap, replace=False) for _ in range(count)])
     between = rng.integers(0, max_gap + 1, count)
     block, filler = drawn[:, :length], drawn[:, length:]
-    if shuffled:
-        later = [np.take_along_axis(block, rng.permuted(np.tile(np.arange(length), (count, 1)), axis=1), axis=1)
-                 for _ in range(copies - 1)]  # fmt: skip
-    else:
-        later = [block] * (copies - 1)
+    later = [rng.permuted(block, axis=1) if shuffled else block for _ in range(copies - 1)]
     head = np.full((count, 0 if bos is None else 1), bos or 0)
     rows = [
         np.concatenate([head[n], filler[n, gap:], block[n], filler[n, :gap], *(copy[n] for copy in later)])
@@ -100,7 +101,7 @@ def repeated_sequences(count, length, ids, *, bos=None, copies=2, max_gap=0, shu
     return Repeats(tokens, match + length + torch.from_numpy(between[:, None]), match)
 
 
-def layouts(length, room, n_ids):
+def layouts(length: int, room: int, n_ids: int) -> dict[str, dict[str, int]]:
     """
     Arguments of repeated_sequences by name: 'main', and others that test whether scores depend on the layout.
 
@@ -119,12 +120,12 @@ def layouts(length, room, n_ids):
     return found
 
 
-def chance(repeats):
+def chance(repeats: Repeats) -> float:
     """The induction score of uniform attention: the mean over queries i of 1/(i+1)."""
     return (1.0 / (repeats.query.double() + 1)).mean().item()
 
 
-def repeat_losses(model, hidden, repeats):
+def repeat_losses(model: GPT, hidden: Tensor, repeats: Repeats) -> Tensor:
     """Losses (B, Q-1) of the tokens that the repetition makes predictable, given ln_f's output hidden (B, T, C)."""
     rows = torch.arange(len(repeats), device=hidden.device)[:, None]
     query = repeats.query[:, :-1]  # the last token has no successor in the sequence
@@ -132,7 +133,7 @@ def repeat_losses(model, hidden, repeats):
     return token_losses(model, hidden[rows, query].flatten(0, 1), targets.flatten()).view(targets.shape)
 
 
-def in_context_score(losses, early=50, late=500):
+def in_context_score(losses: np.ndarray, early: int = 50, late: int = 500) -> np.ndarray:
     """
     Loss at the late token minus loss at the early one, (N,); negative: context helps (arXiv:2209.11895).
 
@@ -141,7 +142,7 @@ def in_context_score(losses, early=50, late=500):
     return losses[:, late - 2] - losses[:, early - 2]
 
 
-def in_context_positions(targets):
+def in_context_positions(targets: Tensor) -> tuple[int, int] | None:
     """
     Early and late token of the in-context score for targets (N, T), counted from 1; None if the windows are too short.
 
@@ -159,9 +160,9 @@ def in_context_positions(targets):
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def pattern_scores(pattern, repeats):
+def pattern_scores(pattern: Tensor, repeats: Repeats) -> dict[str, Tensor]:
     """
-    The scores of one layer's heads, from its patterns (B, H, T, T) on repeats: a dict of tensors (B, H).
+    The scores (B, H) of one layer's heads, from its patterns (B, H, T, T) on repeats.
 
     With A a pattern and i a query in a later copy:
       induction        mean_i A[i, match(i) + 1]: attention to the token after the counterpart one copy earlier
@@ -184,9 +185,9 @@ def pattern_scores(pattern, repeats):
     }
 
 
-def natural_scores(pattern, tokens):
+def natural_scores(pattern: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """
-    The scores of one layer's heads on text (B, T), from their patterns (B, H, T, T): a dict of tensors (B, H).
+    The scores (B, H) of one layer's heads on text (B, T), from their patterns (B, H, T, T).
 
     Over the positions i whose token occurred before in the window, with j all its earlier positions:
       induction        mean_i sum_j A[i, j + 1]
@@ -204,86 +205,84 @@ def natural_scores(pattern, tokens):
     }
 
 
-def uniform_pattern(T):
+def uniform_pattern(T: int) -> Tensor:
     """Uniform attention over T tokens: (T, T)."""
     return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
 
 
 @torch.no_grad()
-def text_scores(model, tokens):
-    """
-    `natural_scores` of all heads on windows of text (N, T), and those of uniform attention: two dicts of arrays.
+def text_scores(model: GPT, tokens: Tensor) -> tuple[Scores, Scores]:
+    """`natural_scores` of all heads on windows of text (N, T), each (N, L, H), and those of uniform attention, (N,)."""
 
-    The first has (N, L, H) under each name, the second (N,).
-    """
-    found, chances = [], []
-    for window in tokens.split(1):
-        on_device = window.to(device_of(model))
-        found.append(score_layers(model, on_device, lambda _, a, t=on_device: natural_scores(a.pattern, t), False)[1])
-        uniform = uniform_pattern(tokens.size(1))[None, None]
-        chances.append({name: value[:, 0] for name, value in natural_scores(uniform, window).items()})
-    return joined(found), joined(chances)
+    def scores(window: Tensor) -> dict[str, Tensor]:
+        return score_layers(model, window, lambda layer, a: natural_scores(a.pattern, window))[1]
+
+    uniform = uniform_pattern(tokens.size(1))[None, None]
+    chances = [{name: value[:, 0] for name, value in natural_scores(uniform, t).items()} for t in tokens.split(1)]
+    return joined([scores(window.to(device_of(model))) for window in tokens.split(1)]), joined(chances)
 
 
-def score_layers(model, tokens, score, finish=True):
+def score_layers(
+    model: GPT, tokens: Tensor, score: Callable[[int, Attention], dict[str, Tensor]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """
-    One forward pass over token ids (B, T): (hidden (B, T, C), {name: (B, L, H)}); hidden is None with finish=False.
+    One forward pass over token ids (B, T): ln_f's output (B, T, C), and scores, each (B, L, H), on the CPU.
 
-    score(layer, Attention) -> dict of tensors (B, H). A layer's pattern is freed as soon as it is scored.
+    score(layer, Attention): those of one layer, each (B, H). Its pattern is freed as soon as it is scored.
     """
-    layers, x = [], embed(model, tokens)
-    hidden = run(model, x, visit=lambda layer, a: layers.append(score(layer, a)), finish=finish)
+    layers: list[dict[str, Tensor]] = []
+    hidden = forward.run(model, embed(model, tokens), visit=lambda layer, a: layers.append(score(layer, a)))
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
 
 
-def joined(parts):
-    """Concatenates a list of dicts of tensors, one per batch, into one dict of float32 arrays."""
+def joined(parts: list[dict[str, Tensor]]) -> Scores:
+    """Dicts of tensors, one per batch, concatenated into one dict of float32 arrays."""
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
 
 @torch.no_grad()
-def head_scores(model, repeats, batch_size=16, losses=True):
+def head_scores(model: GPT, repeats: Repeats, batch_size: int = 16, losses: bool = True) -> Scores:
     """
-    Every head's scores on every sequence: a dict with a float32 array (N, L, H) for each of SCORES.
+    Every head's scores on every sequence: a float32 array (N, L, H) for each of SCORES.
 
     With losses=True also 'losses' (N, T-1), of predicting each token but the first, and 'repeat_loss' (N,), the mean
     over the tokens that the repetition makes predictable.
     """
-    found = []
-    for part in repeats.batches(batch_size, device_of(model)):
-        hidden, scores = score_layers(
-            model, part.tokens, lambda layer, a, part=part: pattern_scores(a.pattern, part), finish=losses
-        )
+
+    def of_batch(part: Repeats) -> dict[str, Tensor]:
+        hidden, scores = score_layers(model, part.tokens, lambda layer, a: pattern_scores(a.pattern, part))
         if losses:
             targets = part.tokens[:, 1:]
             loss = token_losses(model, hidden[:, :-1].flatten(0, 1), targets.flatten()).view(targets.shape)
             scores.update(losses=loss.cpu(), repeat_loss=loss.gather(1, part.query[:, :-1]).mean(1).cpu())
-        found.append(scores)
-    return joined(found)
+        return scores
+
+    return joined([of_batch(part) for part in repeats.batches(batch_size, device_of(model))])
 
 
-def ranked(scores):
+def ranked(scores: np.ndarray) -> Heads:
     """Heads as a list of (layer, head) by descending score; scores (L, H)."""
-    return [tuple(int(i) for i in np.unravel_index(n, scores.shape)) for n in np.argsort(-scores, axis=None)]
+    return [divmod(int(n), scores.shape[1]) for n in np.argsort(-scores, axis=None)]
 
 
-def verdict(low, random_null, shuffled_high, copying):
+def verdict(low: np.ndarray, random_null: float, shuffled_high: np.ndarray, copying: np.ndarray) -> np.ndarray:
     """
     Which heads are induction heads: bool (L, H).
 
     low: lower bound of each head's induction score, on sequences that didn't select the head. random_null: the highest
-    score of any head of randomly initialized models, a number. shuffled_high: upper bound of each head's score with a
-    shuffled second copy. copying: its eigenvalue copying score. All but random_null are arrays (L, H).
+    score of any head of randomly initialized models. shuffled_high: upper bound of each head's score with a shuffled
+    second copy. copying: its eigenvalue copying score. The arrays are (L, H).
     """
     return (low > random_null) & (low > shuffled_high) & (copying > 0)
 
 
-def calls(measured):
+def calls(measured: dict) -> dict[str, np.ndarray]:
     """
-    Which heads are called what, by the name of a score: {name: bool (L, H)}. measured: of one model, as in `verdict`.
+    Which heads are called what, by the name of a score: {name: bool (L, H)}.
 
-    An induction head is one by `verdict`. Of the other scores, the interval must lie above the highest score of any
-    head of randomly initialized models; of copying, which has no interval, the score itself.
+    measured: a result of find_induction_heads.py. An induction head is one by `verdict`. Of the other scores, the
+    interval must lie above the highest score of any head of randomly initialized models; of copying, which has no
+    interval, the score itself.
     """
     found = {'induction': measured['called']}
     for name in ('previous_token', 'duplicate_token'):
@@ -291,7 +290,7 @@ def calls(measured):
     return found | {'copying': measured['copying_eigenvalues'] > measured['nulls']['copying']}
 
 
-def is_untrained(model):
+def is_untrained(model: GPT) -> bool:
     """True if every norm gain is exactly 1 and every bias exactly 0: the initial values, which training changes."""
     vectors = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
     return all(bool((p == (0.0 if name.endswith('bias') else 1.0)).all()) for name, p in vectors)
@@ -301,7 +300,9 @@ def is_untrained(model):
 
 
 @torch.no_grad()
-def ablate_each_head(model, repeats, progress=None):
+def ablate_each_head(
+    model: GPT, repeats: Repeats, progress: Callable[[], object] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
     """
     The loss on repeated tokens without ablation and with each head mean-ablated: arrays (N,) and (L, H, N).
 
@@ -309,42 +310,28 @@ def ablate_each_head(model, repeats, progress=None):
     information about tokens is removed. progress: called after each head.
     """
     repeats = repeats.to(device_of(model))
-    x, rope = embed(model, repeats.tokens), rope_of(model, repeats.tokens.size(1))
-    L, H = model.config.n_layer, model.config.n_head
-    ablated = np.zeros((L, H, len(repeats)), dtype=np.float32)
+    x, rope = embed(model, repeats.tokens), forward.rope_of(model, repeats.tokens.size(1))
+    ablated = np.zeros((model.config.n_layer, model.config.n_head, len(repeats)), dtype=np.float32)
     for layer, block in enumerate(model.transformer.h):
-        z = fast_attention(*block.attn.qkv(block.ln_1(x), rope), block.attn.scale)
-        for head in range(H):
-            changed = z.clone()
-            changed[:, head] = z[:, head].mean(0)
-            hidden = run(model, finish_block(block, x, changed), start=layer + 1)
+        for head in range(model.config.n_head):
+            hidden = forward.run(model, x, start=layer, edit=forward.replacing_heads([(layer, head)]))
             ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).cpu()
-            if progress is not None:
-                progress()
-        x = finish_block(block, x, z)
+            progress()
+        x = block(x, rope)
     return repeat_losses(model, model.transformer.ln_f(x), repeats).mean(1).cpu().numpy(), ablated
 
 
 @torch.no_grad()
-def ablate_together(model, repeats, heads):
-    """The loss on repeated tokens (N,) with all `heads`, pairs (layer, head), mean-ablated at once."""
-    repeats, chosen = repeats.to(device_of(model)), {}
-    for layer, head in heads:
-        chosen.setdefault(layer, []).append(head)
-
-    def edit(layer, z):
-        if layer in chosen:
-            z = z.clone()
-            z[:, chosen[layer]] = z[:, chosen[layer]].mean(0)
-        return z
-
-    hidden = run(model, embed(model, repeats.tokens), edit=edit)
+def ablate_together(model: GPT, repeats: Repeats, heads: Heads) -> np.ndarray:
+    """The loss on repeated tokens (N,) with all `heads` mean-ablated at once."""
+    repeats = repeats.to(device_of(model))
+    hidden = forward.run(model, embed(model, repeats.tokens), edit=forward.replacing_heads(heads))
     return repeat_losses(model, hidden, repeats).mean(1).cpu().numpy()
 
 
-def matched_heads(heads, n_head, rng):
+def matched_heads(heads: Heads, n_head: int, rng: np.random.Generator) -> Heads:
     """Random heads outside `heads`, as many from each layer; fewer if a layer has too few others."""
-    drawn = []
+    drawn: Heads = []
     for layer in sorted({layer for layer, _ in heads}):
         taken = {head for other, head in heads if other == layer}
         free = [head for head in range(n_head) if head not in taken]
@@ -352,31 +339,29 @@ def matched_heads(heads, n_head, rng):
     return drawn
 
 
-def ablate_cumulatively(model, repeats, ranking, counts, draws=4, seed=0):
+def ablate_cumulatively(
+    model: GPT, repeats: Repeats, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
+) -> list[dict]:
     """
-    The loss on repeated tokens with the first k heads of `ranking` ablated, for each k of `counts`, with controls.
+    How much the loss on repeated tokens rises with the first k heads of `ranking` ablated, for each k of `counts`.
 
-    Returns a list of dicts: k, loss (N,), control (draws, N) with the same number of random heads of the same layers,
-    and control_heads, their actual number: below k if a layer has too few others, which makes control a lower bound.
+    Each dict has heads (k), rise, control_rise, the mean over `draws` of as many random heads of the same layers, and
+    control_heads, their actual number: below k if a layer has too few others, which makes control_rise a lower bound.
     A single head's ablation can be compensated by other heads with the same function, hence several at once.
     """
-    rng, out = np.random.default_rng(seed), []
+    rng, base, out = np.random.default_rng(seed), ablate_together(model, repeats, []), []
     for k in counts:
-        heads = ranking[:k]
-        controls = [matched_heads(heads, model.config.n_head, rng) for _ in range(draws)]
-        out.append({
-            'k': k,
-            'loss': ablate_together(model, repeats, heads),
-            'control': np.stack([ablate_together(model, repeats, control) for control in controls]),
-            'control_heads': len(controls[0]),
-        })  # fmt: skip
+        controls = [matched_heads(ranking[:k], model.config.n_head, rng) for _ in range(draws)]
+        mine, *theirs = (ablate_together(model, repeats, heads) - base for heads in (ranking[:k], *controls))
+        rises = dict(rise=mine.mean(), control_rise=np.stack(theirs).mean())
+        out.append(dict(heads=k, control_heads=len(controls[0]), **rises))
     return out
 
 
 # ---- natural text ----------------------------------------------------------------------------------------------------
 
 
-def bigram_losses(losses, tokens):
+def bigram_losses(losses: np.ndarray, tokens: Tensor) -> dict:
     """
     Losses (N, T-1) on tokens (N, T), where the bigram occurred earlier in the window and elsewhere: a dict of dicts.
 
@@ -385,16 +370,17 @@ def bigram_losses(losses, tokens):
     bigrams that repeat are common ones too. What it is before heads form is the measure of that.
     """
     again = repeated_pairs(tokens[:, :-1].numpy(), tokens[:, 1:].numpy())
-    parts = [((losses * where).sum(1, dtype=float), where.sum(1)) for where in (again, ~again)]
-    repeated, others = parts
-    found = dict(repeated=stats.ratio(*repeated), others=stats.ratio(*others),
-                 gain=stats.ratio_difference(*others, *repeated))  # fmt: skip
+    repeated, others = (((losses * where).sum(1, dtype=float), where.sum(1)) for where in (again, ~again))
+    gain = stats.ratio_difference(*others, *repeated)
+    found = dict(repeated=stats.ratio(*repeated), others=stats.ratio(*others), gain=gain)
     around = {name: dict(mean=m, low=m - 1.96 * e, high=m + 1.96 * e) for name, (m, e) in found.items()}
     return around | dict(share=float(again.mean()))
 
 
 @torch.no_grad()
-def ablate_on_text(model, tokens, ranking, counts, draws=4, seed=0):
+def ablate_on_text(
+    model: GPT, tokens: Tensor, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
+) -> list[dict]:
     """
     What the first k heads of `ranking` are worth on windows of text (N, T), for each k of `counts`: a list of dicts.
 
@@ -402,18 +388,19 @@ def ablate_on_text(model, tokens, ranking, counts, draws=4, seed=0):
     low and high over windows), 'control_repeated' and 'control_others' (the mean rise with the same number of random
     other heads of the same layers) and control_heads, their number, which is below k if a layer has too few others.
     """
-    means, rng = head_means(model, tokens), np.random.default_rng(seed)
-    base, out = text_losses(model, tokens), []
+    means, rng = forward.head_means(model, tokens), np.random.default_rng(seed)
+    base, out = forward.text_losses(model, tokens), []
 
     def rise(heads):
-        return bigram_losses(text_losses(model, tokens, edit=replacing_heads(means, heads)) - base, tokens)
+        edit = forward.replacing_heads(heads, means)
+        return bigram_losses(forward.text_losses(model, tokens, edit=edit) - base, tokens)
 
     for k in counts:
         controls = [matched_heads(ranking[:k], model.config.n_head, rng) for _ in range(draws)]
-        mine, theirs = rise(ranking[:k]), [rise(heads) for heads in controls]
-        row = dict(heads=k, control_heads=len(controls[0]), **{name: mine[name] for name in ('repeated', 'others')})
+        mine, *theirs = (rise(heads) for heads in (ranking[:k], *controls))
+        row: dict = dict(heads=k, control_heads=len(controls[0]))
         for name in ('repeated', 'others'):
-            row[f'control_{name}'] = float(np.mean([found[name]['mean'] for found in theirs]))
+            row |= {name: mine[name], f'control_{name}': float(np.mean([found[name]['mean'] for found in theirs]))}
         out.append(row)
     return out
 
@@ -421,7 +408,7 @@ def ablate_on_text(model, tokens, ranking, counts, draws=4, seed=0):
 # ---- self-test -------------------------------------------------------------------------------------------------------
 
 
-def self_test(score=pattern_scores):
+def self_test(score: Callable[[Tensor, Repeats], dict[str, Tensor]] = pattern_scores) -> None:
     """
     Scores patterns with known scores: perfect heads score 1, uniform attention scores chance. RuntimeError otherwise.
 

@@ -1,28 +1,34 @@
 """
 Measurements of MLA's latent: its dimension, which directions heads read, what removing them costs, RoPE's share.
 
-Shapes: N sequences, B in a batch, T tokens, Q scored queries per sequence, L layers, H heads, C width, d head size,
-r = n_latent. Losses are in nats. The model is an MLAGPT in eval mode.
+Shapes: N sequences, B in a batch, T tokens, Q scored queries per sequence, L layers, H heads, C width, r = n_latent.
+Losses are in nats. The model is an MLAGPT in eval mode.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from analysis.forward import device_of, embed, rope_of, run
-from analysis.induction import joined, repeat_losses, score_layers
+from analysis.circuits import up_weights
+from analysis.forward import Attention, device_of, embed, rope_of, run
+from analysis.induction import Repeats, joined, repeat_losses, score_layers
 from core.cli.machine import to_float64
+from model_mla import MLAGPT, MultiHeadLatentAttention
 
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
 
 
-def content_latent(attn, normed, rope):
+def content_latent(attn: MultiHeadLatentAttention, normed: Tensor, rope: Tensor | None) -> Tensor:
     """The latent c_kv (B, T, r) of the layer's normed input (B, T, C), without the shared position key."""
     return attn.latent(normed, rope)[..., : attn.n_latent]
 
 
 @torch.no_grad()
-def latent_moments(model, repeats, batch_size=16):
-    """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64 tensors: a list of L pairs."""
+def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64: L pairs."""
     L, r = model.config.n_layer, model.config.n_latent
     total = torch.zeros(L, r, dtype=torch.float64)
     squares = torch.zeros(L, r, r, dtype=torch.float64)
@@ -34,12 +40,12 @@ def latent_moments(model, repeats, batch_size=16):
         squares[layer] += (latent.T @ latent).cpu()
 
     for part in repeats.batches(batch_size, device_of(model)):
-        run(model, embed(model, part.tokens), visit=add, finish=False)
+        run(model, embed(model, part.tokens), visit=add)
     mean = total / repeats.tokens.numel()
     return [(m, s / repeats.tokens.numel() - m[:, None] * m) for m, s in zip(mean, squares, strict=True)]
 
 
-def effective_rank(covariance):
+def effective_rank(covariance: Tensor) -> float:
     """exp of the entropy of the normalized eigenvalues of a covariance (r, r), 1 to r (Roy & Vetterli 2007)."""
     share = torch.linalg.eigvalsh(covariance).clamp_min(0)
     share = share / share.sum().clamp_min(1e-300)
@@ -49,12 +55,12 @@ def effective_rank(covariance):
 # ---- subspaces that heads read ---------------------------------------------------------------------------------------
 
 
-def row_space(weights):
+def row_space(weights: Tensor) -> Tensor:
     """Orthonormal bases (H, min(a, r), r) of the row spaces of weights (H, a, r), float64."""
     return torch.linalg.qr(to_float64(weights).mT)[0].mT
 
 
-def overlap(first, second):
+def overlap(first: Tensor, second: Tensor) -> Tensor:
     """
     |Q1^T Q2|^2 / min(rank) between each row space of first (G, a, r) and each of second (H, b, r): (G, H), 0 to 1.
 
@@ -67,14 +73,14 @@ def overlap(first, second):
 
 
 @torch.no_grad()
-def reading_overlaps(attn):
+def reading_overlaps(attn: MultiHeadLatentAttention) -> dict[str, tuple[np.ndarray, float]]:
     """
     Overlap of the latent directions that pairs of heads read: {name: (array (H, H), chance)} for each of READINGS.
 
     'key' and 'value' compare the up-projections of keys and of values; 'key_value'[g, h] compares head g's keys with
     head h's values.
     """
-    w_k, w_v, _ = attn.up_weights()
+    w_k, w_v = up_weights(attn)
     pairs = dict(zip(READINGS, ((w_k, w_k), (w_v, w_v), (w_k, w_v)), strict=True))
     return {
         name: (overlap(a, b).cpu().numpy(), min(1.0, max(a.size(1), b.size(1)) / attn.n_latent))
@@ -85,13 +91,13 @@ def reading_overlaps(attn):
 # ---- ablations -------------------------------------------------------------------------------------------------------
 
 
-def latent_bands(r, bands):
+def latent_bands(r: int, bands: int) -> list[tuple[int, int]]:
     """Ranges (first, last) of the r principal components, largest first: min(bands, r) of nearly equal size."""
     edges = np.linspace(0, r, min(r, bands) + 1).round().astype(int)
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
-def without_directions(layer, basis, mean, path):
+def without_directions(layer: int, basis: Tensor, mean: Tensor, path: str) -> Callable:
     """
     A `qkv` for forward.run: in `layer`, the latent's coordinates along basis (r, n) are set to their mean.
 
@@ -113,7 +119,13 @@ def without_directions(layer, basis, mean, path):
 
 
 @torch.no_grad()
-def ablate_latent(model, repeats, moments=None, bands=16, progress=None):
+def ablate_latent(
+    model: MLAGPT,
+    repeats: Repeats,
+    moments: list[tuple[Tensor, Tensor]] | None = None,
+    bands: int = 16,
+    progress: Callable[[], object] = lambda: None,
+) -> dict:
     """
     The loss on repeated tokens with bands of a layer's latent directions set to their mean, for keys or values only.
 
@@ -133,8 +145,7 @@ def ablate_latent(model, repeats, moments=None, bands=16, progress=None):
             changed = without_directions(layer, components[:, first:last], mean.to(x), path)
             hidden = run(model, x, qkv=changed)
             out[path][layer, band] = repeat_losses(model, hidden, repeats).mean(1).cpu()
-            if progress is not None:
-                progress()
+            progress()
     return dict(out, bands=ranges, base=repeat_losses(model, run(model, x), repeats).mean(1).cpu().numpy())
 
 
@@ -142,26 +153,24 @@ def ablate_latent(model, repeats, moments=None, bands=16, progress=None):
 
 
 @torch.no_grad()
-def logit_parts(model, repeats, batch_size=16):
+def logit_parts(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> dict[str, np.ndarray]:
     """
     Content and position parts of the attention logit under decoupled RoPE: {'content', 'position'} -> array (N, L, H).
 
     Each is that part of the scaled logit at the induction target minus its mean over the keys the query sees, averaged
     over queries.
     """
-    n_nope = model.config.head_size - model.config.n_rope
 
-    def split_logits(layer, a, part):
+    def split_logits(part: Repeats, layer: int, a: Attention) -> dict[str, Tensor]:
+        attn, parts = model.transformer.h[layer].attn, {}
         sequence = torch.arange(len(part), device=part.tokens.device)[:, None]
         visible = (torch.arange(part.tokens.size(1), device=part.tokens.device) <= part.query[..., None])[:, :, None]
-        target, parts = (part.match + 1)[:, :, None, None].expand(-1, -1, a.q.size(1), 1), {}
-        for name, cut in (('content', slice(None, n_nope)), ('position', slice(n_nope, None))):
-            logits = (a.q[..., cut] @ a.k[..., cut].mT * model.transformer.h[layer].attn.scale)[sequence, :, part.query]
+        target = (part.match + 1)[:, :, None, None].expand(-1, -1, a.q.size(1), 1)
+        for name, cut in (('content', slice(None, attn.n_nope)), ('position', slice(attn.n_nope, None))):
+            logits = (a.q[..., cut] @ a.k[..., cut].mT * attn.scale)[sequence, :, part.query]
             mean = (logits * visible).sum(-1) / visible.sum(-1)  # (B, Q, H)
             parts[name] = (logits.gather(-1, target).squeeze(-1) - mean).mean(1)
         return parts
 
-    return joined([
-        score_layers(model, part.tokens, lambda layer, a, part=part: split_logits(layer, a, part), finish=False)[1]
-        for part in repeats.batches(batch_size, device_of(model))
-    ])  # fmt: skip
+    batches = repeats.batches(batch_size, device_of(model))
+    return joined([score_layers(model, part.tokens, partial(split_logits, part))[1] for part in batches])

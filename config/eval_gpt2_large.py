@@ -6,9 +6,6 @@
 # nanoGPT's README reports a loss of 2.66 on its training split and 2.67 on its validation split. GPT-2 was trained on
 # WebText, which is not public: fine-tuned on OpenWebText, a smaller loss is reached.
 
+exec(open('config/eval_gpt2.py').read())
+
 init_from = 'gpt2-large'
-eval_only = True
-eval_iters = 500  # more than in training: the figure is the result
-batch_size = 8
-dataset = 'openwebtext'
-wandb_log = False

@@ -3,8 +3,8 @@
 # $ python data/openwebtext/prepare.py
 # $ torchrun --standalone --nproc_per_node=8 train_mla.py config/finetune_gpt2_mla.py
 #
-# The conversion (core/convert/factorize.py) is made on the fly, weighted by the training text. 1000 iterations are 0.5 billion
-# tokens, about a twentieth of OpenWebText. Not run here: no figure stands for it yet.
+# The conversion (core/convert/factorize.py) is made on the fly, weighted by the training text. 1000 iterations are 0.5
+# billion tokens, about a twentieth of OpenWebText. It has not been run: no figure stands for it yet.
 
 out_dir = 'out-gpt2-converted'
 init_from = 'gpt2'

@@ -3,8 +3,8 @@
 # $ python train_mla.py config/finetune_shakespeare_cpu_mla.py
 # $ python sample.py --out_dir=out-shakespeare-cpu-converted
 #
-# The conversion (core/convert/factorize.py) is made on the fly; the 200 iterations are a tenth of the training. convert_mla.py
-# makes the same conversion, says what it costs, and writes a checkpoint that --init_from takes as well.
+# The conversion (core/convert/factorize.py) is made on the fly; the 200 iterations are a tenth of the training.
+# convert_mla.py makes the same conversion, says what it costs, and writes a checkpoint that --init_from takes as well.
 
 out_dir = 'out-shakespeare-cpu-converted'
 init_from = 'out-shakespeare-cpu'

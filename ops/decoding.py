@@ -76,10 +76,12 @@ class Decoder:
         on CUDA only).
         """
         self.model, self.window = model, model.config.block_size
-        self.rules = dict(top_p=top_p, valid_ids=valid_ids, generator=generator)
+        self.rules: dict[str, Any] = dict(top_p=top_p, valid_ids=valid_ids, generator=generator)
         self.stop_token, self.on_token = stop_token, on_token
         self.fixed = idx.is_cuda if fixed is None else fixed
-        self.cache, self.step, self.casts = None, None, {}
+        self.cache: Any = None
+        self.step: FixedStep | None = None
+        self.casts: dict = {}
         prompt = idx[:, -self.window :]
         if use_cache:
             self.cache = model.init_cache(idx.size(0), prompt.size(1) + max_new_tokens)
@@ -136,7 +138,8 @@ class FixedStep:
 
     def __init__(self, model: Any, cache: Cache):
         """cache: a Cache with room for at least one token. Under autocast, call the step in the same context."""
-        self.model, self.cache, self.fixed, self.graph = model, cache, FixedCache(cache), None
+        self.model, self.cache, self.fixed = model, cache, FixedCache(cache)
+        self.graph: Any = None
         self.casts: dict = {}  # a graph reads these copies of weights as long as it lives
         self.device = self.fixed.position.device
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.device)

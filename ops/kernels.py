@@ -219,7 +219,7 @@ class EagerAttention(torch.autograd.Function):
             end = pattern.size(2)
             rows, seen = slice(end - pattern.size(1), end), slice(end)
             grad_scores = torch.bmm(grad[:, rows], v[:, seen].mT)
-            if ctx.p_drop:
+            if inner is not None:
                 grad_scores.mul_(dropped).addcmul_(pattern, inner[:, rows], value=-1)
             else:
                 grad_scores = torch._softmax_backward_data(grad_scores, pattern, -1, pattern.dtype)

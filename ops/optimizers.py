@@ -10,6 +10,7 @@ Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 202
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -87,7 +88,8 @@ class Muon(torch.optim.Optimizer):
         parts: Parts = no_parts,
     ):
         """groups: those of `param_groups`. The default of `parts` orthogonalizes fused matrices as a whole."""
-        muon, rest = [], []
+        muon: list[dict] = []
+        rest: list[dict] = []
         for group in groups:
             for chosen, kind in ((muon, True), (rest, False)):
                 params = [(name, p) for name, p in group['params'] if is_block_matrix(name, p) == kind]
@@ -111,13 +113,13 @@ class Muon(torch.optim.Optimizer):
         self.adamw.state = self.state
         self.adamw.step()
 
-    def step_matrix(self, parameter: torch.nn.Parameter, group: dict, parts: list[slice]) -> None:
+    def step_matrix(self, parameter: Any, group: dict, parts: list[slice]) -> None:
         """Muon's step of one matrix, part by part."""
-        state, momentum, lr = self.state[parameter], group['momentum'], group['lr']
+        state, momentum, lr, grad = self.state[parameter], group['momentum'], group['lr'], parameter.grad
         if 'momentum_buffer' not in state:
-            state['momentum_buffer'] = torch.zeros_like(parameter.grad)
-        state['momentum_buffer'].lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(state['momentum_buffer'], momentum)  # Nesterov's
+            state['momentum_buffer'] = torch.zeros_like(grad)
+        state['momentum_buffer'].lerp_(grad, 1 - momentum)
+        update = grad.lerp(state['momentum_buffer'], momentum)  # Nesterov's
         update = update.full_tensor() if hasattr(update, 'full_tensor') else update
         parameter.mul_(1 - lr * group['weight_decay'])
         for rows in parts or [slice(0, parameter.size(0))]:
@@ -147,7 +149,7 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     return '.h.' in name and parameter.dim() == 2
 
 
-def local_rows(parameter: torch.Tensor, rows: slice) -> tuple[torch.Tensor, slice]:
+def local_rows(parameter: Any, rows: slice) -> tuple[torch.Tensor, slice]:
     """
     A view of those of a parameter's `rows` that this process holds, and where they stand among `rows`.
 

@@ -5,7 +5,8 @@ $ python data/shakespeare_char/prepare.py
 $ python studies/contest.py                        # a short form: every arm, two rates, few iterations
 $ python studies/contest.py --full=True            # the whole grid and all seeds; two cores take a day
 $ python studies/contest.py --full=True --dataset=code --arms="MHA;MQA;MLA, r=C/2" --figure=assets/contest_code.png
-$ python studies/contest.py --full=True --dataset=code --earlier=assets/contest_code.json --arms=GQA-2    # adds an arm
+$ python studies/contest.py --full=True --dataset=code --reuse=assets/contest_code.json --arms=GQA-2    # adds an arm
+$ python studies/contest.py --reuse=assets/contest_code.json    # tables and pictures again, in seconds
 
 On a GPU, at a larger size:
 $ python studies/contest.py --full=True --dataset=code --n_layer=6 --n_embd=384 --block_size=256 \
@@ -16,7 +17,7 @@ $ python studies/contest.py --full=True --dataset=code --n_layer=6 --n_embd=384 
 3. Conversion: the MHA models of the contest become the arms in CONVERTED, and are fine-tuned briefly.
 4. Controls: MLA that starts from an MHA model of iteration 0, 100 or 500 instead of its own initial values.
 
-Every run is one of train.py, train_mla.py and convert_mla.py. Finished runs are kept: repeat the command to continue.
+Every run is one of train.py and convert_mla.py. Finished runs are kept: repeat the command to continue.
 Writes DATASET.md into out_dir, and beside `figure` (loss over cache bytes per token) a -rates.png (loss over learning
 rate) and a .json with every run. Run it from the repository root.
 """
@@ -29,20 +30,21 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import json
 import os
 import textwrap
 
 import torch
 from matplotlib.figure import Figure
 
-from analysis import comparison, report, stats
+from analysis import comparison, report, stats, style
 from core.cli import arguments, files, machine, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from core.runs.evaluation import mean_and_stderr, window_losses
 from core.text.dataset import TokenData
+from studies.arms import Arm, choose, mla
+from studies.measure import read_json, reading
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-contest'  # the runs
@@ -54,10 +56,10 @@ max_iters = 0  # iterations of each training; 0: 2000, in the short form 50
 tuning_seeds = 0  # seeds per learning rate; 0: 3, in the short form 1
 final_seeds = 0  # seeds at the best rate; 0: 5, in the short form 2
 control_seeds = 0  # seeds of the controls (step 4); 0: as many as final_seeds
-arms = ''  # names of ARMS separated by semicolons; '': all
+arms = ''  # labels of EVERY separated by semicolons; '': all, with `reuse` none
 conversions = True  # steps 3 and 4 too, where MHA and MLA at r=C/2 are among the arms
-earlier = ''  # the .json of an earlier study: its runs are not repeated, its arms stand in the tables too
-rates = ''  # the grid of learning rates, separated by commas, also of earlier arms; '': 2e-3, 4e-3, 8e-3, 1.6e-2
+reuse = ''  # the .json of an earlier study: its arms stand in the tables and pictures too, its runs are not repeated
+rates = ''  # the grid of learning rates, separated by commas, also of reused arms; '': 2e-3, 4e-3, 8e-3, 1.6e-2
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 # size of the models and of a batch
 n_layer = 4
@@ -71,105 +73,59 @@ dtype = 'float32'
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-device = machine.pick_device(device)
-dtype = machine.pick_dtype(dtype, device, n_embd)
-C = n_embd
-SETTING = dict(n_layer=n_layer, n_head=n_head, n_embd=C, block_size=block_size, batch_size=batch_size,
-               gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1,
-               always_save_checkpoint=True, checkpoint_interval=500, log_interval=50, device=device, dtype=dtype,
-               threads=1)  # fmt: skip
-
-
-def mla(n_latent, **more):
-    """Keys of an arm with MLA. They name kv_lr although it is the default: what a name means must not change."""
-    return dict(n_latent=n_latent, kv_lr=1 / 8) | more
-
-
 # With four heads and learned positions MLA at r=C/2 caches what MQA caches, and at r=C, where its keys and values have
 # full rank, what GQA-2 caches. r=2C/3 gives MLA as many parameters as MHA, C/3 as GQA-2, C/6 as MQA.
-ARMS = {
-    'MHA': {},
-    'GQA-2': dict(n_kv_head=2),
-    'MQA': dict(n_kv_head=1),
-    'MLA, r=C': mla(C),
-    'MLA, r=2C/3': mla(2 * C // 3),
-    'MLA, r=C/2': mla(C // 2),
-    'MLA, r=C/3': mla(C // 3),
-    'MLA, r=C/4': mla(C // 4),
-    'MLA, r=C/6': mla(C // 6),
-    'MLA, r=C/8': mla(C // 8),
-    'MLA, r=C/2, latent norm': mla(C // 2, latent_norm=True),
-    'MHA, kv_lr=1/8': dict(kv_lr=1 / 8),
-    'MQA, kv_lr=1/8': dict(n_kv_head=1, kv_lr=1 / 8),
-    'MLA, r=C/2, kv_lr=1': mla(C // 2, kv_lr=1.0),
-    'MLA, r=C/4, kv_lr=1': mla(C // 4, kv_lr=1.0),
-    'MLA, r=C/8, kv_lr=1': mla(C // 8, kv_lr=1.0),
-    'MLA, r=C/2, as in 0.1.0': mla(C // 2, kv_lr=1.0, latent_init='gpt2'),
-    'MHA, RoPE': dict(pos='rope'),
-    'MQA, RoPE': dict(n_kv_head=1, pos='rope'),
-    'MLA, r=C/2, RoPE': mla(C // 2, pos='rope'),
-    'MLA, r=C/2, RoPE, kv_lr=1': mla(C // 2, pos='rope', kv_lr=1.0),
-    'MLA, r=C/2, RoPE, latent norm, kv_lr=1': mla(C // 2, pos='rope', latent_norm=True, kv_lr=1.0),
-    'MHA, Muon': dict(optimizer='muon'),
-    'MQA, Muon': dict(n_kv_head=1, optimizer='muon'),
-    'MLA, r=C/2, Muon': mla(C // 2, optimizer='muon'),
-    'MLA, r=C/2, Muon, kv_lr=1': mla(C // 2, optimizer='muon', kv_lr=1.0),
-}
-CONVERTED = {arm: ARMS[arm] for arm in ('GQA-2', 'MQA', 'MLA, r=C/2', 'MLA, r=C/4', 'MLA, r=C/8')}
-CONTROLS = {arm: ARMS[arm] for arm in ('MHA', 'MLA, r=C/2', 'MLA, r=C')}
+SLOW = 'kv_lr=1/8'
+EVERY = [
+    *(Arm(attention) for attention in ('MHA', 'GQA-2', 'MQA')),
+    *(mla(latent) for latent in ('1/2', '1/4', '1/8')),
+    *(Arm(attention, changes=(SLOW,)) for attention in ('MHA', 'MQA')),
+    *(mla(latent, SLOW) for latent in ('1', '2/3', '1/2', '1/3', '1/4', '1/6', '1/8')),
+    mla('1/2', 'latent norm', SLOW),
+    mla('1/2', 'as in 0.1.0'),
+    *(Arm(attention, changes=('RoPE',)) for attention in ('MHA', 'MQA')),
+    *(mla('1/2', 'RoPE', *more) for more in ((), (SLOW,), ('latent norm',))),
+    *(Arm(attention, changes=('Muon',)) for attention in ('MHA', 'MQA')),
+    *(mla('1/2', 'Muon', *more) for more in ((), (SLOW,))),
+]
+ARMS = {arm.label: arm for arm in EVERY}
+MHA, HALF = Arm('MHA'), mla('1/2', SLOW)
+CONVERTED = [Arm('GQA-2'), Arm('MQA'), HALF, mla('1/4', SLOW), mla('1/8', SLOW)]
+CONTROLS = [MHA, HALF, mla('1', SLOW)]
 STARTS = (0, 100, 500)  # iterations of MHA before a control
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 WINDOWS = 4000 if full else 400  # of the validation split, evenly spaced; tinyshakespeare has 1,742
 TUNING_SEED, FINAL_SEED = 1000, 2000  # where the seeds begin: the rate is chosen on others than those that are reported
 
+device = machine.pick_device(device)
+dtype = machine.pick_dtype(dtype, device, n_embd)
+SETTING = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, batch_size=batch_size)
+SETTING |= dict(gradient_accumulation_steps=1, bias=False, beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1)
+SETTING |= dict(always_save_checkpoint=True, checkpoint_interval=500, log_interval=50)
+SETTING |= dict(device=device, dtype=dtype, threads=1)
+iterations = max_iters or (2000 if full else 50)
+tuning_iterations = max(1, iterations // 10)  # after a conversion
+n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
+runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
+
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def script_of(keys):
-    """The script that trains a model with these keys."""
-    return 'train_mla.py' if 'n_latent' in keys else 'train.py'
-
-
-def run(arm, keys, rate, seed, iterations, kind='scratch', source=''):
-    """A training as scripts.run_all takes it; source: a checkpoint to start from."""
-    slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.lower().replace(', ', '_'))
-    name = f'{slug}_{kind}_lr{rate:g}_s{seed}'
-    keys = {**SETTING, **keys, 'max_iters': iterations, 'lr_decay_iters': iterations, 'eval_interval': iterations,
-            'learning_rate': rate, 'seed': seed, 'dataset': dataset, 'data_dir': data_dir}  # fmt: skip
-    keys.update(dict(init_from=source) if source else {}, resume='auto')
-    return dict(name=name, arm=arm, kind=kind, rate=rate, seed=seed, keys=keys, folder=os.path.join(runs_dir, name))
+def run(arm, rate, seed, steps, kind='scratch', source='', **more):
+    """A training as subprocesses.run_all takes it; source: a checkpoint to start from."""
+    name = f'{arm.slug}_{kind}_lr{rate:g}_s{seed}'
+    keys = SETTING | arm.keys(n_embd) | dict(max_iters=steps, lr_decay_iters=steps, eval_interval=steps)
+    keys |= dict(learning_rate=rate, seed=seed, dataset=dataset, data_dir=data_dir, resume='auto') | more
+    keys |= dict(init_from=source) if source else {}
+    folder = os.path.join(runs_dir, name)
+    return dict(name=name, arm=arm.label, kind=kind, rate=rate, seed=seed, keys=keys, folder=folder)
 
 
 def trained(arm, rate, seed):
     """A run of an arm from scratch. MHA's keep the checkpoints from which the controls start."""
-    kept = {'keep_checkpoints': ','.join(map(str, STARTS))} if arm == 'MHA' and seed >= FINAL_SEED else {}
-    return run(arm, {**ARMS[arm], **kept}, rate, seed, iterations)
-
-
-def read_earlier():
-    """
-    The study in `earlier`: {what names a run: its numbers}, and MHA's best rate. UserError if it had another setting.
-    """
-    if not earlier:
-        return {}, None
-    try:
-        with open(earlier, encoding='utf-8') as file:
-            numbers = json.load(file)
-        found = {identity(r): r for r in numbers['runs']}
-        of_mha = numbers['best_rates'].get('MHA')
-        theirs = {'corpus': numbers['corpus'], 'iterations': numbers['iterations'], **numbers['setting']}
-        unknown = {r['arm'] for r in numbers['runs']} - set(ARMS)
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{earlier} can't be read as a study ({error}); name the .json of another") from error
-    for key, value in {'corpus': data.corpus, 'iterations': iterations, **SETTING}.items():
-        if theirs.get(key) != value:
-            raise UserError(f'{earlier} has {key}={theirs.get(key)}, not {value}; leave out --earlier')
-    if unknown:
-        raise UserError(
-            f'{earlier} has arms that are not known here ({"; ".join(sorted(unknown))}); leave out --earlier'
-        )
-    return found, of_mha
+    kept = dict(keep_checkpoints=','.join(map(str, STARTS))) if arm == MHA and seed >= FINAL_SEED else {}
+    return run(arm, rate, seed, iterations, **kept)
 
 
 def identity(item):
@@ -177,15 +133,22 @@ def identity(item):
     return item['arm'], item['kind'], item['rate'], item['seed']
 
 
-def joined(results, wanted):
-    """Results of this study's runs, then the recorded ones that are not among them and for which wanted(run)."""
-    known = {identity(r) for r in results}
-    return results + [r for name, r in recorded.items() if name not in known and wanted(r)]
+def do(work, items, recorded):
+    """
+    The results of runs: as they are recorded, of the others work(run).
+
+    They are started seed by seed so that an interrupted study has whole columns.
+    """
+    known = {identity(r): r for r in recorded}
+    missing = [item for item in items if identity(item) not in known]
+    made = subprocesses.run_all(work, sorted(missing, key=lambda item: (item['seed'], item['rate'])), jobs)
+    return made + [known[identity(item)] for item in items if identity(item) in known]
 
 
-def make(item):
-    """A run with 'val_loss', 'parameters', ...: as recorded in `earlier`, or trained and measured now."""
-    return dict(item, **recorded[identity(item)]) if identity(item) in recorded else train_and_measure(item)
+def joined(runs, others):
+    """Runs, and those of others that are not among them."""
+    known = {identity(r) for r in runs}
+    return runs + [r for r in others if identity(r) not in known]
 
 
 def train_and_measure(item):
@@ -193,12 +156,11 @@ def train_and_measure(item):
     ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
     if not finished(item, ckpt):
         keys = dict(item['keys'], compile=False, out_dir=item['folder'])  # compiling takes longer than a small run
-        if not subprocesses.converges(script_of(item['keys']), [keys], item['folder']):
+        if not subprocesses.converges('train.py', [keys], item['folder']):
             return dict(item, val_loss=None)  # this rate is too high for this arm
     if not subprocesses.is_current(result, ckpt):
         files.write_json(result, measured(ckpt))
-    with open(result, encoding='utf-8') as file:
-        return dict(item, **json.load(file))
+    return item | read_json(result)
 
 
 def finished(item, ckpt):
@@ -220,276 +182,283 @@ def measured(ckpt):
     return dict(val_loss=mean_and_stderr(losses)[0], **comparison.sizes(model))
 
 
-def convert(item):
-    """Convert the MHA model that a run starts from, measure the result, then fine-tune it."""
-    if identity(item) in recorded:
-        return make(item)
+def convert_and_tune(item):
+    """Convert the MHA model that a run starts from (MHA itself stays), measure it, then fine-tune it."""
+    if item['arm'] == MHA.label:
+        return train_and_measure(item)
     folder = item['folder'] + '_converted'
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
-        sizes = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
-        keys = dict(sizes, source=item['keys']['init_from'], data_dir=data_dir, device=device, threads=1,
-                    eval_tokens=4096, out_dir=folder)  # fmt: skip
-        subprocesses.run_script('convert_mla.py', [keys], folder)
+        keys = {key: value for key, value in item['keys'].items() if key in ('n_latent', 'n_kv_head')}
+        keys |= dict(source=item['keys']['init_from'], data_dir=data_dir, device=device, eval_tokens=4096)
+        subprocesses.run_script('convert_mla.py', [dict(keys, threads=1, out_dir=folder)], folder)
     item = dict(item, keys=dict(item['keys'], init_from=folder))
-    return dict(make(item), before=measured(os.path.join(folder, 'ckpt.pt'))['val_loss'])
+    return dict(train_and_measure(item), before=measured(os.path.join(folder, 'ckpt.pt'))['val_loss'])
 
 
-def train_sources(starts):
-    """Train the MHA models that runs of `starts` begin from, where those are not recorded and the models are gone."""
-    seeds = {item['seed'] for item in starts if identity(item) not in recorded}
-    in_order(train_and_measure, [r for r in final if r['arm'] == 'MHA' and r['seed'] in seeds])
+def read_study(path):
+    """The numbers of a study, its arms under the names that they have now. UserError if it isn't one."""
+    with reading(path):
+        numbers = read_json(path)
+        numbers['runs'] = [dict(r, arm=name_now(r), val_loss=r['val_loss']) for r in numbers['runs']]
+        numbers['mha_rate'] = numbers['best_rates'].get(MHA.label)
+        numbers['setting'] = {key: numbers['setting'][key] for key in SETTING}
+        numbers['setting'] = dict(numbers['setting'], corpus=numbers['corpus'], iterations=numbers['iterations'])
+        unknown = {identity(r)[0] for r in numbers['runs']} - set(ARMS)
+    if unknown:
+        raise UserError(f'{path} has arms that are not known here ({"; ".join(sorted(unknown))}); leave out --reuse')
+    return numbers
 
 
-def in_order(work, items):
-    """Results of runs, started seed by seed so that an interrupted study has whole columns."""
-    return subprocesses.run_all(work, sorted(items, key=lambda item: (item['seed'], item['rate'])), jobs)
+def name_now(recorded):
+    """The name of a recorded run's arm: before runs said their kv_lr, MLA's was 1/8 unless the name told another."""
+    name = recorded['arm']
+    if 'kv_lr' in recorded or not name.startswith('MLA'):
+        return name
+    return name.removesuffix(', kv_lr=1') if name.endswith((', kv_lr=1', ', as in 0.1.0')) else f'{name}, {SLOW}'
 
 
-def losses(results, arm, kind='scratch', rate=None):
-    """{seed: validation loss} of an arm, at one rate or at that of its runs; those that diverged are left out."""
-    return {r['seed']: r['val_loss'] for r in results
-            if (r['arm'], r['kind'], r['rate']) == (arm, kind, rate or r['rate']) and r['val_loss']}  # fmt: skip
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def mean(values):
-    """The mean of the values of a dict."""
-    return sum(values.values()) / len(values)
+class Study:
+    """Runs of a study, however they came about, and each arm's best learning rate."""
 
+    def __init__(self, runs, rates):
+        self.runs, self.rates = runs, rates
+        self.grid = {name: self.mean_losses(name) for name in ARMS if self.tuning_seeds(name)}
+        if lost := [name for name, means in self.grid.items() if not means]:
+            raise UserError(f'{"; ".join(lost)} diverged at every learning rate; add lower ones to --rates')
+        self.best = {name: min(means, key=means.get) for name, means in self.grid.items()}
 
-def seeds_of(arm):
-    """How many seeds an arm was tuned with."""
-    return len({r['seed'] for r in tuning if r['arm'] == arm})
+    def tuning(self, name):
+        """The runs that were to find an arm's best rate."""
+        return [r for r in self.runs if r['arm'] == name and r['seed'] < FINAL_SEED and r['rate'] in self.rates]
 
+    def tuning_seeds(self, name):
+        """How many seeds they have."""
+        return len({r['seed'] for r in self.tuning(name)})
 
-def best_rate(arm):
-    """The rate of the lowest mean loss in the tuning, among those at which no seed diverged."""
-    found = {rate: losses(tuning, arm, rate=rate) for rate in rates_tried}
-    whole = {rate: mean(values) for rate, values in found.items() if len(values) == seeds_of(arm)}
-    if not whole:
-        raise UserError(f'{arm} diverged at every learning rate; add lower ones to --rates')
-    return min(whole, key=whole.get)
+    def mean_losses(self, name):
+        """{rate: mean loss} of an arm's tuning; a rate at which a seed diverged is left out."""
+        runs = [r for r in self.tuning(name) if r['val_loss']]
+        found = {rate: [r['val_loss'] for r in runs if r['rate'] == rate] for rate in self.rates}
+        seeds = self.tuning_seeds(name)
+        return {rate: sum(values) / seeds for rate, values in found.items() if len(values) == seeds}
+
+    def final(self, kind='scratch'):
+        """The runs that are reported: from scratch at the best rate, 'tuned' after a conversion, 'from100'."""
+        of_kind = (r for r in self.runs if r['kind'] == kind and r['seed'] >= FINAL_SEED)
+        return [r for r in of_kind if kind != 'scratch' or r['rate'] == self.best.get(r['arm'])]
+
+    def losses(self, arm, kind='scratch', key='val_loss'):
+        """{seed: validation loss} of an arm's reported runs that didn't diverge."""
+        return {r['seed']: r[key] for r in self.final(kind) if r['arm'] == arm.label and r.get(key)}
+
+    def arms(self, kind='scratch'):
+        """The arms of which there are such runs."""
+        return [arm for arm in EVERY if self.losses(arm, kind)]
+
+    def size(self, arm, kind='scratch', key='cache_bytes_per_token'):
+        """A size of an arm's models."""
+        return next(r[key] for r in self.final(kind) if r['arm'] == arm.label and r['val_loss'])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def interval(values, form='.4f'):
-    """Mean ± half width of the 95 % t interval; mean [range] for fewer than four values."""
-    values = list(values)
-    middle, half = stats.t_interval(values)
-    if half is not None:
-        return f'{middle:{form}} ± {half:.4f}'
-    return f'{middle:{form}}' + (f' [{min(values):{form}}, {max(values):{form}}]' if len(values) > 1 else '')
-
-
 def minus(mine, theirs):
     """Differences of two {seed: loss}, by seed, as a cell; '' where no seed is in both, or both are the same."""
     shared = sorted(mine.keys() & theirs.keys()) if mine != theirs else []
-    return interval([mine[seed] - theirs[seed] for seed in shared], '+.4f') if shared else ''
+    return report.spread([mine[seed] - theirs[seed] for seed in shared], '+.4f') if shared else ''
 
 
-def reference(arm, name):
-    """MHA or MQA (`name`) with the same positions and the same optimizer as an arm."""
-    return name + ', RoPE' * (', RoPE' in arm) + ', Muon' * (', Muon' in arm)
+def setup(arm):
+    """What an arm changes beside its attention: its positions and its optimizer."""
+    return tuple(change for change in arm.changes if change in ('RoPE', 'Muon'))
 
 
-def size_of(results, arm):
-    """A run of an arm that was measured, for its sizes."""
-    return next(r for r in results if r['arm'] == arm and r['val_loss'])
-
-
-def contest_table():
-    """Every arm at its best rate."""
-    heading = ('arm', 'parameters', 'cache bytes per token', 'best learning rate', 'seeds', 'validation loss',
-               'minus MHA', 'minus MQA')  # fmt: skip
+def contest_table(study):
+    """Every arm at its best rate, and against MHA and MQA with the same positions and optimizer."""
+    sizes, losses = ('parameters', 'cache bytes per token'), ('validation loss', 'minus MHA', 'minus MQA')
     rows = []
-    for arm in chosen:
-        one, mine = size_of(final, arm), losses(final, arm)
-        edge = ' (end of the grid)' * (best[arm] in (rates_tried[0], rates_tried[-1]))
-        gaps = [minus(mine, losses(final, reference(arm, name))) for name in ('MHA', 'MQA')]
-        rows.append((arm, f'{one["parameters"]:,}', f'{one["cache_bytes_per_token"]:,}', f'{best[arm]:g}{edge}',
-                     len(mine), interval(mine.values()), *gaps))  # fmt: skip
-    return report.markdown_table(heading, rows)
+    for arm in study.arms():
+        mine, rate = study.losses(arm), study.best[arm.label]
+        edge = ' (end of the grid)' * (rate in (study.rates[0], study.rates[-1]))
+        gaps = [minus(mine, study.losses(Arm(name, changes=setup(arm)))) for name in ('MHA', 'MQA')]
+        found = [f'{study.size(arm, key=key.replace(" ", "_")):,}' for key in sizes]
+        rows.append((arm.label, *found, f'{rate:g}{edge}', len(mine), report.spread(mine.values(), '.4f'), *gaps))
+    return report.markdown_table(('arm', *sizes, 'best learning rate', 'seeds', *losses), rows)
 
 
-def grid_table():
+def grid_table(study):
     """The mean loss of every arm at every rate of the grid."""
     rows = []
-    for arm in chosen:
-        found = [losses(tuning, arm, rate=rate) for rate in rates_tried]
-        seeds = seeds_of(arm)
-        cells = (f'{mean(values):.4f}' if len(values) == seeds else 'diverged' for values in found)
-        rows.append((arm, *cells, seeds))
-    return report.markdown_table(('arm', *(f'{rate:g}' for rate in rates_tried), 'seeds'), rows)
+    for name in (arm.label for arm in study.arms()):
+        means = study.grid[name]
+        cells = (f'{means[rate]:.4f}' if rate in means else 'diverged' for rate in study.rates)
+        rows.append((name, *cells, study.tuning_seeds(name)))
+    return report.markdown_table(('arm', *(f'{rate:g}' for rate in study.rates), 'seeds'), rows)
 
 
-def conversion_table():
+def conversion_table(study):
     """MHA models converted, before and after fine-tuning, against the same fine-tuning of MHA itself."""
-    heading = ('MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA',
-               'fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch')  # fmt: skip
+    heading = ['MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA']
+    heading += ['fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch']
     rows = []
-    for arm in (arm for arm in CONVERTED if losses(converted, arm, 'tuned')):
-        before = {r['seed']: r['before'] for r in converted if r['arm'] == arm and 'before' in r}
-        mine = losses(converted, arm, 'tuned')
-        rows.append((arm, f'{size_of(converted, arm)["cache_bytes_per_token"]:,}', minus(before, losses(final, 'MHA')),
-                     minus(mine, losses(converted, 'MHA', 'tuned')), minus(mine, losses(final, arm))))  # fmt: skip
+    for arm in study.arms('tuned'):
+        if arm != MHA:
+            mine, mha = study.losses(arm, 'tuned'), study.losses(MHA, 'tuned')
+            before = minus(study.losses(arm, 'tuned', 'before'), study.losses(MHA))
+            gaps = (before, minus(mine, mha), minus(mine, study.losses(arm)))
+            rows.append((arm.label, f'{study.size(arm, "tuned"):,}', *gaps))
     return report.markdown_table(heading, rows)
 
 
-def control_table():
+def control_table(study):
     """Models that start from MHA of an early iteration, against MHA itself."""
-    rows = [(arm, *(minus(losses(controls, arm, f'from{start}'), losses(final, 'MHA')) for start in STARTS))
-            for arm in CONTROLS]  # fmt: skip
+    mha = study.losses(MHA)
+    rows = [(arm.label, *(minus(study.losses(arm, f'from{start}'), mha) for start in STARTS)) for arm in CONTROLS]
     return report.markdown_table(('then', *(f'{start} iterations of MHA' for start in STARTS)), rows)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-# of different brightness, to be distinguishable in grey
-MARKERS = 'osD^vP*X<>hp8dH'
-DARK, LIGHT, WARM, PALE, GREY = '#1f3b73', '#6d9eeb', '#c4622d', '#eda67c', '#7a7a7a'
-GROUPS = {'learned positions, AdamW': '', 'RoPE, AdamW': ', RoPE', 'learned positions, Muon': ', Muon'}
+PANELS = {(): 'learned positions, AdamW', ('RoPE',): 'RoPE, AdamW', ('Muon',): 'learned positions, Muon'}
 
 
-def color_of(arm):
-    """The color of an arm's curve."""
-    if 'MLA' in arm:
-        return LIGHT if 'kv_lr' in arm else DARK
-    return PALE if 'kv_lr' in arm else WARM if 'MHA' in arm else GREY
+def draw_rates(study, setting_line):
+    """Loss over learning rate by arm, one panel for each kind of positions and optimizer."""
+    groups = {key: [arm for arm in study.arms() if setup(arm) == key] for key in PANELS}
+    groups = {key: group for key, group in groups.items() if group}
+    figure = Figure(figsize=(style.WIDTH, 1 + 3.2 * len(groups)))
+    for axis, (key, group) in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups.items(), strict=True):
+        for arm in group:
+            axis.plot(*zip(*study.grid[arm.label].items(), strict=True), label=arm.label, **arm.look())
+        axis.set_xscale('log', base=2)
+        axis.set_xticks(study.rates, [f'{rate:g}' for rate in study.rates])
+        lowest = min(min(study.grid[arm.label].values()) for arm in group)
+        axis.set(title=PANELS[key], ylabel='validation loss (nats per token)', ylim=(lowest - 0.02, lowest + 0.25))
+        axis.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    axis.set_xlabel('learning rate')
+    figure.suptitle(f'Every model on the same grid of learning rates\n{textwrap.fill(setting_line, 90)}')
+    return figure
 
 
-def members(group):
-    """The chosen arms of a group of GROUPS."""
-    mark = GROUPS[group]
-    return [arm for arm in chosen if (mark in arm if mark else ', RoPE' not in arm and ', Muon' not in arm)]
+def curves(study):
+    """The curves of `draw_cache`: a label, the kind of the runs, arms and a look each."""
+    ways = (('scratch', (), '', '-'), ('scratch', (SLOW,), ', kv_lr=1/8', '--'), ('tuned', None, '', ':'))
+    for name, attentions in (('MHA, GQA, MQA', ('MHA', 'GQA-2', 'MQA')), ('MLA', ('MLA',))):
+        for variant, (kind, changes, more, line) in enumerate(ways):
+            found = [arm for arm in study.arms(kind) if arm.attention in attentions]
+            members = [arm for arm in found if (arm != MHA if kind == 'tuned' else arm.changes == changes)]
+            label = f'{name} ' + ('converted from MHA' if kind == 'tuned' else 'from scratch') + more
+            yield label, kind, members, dict(style.look(attentions[0], 0.5, variant), linestyle=line)
 
 
-def draw_rates():
-    """Loss over learning rate by arm, one panel for each group."""
-    groups = [group for group in GROUPS if members(group)]
-    picture = Figure(figsize=(5.2 * len(groups), 5), layout='constrained')
-    lowest = min(r['val_loss'] for r in tuning if r['val_loss'])
-    for axes, group in zip(picture.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
-        for number, arm in enumerate(members(group)):
-            found = [(rate, losses(tuning, arm, rate=rate)) for rate in rates_tried]
-            points = [(rate, mean(values)) for rate, values in found if len(values) == seeds_of(arm)]
-            color = color_of(arm)
-            axes.plot(*zip(*points, strict=True), color=color, marker=MARKERS[number % len(MARKERS)],
-                      linestyle=('-', '--', ':', '-.')[number % 4], label=arm)  # fmt: skip
-        axes.set_xscale('log', base=2)
-        axes.set_xticks(rates_tried, [f'{rate:g}' for rate in rates_tried])
-        axes.set(xlabel='learning rate', title=group, ylim=(lowest - 0.02, lowest + 0.3))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    picture.axes[0].set_ylabel('validation loss (nats per token)')
-    title = f'Every arm on the same grid of learning rates: {setting_line}'
-    title = title.replace('C = ', 'C\xa0=\xa0')  # not to be broken there
-    picture.suptitle(textwrap.fill(title, 55 * len(groups)), fontsize='medium')
-    return picture
-
-
-def draw_cache():
+def draw_cache(study, setting_line):
     """Loss over cache bytes per token: from scratch at the best rate, and converted from MHA."""
-    picture = Figure(figsize=(8, 5.5), layout='constrained')
-    axes, sizes = picture.subplots(), set()
-    plain = members('learned positions, AdamW')
-    scratch = [arm for arm in plain if arm.count(',') < 2 and 'kv_lr' not in arm]
-    others = {share: [arm for arm in plain if arm.endswith(f', kv_lr={share}')] for share in ('1/8', '1')}
-    curves = [
-        ('MHA, GQA, MQA from scratch', final, 'scratch', [a for a in scratch if 'MLA' not in a], WARM, 'o', '-'),
-        ('MLA from scratch', final, 'scratch', [a for a in scratch if 'MLA' in a], DARK, 's', '-'),
-        ('MHA, MQA from scratch, kv_lr=1/8', final, 'scratch', others['1/8'], PALE, 'o', '-'),
-        ('MLA from scratch, kv_lr=1', final, 'scratch', others['1'], LIGHT, 's', '-'),
-        ('GQA, MQA converted from MHA', converted, 'tuned', ['GQA-2', 'MQA'], WARM, 'o', ':'),
-        ('MLA converted from MHA', converted, 'tuned', [a for a in CONVERTED if 'MLA' in a], DARK, 's', ':'),
-    ]
-    for label, results, kind, names, color, marker, line in curves:
-        found = [(size_of(results, arm)['cache_bytes_per_token'], *stats.t_interval(list(values.values())), arm)
-                 for arm in names if (values := losses(results, arm, kind))]  # fmt: skip
-        if not found:
-            continue
-        x, y, half, texts = zip(*sorted(found), strict=True)
-        sizes.update(x)
-        fill = {} if line == '-' else {'markerfacecolor': 'white'}
-        axes.errorbar(x, y, [width or 0 for width in half], color=color, marker=marker, linestyle=line, capsize=3,
-                      label=label, **fill)  # fmt: skip
-        if kind == 'scratch':
-            for text, *place in zip(texts, x, y, strict=True):
-                if 'kv_lr' not in text:  # those stand at the same caches
-                    axes.annotate(text, place, (6, 7), textcoords='offset points', fontsize=8, color=color)
+    figure = Figure(figsize=(style.WIDTH, 5.6))
+    axes, sizes = figure.subplots(), set()
+    for label, kind, members, look in curves(study):
+        points = [(study.size(arm, kind), *stats.t_interval([*study.losses(arm, kind).values()])) for arm in members]
+        if points:
+            x, y, half = zip(*sorted(points), strict=True)
+            sizes.update(x)
+            axes.errorbar(x, y, [width or 0 for width in half], capsize=3, label=label, **look)
+        if label.endswith('scratch'):  # the others stand at the same caches
+            for arm, (*place, _) in zip(members, points, strict=True):
+                offset = dict(textcoords='offset points', fontsize=8.5, color=look['color'])
+                axes.annotate(arm.label, place, (6, 7), **offset)
     axes.set_xscale('log', base=2)
     axes.set_xticks(sorted(sizes), [f'{size:,}' for size in sorted(sizes)], rotation=45)
     axes.minorticks_off()
     axes.margins(x=0.1)
     axes.set(xlabel='cache bytes per token (float32)', ylabel='validation loss (nats per token)')
-    title = 'Loss against cache, each arm at its best learning rate: mean and 95 % interval\n'
-    axes.set_title(title + textwrap.fill(setting_line.replace('C = ', 'C\xa0=\xa0'), 80), fontsize='medium')
-    axes.grid(alpha=0.3)
+    title = 'Loss against cache, each at its best learning rate: mean and 95 % interval'
+    axes.set_title(f'{title}\n{textwrap.fill(setting_line, 90)}')
     axes.legend()
-    return picture
+    return figure
 
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-named = [arm.strip() for arm in arms.split(';')] if arms else list(ARMS)
-if unknown := set(named) - set(ARMS):
-    raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
-iterations = max_iters or (2000 if full else 50)
-tuning_iterations = max(1, iterations // 10)
-n_tuning, n_final = tuning_seeds or (3 if full else 1), final_seeds or (5 if full else 2)
-rates_tried = tuple(sorted(set(arguments.numbers(rates, 'rates')))) or (RATES if full else RATES[1::2])
-data = TokenData(os.path.join(data_dir, dataset), block_size)
-runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}')
-arguments.check_folder(runs_dir)
+
+def contest(named, rates, recorded, mha_rate):
+    """The Study of these arms at these learning rates, and of recorded runs; mha_rate: MHA's best one among those."""
+    plans = [trained(arm, rate, TUNING_SEED + n) for arm in named for rate in rates for n in range(n_tuning)]
+    runs = joined(do(train_and_measure, plans, recorded), [r for r in recorded if r['kind'] == 'scratch'])
+    best, seeds = Study(runs, rates).best, [FINAL_SEED + n for n in range(n_final)]
+    plans = [trained(arm, best[arm.label], seed) for arm in named for seed in seeds]
+    study = Study(joined(runs, do(train_and_measure, plans, recorded)), rates)
+    if lost := [arm.label for arm in named if not set(seeds) <= set(study.losses(arm))]:
+        raise UserError(f'{"; ".join(lost)} diverged with a final seed; leave its best rate out of --rates')
+    # recorded conversions and controls begin from MHA models at its best rate of then
+    begun = [r for r in recorded if r['kind'] != 'scratch'] if mha_rate == best.get('MHA') else []
+    if conversions and {MHA, HALF} <= set(named):
+        begun = joined(converted_and_controls(named, seeds, best, begun), begun)
+    return Study(joined(study.runs, begun), rates)
+
+
+def converted_and_controls(named, seeds, best, recorded):
+    """Steps 3 and 4: runs that begin from MHA models, at a fixed rate, or at the best one of the arm they become."""
+    sources, starts, early = {seed: trained(MHA, best['MHA'], seed) for seed in seeds}, [], []
+    for seed, source in sources.items():
+        for arm in [MHA, *(arm for arm in CONVERTED if arm in named)]:
+            starts.append(run(arm, 1e-3, seed, tuning_iterations, 'tuned', source['folder'], warmup_iters=10))
+    for seed in seeds[: control_seeds or n_final]:
+        for arm, start in [(arm, start) for arm in CONTROLS for start in STARTS if start < iterations]:
+            rate = best[MHA.label if arm == MHA else HALF.label]
+            source = os.path.join(sources[seed]['folder'], f'ckpt_{start:06}.pt')
+            early.append(run(arm, rate, seed, iterations - start, f'from{start}', source))
+    known = {identity(r) for r in recorded}
+    needed = {item['seed'] for item in starts + early if identity(item) not in known}
+    do(train_and_measure, [sources[seed] for seed in sorted(needed)], [])  # recorded ones may be gone
+    return do(convert_and_tune, starts, recorded) + do(train_and_measure, early, recorded)
+
+
+named = choose(arms, EVERY) if arms else [] if reuse else EVERY
+grid = tuple(sorted(set(arguments.numbers(rates, 'rates'))))
 if figure:
     arguments.check_file(figure, 'figure')
+arguments.check_folder(runs_dir)
+earlier = read_study(reuse) if reuse else dict(setting=SETTING, runs=[], mha_rate=None)
+setting = earlier['setting']
+if named:
+    data = TokenData(os.path.join(data_dir, dataset), block_size)
+    setting = dict(SETTING, corpus=data.corpus, iterations=iterations)
+    grid = grid or (RATES if full else RATES[1::2])
+    for key, value in setting.items():
+        if reuse and earlier['setting'].get(key) != value:
+            raise UserError(f'{reuse} has {key}={earlier["setting"].get(key)}, not {value}; leave out --reuse')
 torch.set_num_threads(1)
+with reading('' if named else reuse):
+    grid = grid or tuple(sorted({r['rate'] for r in earlier['runs'] if r['seed'] < FINAL_SEED}))
+    study = contest(named, grid, earlier['runs'], earlier['mha_rate'])
 
-recorded, recorded_mha = read_earlier()
-plans = [trained(arm, rate, TUNING_SEED + n) for arm in named for rate in rates_tried for n in range(n_tuning)]
-tuning = joined(in_order(make, plans), lambda r: r['rate'] in rates_tried and r['seed'] < FINAL_SEED)
-best = {arm: best_rate(arm) for arm in ARMS if seeds_of(arm)}
-final = in_order(make, [trained(arm, best[arm], FINAL_SEED + n) for arm in named for n in range(n_final)])
-if lost := [arm for arm in named if len(losses(final, arm)) < n_final]:
-    raise UserError(f'{"; ".join(lost)} diverged with a final seed; its best rate is not safe, leave it out of --rates')
-sources = {r['seed']: r['folder'] for r in final if r['arm'] == 'MHA'}
-final = joined(final, lambda r: (r['kind'], r['rate']) == ('scratch', best.get(r['arm'])) and r['seed'] >= FINAL_SEED)
-chosen = [arm for arm in ARMS if losses(final, arm)]
-if recorded_mha != best.get('MHA'):  # then its conversions and controls begin from other models
-    recorded = {name: r for name, r in recorded.items() if r['kind'] == 'scratch'}
-starts, early = [], []
-if conversions and {'MHA', 'MLA, r=C/2'} <= set(named):
-    targets = {arm: sizes for arm, sizes in CONVERTED.items() if arm in named}
-    starts = [run(arm, {**keys, 'warmup_iters': 10}, 1e-3, seed, tuning_iterations, 'tuned', source)
-              for seed, source in sources.items() for arm, keys in {'MHA': {}, **targets}.items()]  # fmt: skip
-    early = [run(arm, keys, best['MLA, r=C/2' if keys else 'MHA'], seed, iterations - min(start, iterations - 1),
-                 f'from{start}', os.path.join(source, f'ckpt_{start:06}.pt'))
-             for seed, source in list(sources.items())[: control_seeds or n_final]
-             for arm, keys in CONTROLS.items() for start in STARTS
-             if start < iterations]  # fmt: skip
-    train_sources(starts + early)
-converted = in_order(lambda item: make(item) if item['arm'] == 'MHA' else convert(item), starts)
-converted = joined(converted, lambda r: r['kind'] == 'tuned')
-controls = joined(in_order(make, early), lambda r: r['kind'].startswith('from'))
-
-setting_line = f'{iterations} iterations on {data.corpus}, {n_layer} layers, C = {C}'
+corpus, iterations = setting.pop('corpus'), setting.pop('iterations')
+setting_line = f'{iterations} iterations on {corpus}, {setting["n_layer"]} layers, C\xa0=\xa0{setting["n_embd"]}'
 intro = (
-    f'{setting_line}, {n_head} heads, {batch_size} x {block_size} tokens per iteration. Learning rates: the best of '
-    f'{len(rates_tried)} on the seeds that the second table counts. Losses: other seeds at that rate, mean ± half '
-    'width of the 95 % t interval, with fewer than four seeds mean [range]; differences are by seed.'
-    + ('' if full else ' A short form, whose losses say nothing about which arm is better.')
-)  # fmt: skip
-text = f'{intro}\n\n{contest_table()}\nMean loss of the tuning by learning rate:\n\n{grid_table()}'
-if converted:
-    text += (f'\nMHA converted and fine-tuned for {tuning_iterations} iterations at 1e-3:\n\n{conversion_table()}'
-             f'\nControls: loss minus MHA, after as many iterations in all:\n\n{control_table()}')  # fmt: skip
+    f'{setting_line}, {setting["n_head"]} heads, {setting["batch_size"]} x {setting["block_size"]} tokens per '
+    f'iteration. Learning rates: the best of {len(grid)} on the seeds that the second table counts. Losses: other '
+    'seeds at that rate, mean ± half width of the 95 % t interval, with fewer than four seeds mean [range]; '
+    'differences are by seed.'
+)
+if named and not full:
+    intro += ' A short form, whose losses say nothing about which arm is better.'
+text = f'{intro}\n\n{contest_table(study)}\nMean loss of the tuning by learning rate:\n\n{grid_table(study)}'
+if study.arms('tuned'):
+    steps = max(1, iterations // 10)
+    text += f'\nMHA converted and fine-tuned for {steps} iterations at 1e-3:\n\n{conversion_table(study)}'
+    text += f'\nControls: loss minus MHA, after as many iterations in all:\n\n{control_table(study)}'
 print(text, end='')
 os.makedirs(out_dir, exist_ok=True)  # where every run is an earlier one, nothing has made it
-report.save_text(os.path.join(out_dir, f'{os.path.basename(dataset)}.md'), text)
-path = figure or os.path.join(out_dir, f'{os.path.basename(dataset)}.png')
+name = os.path.basename(dataset) if named else Path(reuse).stem
+report.save_text(os.path.join(out_dir, f'{name}.md'), text)
+path = figure or os.path.join(out_dir, f'{name}.png')
 keep = ('arm', 'kind', 'rate', 'seed', 'val_loss', 'before', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
-every = [{key: item[key] for key in keep if key in item} for item in (*tuning, *final, *converted, *controls)]
-numbers = dict(corpus=data.corpus, iterations=iterations, setting=SETTING, best_rates=best, runs=every)
+shown = [r for r in study.runs if r['seed'] >= FINAL_SEED or r['rate'] in grid]
+every = [{key: r[key] for key in keep if key in r} | dict(kv_lr=ARMS[r['arm']].keys(n_embd)['kv_lr']) for r in shown]
+numbers = dict(corpus=corpus, iterations=iterations, setting=setting, best_rates=study.best, runs=every)
 report.save_json(os.path.splitext(path)[0] + '.json', numbers)
-report.save_figure(path, draw_cache())
-report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates())
+report.save_figure(path, draw_cache(study, setting_line))
+report.save_figure(os.path.splitext(path)[0] + '-rates.png', draw_rates(study, setting_line))

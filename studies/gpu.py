@@ -54,6 +54,18 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
+LATENTS = (32, 16) if rehearse else (384, 192)  # C/2 and C/4
+LONGEST = (2, 32) if rehearse else (64, 16384)  # a batch and a context
+AFTERWARDS = 20 if rehearse else 240  # seconds of the last part for what follows its trainings
+LEAST = 5 if rehearse else 360  # seconds without which the last part isn't worth its start
+# of the rehearsal: keys of bench.py, of trainings, and of what reads them
+SMALL_BENCH = dict(n_layer=1, n_head=4, n_embd=64, vocab_size=300, device='cpu', dtype='float32', rounds=2, threads=1)
+SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, device='cpu', threads=1, compile=False)
+SMALL_RUN |= dict(eval_interval=10, eval_iters=2, warmup_iters=2, lr_decay_iters=20, max_iters=iterations or 20)
+SMALL_COMPARISON = dict(device='cpu', windows=8, batch_size=4, sample_tokens=8)
+SMALL_ANALYSIS = dict(sequences=8, length=8, controls=2, resamples=100, ablate_sequences=2, text_windows=2)
+SMALL_ANALYSIS |= dict(device='cpu', threads=1, html=False)
+PACKAGES = ('torch', 'numpy', 'transformers', 'datasets', 'matplotlib', 'tqdm')
 
 
 @dataclass
@@ -61,28 +73,11 @@ class Part:
     """Commands that are run one after the other, each a list of arguments; `seconds` is the limit of all of them."""
 
     title: str
-    seconds: float
+    seconds: float  # 0: whatever is left
     commands: list
-    needs: str = ''  # a package without which it is left out
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
-
-
-def keys(**values):
-    """Arguments --key=value."""
-    return [f'--{key}={value}' for key, value in values.items()]
-
-
-def bench(name, **settings):
-    """A command of bench.py that writes NAME.json."""
-    return [PYTHON, 'bench.py', *keys(**settings | (SMALL_BENCH if rehearse else {}), json=path(f'{name}.json'))]
-
-
-def train(script, *arguments, **settings):
-    """A training that goes on where it was stopped."""
-    small = dict(SMALL_RUN, max_iters=iterations or 20) if rehearse else {}
-    return [PYTHON, script, *arguments, *keys(**settings | small, resume='auto')]
 
 
 def path(name):
@@ -90,102 +85,101 @@ def path(name):
     return os.path.abspath(os.path.join(out_dir, name))
 
 
-LATENTS = (32, 16) if rehearse else (384, 192)  # C/2 and C/4
-LONGEST = (2, 32) if rehearse else (64, 16384)  # a batch and a context
-SMALL_BENCH = dict(n_layer=1, n_head=4, n_embd=64, vocab_size=300, device='cpu', dtype='float32', rounds=2, threads=1)
-SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, device='cpu', threads=1,
-                 eval_interval=10, eval_iters=2, warmup_iters=2, lr_decay_iters=20, compile=False)  # fmt: skip
+def command(script, small, *arguments, **keys):
+    """A command; in a rehearsal with the keys `small`."""
+    keys |= small if rehearse else {}
+    return [PYTHON, script, *arguments, *(f'--{key}={value}' for key, value in keys.items())]
+
+
+def bench(name, **keys):
+    """A command of bench.py that writes NAME.json."""
+    return command('bench.py', SMALL_BENCH, **keys, json=path(f'{name}.json'))
+
+
+def pair(folders, config, **keys):
+    """The commands that train MHA and MLA, each where it was stopped, and compare them."""
+    configs = [f'{config}.py', f'{config}_mla.py'] if config else ['', '']
+    thin = dict(n_latent=16) if rehearse else {}
+    mha = command('train.py', SMALL_RUN, *filter(None, configs[:1]), out_dir=folders[0], **keys, resume='auto')
+    mla = command(
+        'train_mla.py', SMALL_RUN, *filter(None, configs[1:]), out_dir=folders[1], **keys, **thin, resume='auto'
+    )
+    both = dict(runs=','.join(folders), out_dir=f'{folders[0]}-and-mla', data_dir=keys['data_dir'])
+    return [mha, mla, command('compare.py', SMALL_COMPARISON, **both)]
 
 
 def all_parts():
     """{name: Part}, in the order in which they run."""
-    gpu = gpus.gpu_of('cuda') if not rehearse else None
-    memory = torch.cuda.get_device_properties(0).total_memory if not rehearse else 0
+    gpu = None if rehearse else gpus.gpu_of('cuda')
+    memory = 0 if rehearse else torch.cuda.get_device_properties(0).total_memory
     batch = next((size for size, least in ((32, 70e9), (16, 38e9), (8, 20e9)) if memory > least), 4)
+    where, small = ('a CPU', 'a miniature') if rehearse else (gpu.name if gpu else 'this device', '124M')
+    # of bench.py
     theirs = dict(nanogpt=nanogpt) if nanogpt else {}
-    arms = dict(n_kv_heads='2,1') if rehearse else dict(n_kv_heads='4,1')
-    latents = dict(n_latents=','.join(map(str, LATENTS)))
-    medium = dict(n_layer=24, n_head=16, n_embd=1024)
-    small_step = dict(batch_size=2, block_size=32) if rehearse else dict(batch_size=batch, block_size=1024)
-    half_step = small_step if rehearse else dict(small_step, batch_size=max(1, batch // 2))
-    contexts = '8,32' if rehearse else '128,1024,4096,16384'
+    models = dict(n_kv_heads='2,1' if rehearse else '4,1', n_latents=','.join(map(str, LATENTS)))
+    length = dict(block_size=32 if rehearse else 1024)
+    step = dict(mode='train', batch_size=2 if rehearse else batch, **length)
+    medium = dict(
+        step, batch_size=step['batch_size'] if rehearse else max(1, batch // 2), n_layer=24, n_head=16, n_embd=1024
+    )
+    decode = dict(
+        mode='sample', **models, contexts='8,32' if rehearse else '128,1024,4096,16384', new_tokens=0, rounds=5
+    )
+    decode |= dict(uncached_tokens=0, huggingface=True, eager=True)
     sizes = (1, 2) if rehearse else (1, 64, 8, 256) if memory > 70e9 else (1, 64, 8)  # those of the goals first
-    texts = dict(new_tokens=8, prompt_tokens=4) if rehearse else dict(new_tokens=256, prompt_tokens=16)
-    shakespeare = [path(f'shakespeare-{arm}') for arm in ('mha', 'mla')]
-    code = [path(f'code-{arm}') for arm in ('mha', 'mla')]
-    data = path('data')
+    texts = dict(
+        mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, n_kv_heads=models['n_kv_heads'], **theirs
+    )
+    texts |= dict(new_tokens=8, prompt_tokens=4) if rehearse else dict(new_tokens=256, prompt_tokens=16)
+    most = dict(mode='memory', n_latents=models['n_latents'], **length, most=4 if rehearse else 1024)
+    tokenize = dict(mode='data', megabytes=1 if rehearse else 64, batch_size=4 if rehearse else 32)
+    # trainings
+    data, shakespeare, code = path('data'), path('shakespeare'), path('code')
     is_prepared = (ROOT / 'data' / 'shakespeare_char' / 'meta.json').is_file()
     plays = str(ROOT / 'data') if is_prepared else data
-    characters = [PYTHON, 'data/shakespeare_char/prepare.py', *keys(out_dir=os.path.join(data, 'shakespeare_char'))]
-    thin = dict(n_latent=16) if rehearse else {}
-    left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3,
-                warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500,
-                eval_iters=2, log_interval=100, keep_checkpoints='10' if rehearse else '500,1000,2000')  # fmt: skip
-    where, small = ('a CPU', 'a miniature') if rehearse else (gpu.name if gpu else 'this device', '124M')
+    characters = command('data/shakespeare_char/prepare.py', {}, out_dir=os.path.join(data, 'shakespeare_char'))
     text = '' if is_prepared else ', on the text that could be had (see below)'
-    return {
-        'tests': Part('Tests', 600, [[PYTHON, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']], 'pytest'),
-        'train': Part(f'Training steps, {small}, compiled, {where}', 480, [
-            bench('train', mode='train', **small_step, **arms, **latents, **theirs, compile=not rehearse, rounds=5)]),
-        'decode': Part(f'Decoding steps, {small}, {where}', 420, [
-            bench(f'decode-B{size}', mode='sample', contexts=contexts, batch_sizes=size, **arms, **latents,
-                  new_tokens=0, uncached_tokens=0, huggingface=True, eager=True, rounds=5,
-                  plot=path(f'decode-B{size}.png'))
-            for size in sizes]),
-        'texts': Part(f'Texts, {small}, {where}', 120, [
-            bench('texts', mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, **arms, **theirs, **texts,
-                  huggingface=True, rounds=5)]),
-        'train_eager': Part(f'Training steps, {small}, not compiled, {where}', 150, [
-            bench('train_eager', mode='train', **small_step, **arms, **latents, **theirs, compile=False)]),
-        'memory': Part(f'Largest batch, {small}, not compiled, {where}', 120, [
-            bench('memory', mode='memory', **latents, block_size=32 if rehearse else 1024, most=4 if rehearse else 1024,
-                  compile=False)]),
-        'profile': Part(f'Kernels of a training step, {small}, {where}', 300, [
-            bench('profile', mode='train', **small_step, **arms, **latents, compile=not rehearse, rounds=1,
-                  profile=path('trace'))]),
-        'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, [
-            *([] if is_prepared else [characters]),
-            train('train.py', 'config/train_shakespeare_char.py', out_dir=shakespeare[0], data_dir=plays),
-            train('train_mla.py', 'config/train_shakespeare_char_mla.py', out_dir=shakespeare[1], data_dir=plays,
-                  **thin),
-            compare(shakespeare, data_dir=plays)]),
-        'train_350m': Part(f'Training steps, {"a miniature" if rehearse else "350M"}, not compiled, {where}', 150, [
-            bench('train_350m', mode='train', **half_step, **medium, **theirs, compile=False)]),
-        'data': Part('The data path', 120, [
-            bench('data', mode='data', megabytes=1 if rehearse else 64, batch_size=4 if rehearse else 32)]),
-        'pair': Part('A pair on source code, for the time that is left', 0, [
-            *([] if os.path.exists(os.path.join(data, 'code', 'meta.json')) else [[
-                PYTHON, 'data/code/prepare.py', *keys(
-                    out_dir=os.path.join(data, 'code'), packages=','.join(['stdlib', *filter(is_here, PACKAGES)]),
-                    tokenizer='bpe', vocab_size=512 if rehearse else 8192, megabytes=1 if rehearse else 100)]]),
-            train('train.py', out_dir=code[0], **left),
-            train('train_mla.py', out_dir=code[1], **left, **thin),
-            compare(code, data_dir=data),
-            [PYTHON, 'find_induction_heads.py', *keys(
-                models=','.join(code), sweep=','.join(code), out_dir=path('induction'), data_dir=data,
-                **miniature_analysis())]]),
-    }  # fmt: skip
-
-
-PACKAGES = ('torch', 'numpy', 'transformers', 'datasets', 'matplotlib', 'tqdm')
-
-
-def is_here(package):
-    """True if a package is installed."""
-    return importlib.util.find_spec(package) is not None
-
-
-def compare(folders, **settings):
-    """A command of compare.py."""
-    if rehearse:
-        settings |= dict(device='cpu', windows=8, batch_size=4, sample_tokens=8)
-    return [PYTHON, 'compare.py', *keys(runs=','.join(folders), out_dir=folders[0] + '-and-mla', **settings)]
-
-
-def miniature_analysis():
-    """Keys of find_induction_heads.py for the rehearsal."""
-    small = dict(sequences=8, length=8, controls=2, resamples=100, ablate_sequences=2, text_windows=2)
-    return dict(small, device='cpu', threads=1, html=False) if rehearse else {}
+    sources = ','.join(['stdlib', *filter(importlib.util.find_spec, PACKAGES)])
+    prepare = dict(
+        out_dir=os.path.join(data, 'code'), packages=sources, tokenizer='bpe', vocab_size=8192, megabytes=100
+    )
+    left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3)
+    left |= dict(warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500)
+    left |= dict(eval_iters=2, log_interval=100, keep_checkpoints='10' if rehearse else '500,1000,2000')
+    arms = [f'{shakespeare}-mha', f'{shakespeare}-mla'], [f'{code}-mha', f'{code}-mla']
+    heads = dict(models=','.join(arms[1]), sweep=','.join(arms[1]), out_dir=path('induction'), data_dir=data)
+    compiled, plain = dict(compile=not rehearse), dict(compile=False)
+    titles = {  # and seconds, 0: whatever is left
+        'tests': ('Tests', 600),
+        'train': (f'Training steps, {small}, compiled, {where}', 480),
+        'decode': (f'Decoding steps, {small}, {where}', 420),
+        'texts': (f'Texts, {small}, {where}', 120),
+        'train_eager': (f'Training steps, {small}, not compiled, {where}', 150),
+        'memory': (f'Largest batch, {small}, not compiled, {where}', 120),
+        'profile': (f'Kernels of a training step, {small}, {where}', 300),
+        'shakespeare': (f'Shakespeare, the baby GPT at its full setting{text}', 480),
+        'train_350m': (f'Training steps, {"a miniature" if rehearse else "350M"}, not compiled, {where}', 150),
+        'data': ('The data path', 120),
+        'pair': ('A pair on source code, for the time that is left', 0),
+    }
+    commands = {
+        'tests': [[PYTHON, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']],
+        'train': [bench('train', **step, **models, **theirs, **compiled, rounds=5)],
+        'decode': [bench(f'decode-B{n}', **decode, batch_sizes=n, plot=path(f'decode-B{n}.png')) for n in sizes],
+        'texts': [bench('texts', **texts, huggingface=True, rounds=5)],
+        'train_eager': [bench('train_eager', **step, **models, **theirs, **plain)],
+        'memory': [bench('memory', **most, **plain)],
+        'profile': [bench('profile', **step, **models, **compiled, rounds=1, profile=path('trace'))],
+        'shakespeare': pair(arms[0], 'config/train_shakespeare_char', data_dir=plays),
+        'train_350m': [bench('train_350m', **medium, **theirs, **plain)],
+        'data': [bench('data', **tokenize)],
+        'pair': [*pair(arms[1], '', **left), command('find_induction_heads.py', SMALL_ANALYSIS, **heads)],
+    }
+    if not is_prepared:
+        commands['shakespeare'].insert(0, characters)
+    if not os.path.exists(os.path.join(data, 'code', 'meta.json')):
+        commands['pair'].insert(0, command('data/code/prepare.py', dict(vocab_size=512, megabytes=1), **prepare))
+    return {name: Part(*titles[name], commands[name]) for name in titles}
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -199,66 +193,51 @@ def run(name, part, until):
     """
     began, output, status = time.monotonic(), dict(records.get(name, {}).get('output', {})), 'done'
     deadline = min(until, began + part.seconds) if part.seconds else until
-    trainings = 0 if part.seconds else sum(is_training(command) for command in part.commands)
-    for command in part.commands:
+    stoppable = [] if part.seconds else [c for c in part.commands if os.path.basename(c[1]).startswith('train')]
+    for number, command in enumerate(part.commands):
         line = ' '.join(command[1:])
         written = next((key.removeprefix('--json=') for key in command if key.startswith('--json=')), '')
         if line in output and os.path.exists(written):  # by an earlier call that had no time for the rest
             continue
         errors.notice(f'$ {line}')
-        ends, may_be_stopped = deadline, trainings > 0 and is_training(command)
-        if may_be_stopped:
-            now = time.monotonic()
-            ends = now + max(1.0, (deadline - AFTERWARDS - now) / trainings)
-            trainings -= 1
-        code, text, said = call(command, ends - time.monotonic())
+        seconds = deadline - time.monotonic()
+        if command in stoppable:
+            seconds = max(1.0, (seconds - AFTERWARDS) / sum(later in stoppable for later in part.commands[number:]))
+        code, text, said = call(command, seconds)
         with open(path(f'{name}.log'), 'a', encoding='utf-8') as log:
             log.write(f'$ {line}\n{text}\n{said}\n')
         output[line] = as_markdown(command, text)
-        if code is None and not may_be_stopped:
+        if code is None and command not in stoppable:
             status = 'out of time'
-            break
-        if code:
-            status = f'failed: {last_line(said.strip() or text)}'
+        elif code:
+            status = f'failed: {((said.strip() or text.strip()).splitlines() or ["nothing was printed"])[-1].strip()}'
+        if status != 'done':
             break
     return dict(title=part.title, status=status, seconds=time.monotonic() - began, output=output)
 
 
-def is_training(command):
-    """True if a command is one of train.py or train_mla.py."""
-    return os.path.basename(command[1]) in TRAININGS
-
-
-TRAININGS = ('train.py', 'train_mla.py')
-AFTERWARDS = 20 if rehearse else 240  # seconds of the last part for what follows its trainings
-LEAST = 0 if rehearse else 360  # seconds without which the last part isn't worth its start
-
-
 def call(command, seconds):
-    """(exit code, stdout, stderr) of a command; the code is None where it had to be stopped, by SIGTERM."""
+    """(exit code, stdout, stderr) of a command; the code is None where it had to be stopped."""
     environment = dict(os.environ, REHEARSE_GPU='1') if rehearse else os.environ
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               errors='replace', env=environment, start_new_session=True)  # fmt: skip
-    stopped = False
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
-        try:
-            out, err = process.communicate(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            stopped = True
-            process.send_signal(signal.SIGTERM)  # not to its children: a training that is compiling would fail
-            try:
-                out, err = process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                out, err = process.communicate()
-    except SystemExit:  # this script was told to stop: so are its children
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=max(1.0, seconds))
+        return process.returncode, out, err
+    except subprocess.TimeoutExpired:
+        return None, *stop(process)
+    except SystemExit:  # this script was told to stop
+        stop(process)
         raise
-    return None if stopped else process.returncode, out, err
+
+
+def stop(process):
+    """Tell a process to stop, and kill it with its children if it doesn't within a minute: its (stdout, stderr)."""
+    process.send_signal(signal.SIGTERM)  # not to its children: a training that is compiling would fail
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()
 
 
 def as_markdown(command, text):
@@ -269,31 +248,23 @@ def as_markdown(command, text):
     return '```\n' + '\n'.join(lines[-40:]) + '\n```\n'
 
 
-def last_line(text):
-    """The last line of a text that isn't empty, or what to say where there is none."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else 'nothing was printed'
-
-
 # ---- what is reported ------------------------------------------------------------------------------------------------
 
 
 def measured(name):
-    """What a part's bench.py wrote to NAME.json, or to NAME-*.json, whose lists are joined; None where nothing was."""
-    paths = [p for p in (path(f'{name}.json'), *sorted(glob.glob(path(f'{name}-*.json')))) if os.path.exists(p)]
-    found = []
-    for file_path in paths:
-        with open(file_path, encoding='utf-8') as file:
-            found.append(json.load(file))
-    if not found:
-        return None
-    lists = {key: [item for part in found for item in part[key]] for key in found[0] if isinstance(found[0][key], list)}
-    return found[0] | lists
+    """What a part's bench.py wrote to NAME.json, or to NAME-*.json, whose lists are joined; {} where nothing was."""
+    found = {}
+    for file_path in (path(f'{name}.json'), *sorted(glob.glob(path(f'{name}-*.json')))):
+        if os.path.exists(file_path):
+            with open(file_path, encoding='utf-8') as file:
+                for key, value in json.load(file).items():
+                    found[key] = found.get(key, []) + value if isinstance(value, list) else value
+    return found
 
 
 def row(name, part, key, **where):
     """The row called `name` of a measured part's list `key`, with these values; {} where there is none."""
-    found = (measured(part) or {}).get(key, [])
+    found = measured(part).get(key, [])
     return next((r for r in found if r['name'] == name and all(r.get(k) == v for k, v in where.items())), {})
 
 
@@ -305,47 +276,39 @@ def ratio(one, other, key):
 def goals():
     """[(goal, what was measured as text, True, False or None where it wasn't)]."""
     mha, mla, theirs = (row(name, 'train', 'steps') for name in ('MHA', f'MLA, r={LATENTS[0]}', 'nanoGPT'))
-    texts = {name: row(name, 'texts', 'texts') for name in ('MHA', 'nanoGPT', 'Hugging Face, cached')}
-    long = dict(zip(('batch_size', 'context'), LONGEST, strict=True))
-    mla_long, mha_long = row(f'MLA, r={LATENTS[1]}', 'decode', 'steps', **long), row('MHA', 'decode', 'steps', **long)
-    checks = [
-        ('MFU of MHA at 124M, compiled: at least .5', mha.get('mfu'), lambda x: x >= 0.5),
-        ('MFU of MLA at C/2: at least .5', mla.get('mfu'), lambda x: x >= 0.5),
-        ("MLA's step over MHA's: at most 1", ratio(mla, mha, 'ms'), lambda x: x <= 1),
-        ("MHA's tokens/s over nanoGPT's: at least 1", ratio(mha, theirs, 'tokens_per_s'), lambda x: x >= 1),
-        ("MHA's peak memory over nanoGPT's: below 1", ratio(mha, theirs, 'peak_bytes'), lambda x: x < 1),
-        ("tokens/s of a text over nanoGPT's: at least 5", ratio(texts['MHA'], texts['nanoGPT'], 'tokens_per_s'),
-         lambda x: x >= 5),
-        ("tokens/s of a text over Hugging Face's: at least 2",
-         ratio(texts['MHA'], texts['Hugging Face, cached'], 'tokens_per_s'), lambda x: x >= 2),
-    ]  # fmt: skip
-    found = [(goal, '' if value is None else f'{value:.3f}', None if value is None else meets(value))
-             for goal, value, meets in checks]  # fmt: skip
-    gain = ratio(mla_long, mha_long, 'tokens_per_s')
-    only_mla = bool(mla_long.get('ms') and mha_long.get('out_of_memory'))
+    text, their_text, hf_text = (row(name, 'texts', 'texts') for name in ('MHA', 'nanoGPT', 'Hugging Face, cached'))
+    memory = ratio(mha, theirs, 'peak_bytes')
+    at_least = [
+        ('MFU of MHA at 124M, compiled: at least .5', mha.get('mfu'), 0.5),
+        ('MFU of MLA at C/2: at least .5', mla.get('mfu'), 0.5),
+        ("MHA's tokens/s over nanoGPT's: at least 1", ratio(mha, theirs, 'tokens_per_s'), 1),
+        ("tokens/s of a text over nanoGPT's: at least 5", ratio(text, their_text, 'tokens_per_s'), 5),
+        ("tokens/s of a text over Hugging Face's: at least 2", ratio(text, hf_text, 'tokens_per_s'), 2),
+    ]
+    slower = ratio(mla, mha, 'ms')
+    found = [(goal, value, value is not None and value >= least) for goal, value, least in at_least]
+    found.insert(2, ("MLA's step over MHA's: at most 1", slower, slower is not None and slower <= 1))
+    found.insert(4, ("MHA's peak memory over nanoGPT's: below 1", memory, memory is not None and memory < 1))
+    found = [(goal, f'{value:.3f}', met) if value is not None else (goal, '', None) for goal, value, met in found]
+    longest = dict(zip(('batch_size', 'context'), LONGEST, strict=True))
+    mla, mha = (row(name, 'decode', 'steps', **longest) for name in (f'MLA, r={LATENTS[1]}', 'MHA'))
+    gain, only_mla = ratio(mla, mha, 'tokens_per_s'), bool(mla.get('ms') and mha.get('out_of_memory'))
     text = f'{gain:.2f}' if gain else 'MHA out of memory' if only_mla else ''
     goal = "MLA's tokens/s over MHA's, C/4, 16k context, batch 64: at least 4, or MHA out of memory"
-    return [*found, (goal, text, (only_mla or gain >= 4) if gain or only_mla else None)]
+    return [*found, (goal, text, (only_mla or gain >= 4) if text else None)]
 
 
-STEPS = ('train', 'train_eager')
-
-
-def draw_steps():
-    """Tokens/s and peak memory of the training steps at 124M, as bars."""
-    found = [result for part in STEPS if (result := measured(part))]
-    rows = [(r['name'] + ', compiled' * bool(result['config']['compile']), r)
-            for result in found for r in result['steps']]  # fmt: skip
-    rows = [(f'{name} ({number})' if rehearse else name, r) for number, (name, r) in enumerate(rows)]
-    names = [name for name, _ in rows][::-1]
+def draw_steps(found):
+    """Tokens/s and peak memory of the training steps at 124M, as bars. found: what bench.py measured of them."""
+    rows = [(step, ', compiled' * bool(result['config']['compile'])) for result in found for step in result['steps']]
+    rows = [(step['name'] + how, step) for step, how in reversed(rows)]
+    names = [f'{name} ({len(rows) - n})' if rehearse else name for n, (name, _) in enumerate(rows)]
+    colors = ['#9a9a9a' if 'nanoGPT' in n else '#1f3b73' if 'MLA' in n else '#c4622d' for n in names]
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(rows)), layout='constrained')
-    for axes, (key, factor, label) in zip(figure.subplots(1, 2, sharey=True), (
-        ('tokens_per_s', 1e-3, 'thousand tokens/s'), ('peak_bytes', 2**-30, 'peak memory of a step (GiB)')), strict=True
-    ):  # fmt: skip
-        values = [r[key] * factor for _, r in rows][::-1]
-        colors = ['#c4622d' if 'MLA' not in name else '#1f3b73' for name in names]
-        axes.barh(names, values, color=['#9a9a9a' if 'nanoGPT' in n else c for n, c in zip(names, colors, strict=True)])
-        axes.bar_label(axes.containers[0], [f'{value:.3g}' for value in values], padding=3)
+    panels = ('tokens_per_s', 1e-3, 'thousand tokens/s'), ('peak_bytes', 2**-30, 'peak memory of a step (GiB)')
+    for axes, (key, factor, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        values = [step[key] * factor for _, step in rows]
+        axes.bar_label(axes.barh(names, values, color=colors), [f'{value:.3g}' for value in values], padding=3)
         axes.set(xlabel=label, xlim=(0, 1.15 * max(values)))
         axes.spines[['top', 'right']].set_visible(False)
     figure.suptitle(f'Training steps: {machine}' + ', a rehearsal in miniature' * rehearse, fontsize='medium')
@@ -354,24 +317,21 @@ def draw_steps():
 
 def write(records, machine):
     """gpu.json and gpu.md in out_dir: all that has been measured."""
-    results = {name: measured(name) for name in records if measured(name)}
-    report.save_json(path('gpu.json'), dict(machine=machine, rehearsed=rehearse, parts=records, results=results,
-                                            goals=goals()))  # fmt: skip
-    rows = [(goal, value or 'not measured', '' if met is None else 'yes' if met else 'no')
-            for goal, value, met in goals()]  # fmt: skip
+    results = {name: found for name in records if (found := measured(name))}
+    numbers = dict(machine=machine, rehearsed=rehearse, parts=records, results=results, goals=goals())
+    report.save_json(path('gpu.json'), numbers)
     title = 'A rehearsal on a CPU: it shows that the parts run, and says nothing about speed' if rehearse else machine
-    if any(measured(part) for part in STEPS):
-        report.save_figure(path('train.png'), draw_steps())
+    if steps := [found for part in ('train', 'train_eager') if (found := measured(part))]:
+        report.save_figure(path('train.png'), draw_steps(steps))
+    rows = [(goal, value or 'not measured', {None: '', True: 'yes', False: 'no'}[met]) for goal, value, met in goals()]
     text = f'# {title}\n\n' + report.markdown_table(('goal', 'measured', 'met'), rows)
     for name, record in records.items():
         text += f'\n## {record["title"]}\n\n`{name}`: {record["status"]}, {record["seconds"]:.0f} s\n\n'
-        for command, output in record['output'].items():
-            text += f'```sh\npython {command}\n```\n\n{output.strip()}\n\n'
-    for picture in sorted(glob.glob(path('*.png'))):
-        text += f'\n![{Path(picture).stem}]({os.path.basename(picture)})\n'
-    report.save_text(path('gpu.md'), text)
+        text += ''.join(f'```sh\npython {line}\n```\n\n{out.strip()}\n\n' for line, out in record['output'].items())
+    pictures = [os.path.basename(picture) for picture in sorted(glob.glob(path('*.png')))]
+    report.save_text(path('gpu.md'), text + ''.join(f'\n![{name.removesuffix(".png")}]({name})\n' for name in pictures))
     if os.path.isdir(os.environ.get('OUT', '')):
-        for file in ('gpu.md', 'gpu.json', *map(os.path.basename, glob.glob(path('*.png')))):
+        for file in ('gpu.md', 'gpu.json', *pictures):
             shutil.copy(path(file), os.environ['OUT'])
 
 
@@ -407,10 +367,10 @@ for name in available:
     part = available[name]
     if name not in chosen or records.get(name, {}).get('status') == 'done':
         continue
-    if part.needs and not importlib.util.find_spec(part.needs):
-        errors.notice(f'{name}: left out, {part.needs} is not installed')
+    if name == 'tests' and not importlib.util.find_spec('pytest'):
+        errors.notice(f'{name}: left out, pytest is not installed')
         continue
-    if time.monotonic() > until - (5 if part.seconds else max(5, LEAST)):
+    if time.monotonic() > until - (5 if part.seconds else LEAST):
         errors.notice(f'{name}: no time left; repeat the command to continue')
         continue
     records[name] = run(name, part, until)

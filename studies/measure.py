@@ -1,12 +1,17 @@
-"""Measure the models of a study with find_induction_heads.py, and read what it wrote."""
+"""Measure the models of a study with find_induction_heads.py, and read what it and earlier studies wrote."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
+
+import numpy as np
 
 from core.cli import subprocesses
+from core.cli.errors import UserError
 
 
-def measure(folder, **keys):
+def measure(folder: str, **keys: object) -> None:
     """
     Measure the model in `folder` into `folder`/induction, unless that is newer than its ckpt.pt.
 
@@ -14,20 +19,56 @@ def measure(folder, **keys):
     """
     to = os.path.join(folder, 'induction')
     if not subprocesses.is_current(os.path.join(to, 'induction.json'), os.path.join(folder, 'ckpt.pt')):
-        subprocesses.run_script('find_induction_heads.py', [dict(models=folder, out_dir=to, **keys)], folder)
+        keys |= dict(models=folder, out_dir=to, html=False, threads=1)
+        subprocesses.run_script('find_induction_heads.py', [keys], folder)
 
 
-def measurement(folder):
-    """What was found in the model of a run: a dict."""
+def measurement(folder: str) -> dict:
+    """What was found in the model of a run."""
     return read_json(folder, 'induction', 'induction.json')['models'][0]
 
 
-def sweep(folder):
-    """What was found at each checkpoint of a run: a list of dicts."""
+def sweep(folder: str) -> list[dict]:
+    """What was found at each checkpoint of a run."""
     return read_json(folder, 'induction', 'formation.json')['runs'][0]['checkpoints']
 
 
-def read_json(*path):
+def best_heads(found: dict) -> dict:
+    """The best induction head and the best previous-token head of a `measurement`, with their scores."""
+    layer, head = best = found['ranking'][0]
+    previous = np.array(found['previous_token']['mean'])
+    return dict(
+        best=best,
+        score=found['induction']['mean'][layer][head],
+        random_null=found['random_null'],
+        copying=found['copying_eigenvalues'][layer][head],
+        best_previous=[int(i) for i in np.unravel_index(previous.argmax(), previous.shape)],
+        previous=float(previous.max()),
+    )
+
+
+def formed(curve: list[tuple[int, float]], threshold: float) -> int | None:
+    """When the best induction score of a run first exceeded a threshold; None if it never did."""
+    return next((time for time, score in curve if score > threshold), None)
+
+
+def places(group: list[dict], key: str) -> str:
+    """The layer.head of every run of a group, as a table's cell."""
+    return ', '.join('.'.join(map(str, run[key])) for run in group)
+
+
+def read_json(*path: str) -> dict:
     """The content of a JSON file."""
     with open(os.path.join(*path), encoding='utf-8') as file:
         return json.load(file)
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """A context in which the .json of a study is read and used; UserError where it lacks something. '': no .json."""
+    try:
+        yield
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not path:
+            raise
+        raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error

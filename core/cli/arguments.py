@@ -5,13 +5,15 @@ import os
 from core.cli import ranges
 from core.cli.errors import UNPRINTABLE, UserError
 
+NUMBERS = 'numbers separated by commas, such as 1e-3,2e-3'
 
-def whole_numbers(text, key):
+
+def whole_numbers(text: str, key: str) -> list[int]:
     """The value of a key such as '1,8' as a list of whole numbers; UserError where one is out of the key's bounds."""
-    return numbers(text, key, int, 'whole numbers separated by commas, such as 1,8')
+    return [int(number) for number in numbers(text, key, int, 'whole numbers separated by commas, such as 1,8')]
 
 
-def numbers(text, key, kind=float, wanted='numbers separated by commas, such as 1e-3,2e-3'):
+def numbers(text: str, key: str, kind: type[int] | type[float] = float, wanted: str = NUMBERS) -> list[float]:
     """The same for numbers of any `kind`; wanted: what the message says they must be."""
     try:
         values = [kind(part) for part in text.split(',')] if text else []
@@ -23,22 +25,22 @@ def numbers(text, key, kind=float, wanted='numbers separated by commas, such as 
     return values
 
 
-def names(text, key):
-    """The value of a key such as 'out,out-mla' as a list of str. UserError if it's set but names nothing."""
+def names(text: str, key: str) -> list[str]:
+    """The value of a key such as 'out,out-mla' as a list. UserError if it's set but names nothing."""
     found = [part.strip() for part in text.split(',') if part.strip()]
     if text and not found:
         raise UserError(f"{key} is '{text}', which names nothing; separate names by commas")
     return found
 
 
-def check_folder(path, key='out_dir'):
+def check_folder(path: str, key: str = 'out_dir') -> None:
     """UserError unless the folder `path`, the value of a key, is writable or can be created. Creates nothing."""
     above = nearest_existing(path, key)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
         raise unusable(path, key, f'{above} is not a writable folder')
 
 
-def check_file(path, key):
+def check_file(path: str, key: str) -> None:
     """UserError unless the file `path`, the value of a key, can be created or replaced. Creates nothing."""
     folder = os.path.dirname(os.path.abspath(path))
     nearest_existing(f'{path}.writing' if path else '', key)  # as core/cli/files.py names it while writing
@@ -48,7 +50,7 @@ def check_file(path, key):
         raise unusable(path, key, 'it is a folder' if os.path.isdir(path) else f'{folder} is not a writable folder')
 
 
-def nearest_existing(path, key):
+def nearest_existing(path: str, key: str) -> str:
     """`path`, or the nearest folder above it that exists. UserError if no such path can exist, for example ''."""
     if not path:
         raise unusable(path, key, 'it is empty')
@@ -66,6 +68,6 @@ def nearest_existing(path, key):
     return above
 
 
-def unusable(path, key, reason):
+def unusable(path: str, key: str, reason: str | None) -> UserError:
     """The UserError for the path in a key."""
     return UserError(f"{key}='{path}' can't be used: {reason}; choose another --{key}")

@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import IO
 
 
 @contextlib.contextmanager
-def replacing(path, mode='w'):
+def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
     """
     A context manager that yields an open file, which replaces `path` when the block ends.
 
@@ -22,9 +24,9 @@ def replacing(path, mode='w'):
     Raises OSError.
     """
     temporary = f'{path}.writing'
-    text = {} if 'b' in mode else dict(encoding='utf-8', newline='\n')
     try:
-        with open(temporary, mode, **text) as file:
+        encoding, newline = (None, None) if 'b' in mode else ('utf-8', '\n')
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
             sync(file)
         os.replace(temporary, path)
@@ -35,20 +37,20 @@ def replacing(path, mode='w'):
         raise
 
 
-def write_json(path, value):
+def write_json(path: str | os.PathLike, value: object) -> None:
     """Write a value as indented JSON, atomically. Raises OSError."""
     with replacing(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
 
 
-def sync(file):
+def sync(file: IO) -> None:
     """Flush an open file to disk. Required before a rename, which could otherwise reach the disk before the data."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def sync_folder(folder):
+def sync_folder(folder: str) -> None:
     """Flush the renames in `folder` to disk, where the operating system supports it."""
     with contextlib.suppress(OSError, AttributeError):
         handle = os.open(folder or '.', os.O_RDONLY | os.O_DIRECTORY)
@@ -58,7 +60,7 @@ def sync_folder(folder):
             os.close(handle)
 
 
-def read_bytes(path, most):
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
     """The bytes of a file, or of a pipe. OSError if there are more than `most`, as in /dev/zero."""
     with open(path, 'rb') as file:
         content = file.read(most + 1)
@@ -67,7 +69,7 @@ def read_bytes(path, most):
     return content
 
 
-def copy_of_pipe(path):
+def copy_of_pipe(path: str | os.PathLike) -> IO[bytes]:
     """A temporary file with all that comes out of a pipe, which can be read only once; it's deleted with the object."""
     copy = tempfile.NamedTemporaryFile(prefix='pipe-')
     with open(path, 'rb') as file:
@@ -76,7 +78,7 @@ def copy_of_pipe(path):
     return copy
 
 
-def sha256(path):
+def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,6 +1,4 @@
-"""
-The machine: device, dtype, threads. Every 'auto' is resolved here.
-"""
+"""The machine: device, dtype, threads. Every 'auto' is resolved here."""
 
 import contextlib
 import ctypes
@@ -13,12 +11,10 @@ import torch
 
 from core.cli.errors import UserError
 
-# ---- device, dtype, threads ------------------------------------------------------------------------------------------
-
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-def pick_device(device='auto'):
+def pick_device(device: str = 'auto') -> str:
     """
     'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists. Any other is checked; UserError if it isn't available.
 
@@ -47,7 +43,7 @@ def pick_device(device='auto'):
     return device
 
 
-def pick_dtype(dtype, device, n_embd=0):
+def pick_dtype(dtype: str, device: str, n_embd: int = 0) -> str:
     """
     The dtype of matrix multiplications: 'float32', 'bfloat16' or 'float16'.
 
@@ -67,18 +63,18 @@ def pick_dtype(dtype, device, n_embd=0):
     return dtype
 
 
-def cpu_has_fast_bfloat16():
+def cpu_has_fast_bfloat16() -> bool:
     """True where this CPU multiplies bfloat16 matrices clearly faster than float32 ones."""
 
-    def has(feature):
+    def has(feature: str) -> bool:
         return bool(getattr(torch.cpu, f'_is_{feature}_supported', bool)())
 
     return has('amx_tile') or (has('avx512_bf16') and bfloat16_gain() > 1.5)
 
 
-def bfloat16_gain(trials=5):
+def bfloat16_gain(trials: int = 5) -> float:
     """Speed of a bfloat16 product over a float32 one, at the size of a small model; takes about 50 ms."""
-    best = {}
+    best: dict[torch.dtype, float] = {}
     for trial in range(trials + 1):
         for dtype in (torch.float32, torch.bfloat16):
             a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
@@ -89,27 +85,27 @@ def bfloat16_gain(trials=5):
     return best[torch.float32] / best[torch.bfloat16]
 
 
-def to_device(x, y, device):
-    """A batch on the training device, a str or torch.device; for a GPU via pinned memory, without waiting for it."""
+def to_device(x: torch.Tensor, y: torch.Tensor, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch on the training device; for a GPU via pinned memory, without waiting for it."""
     device = torch.device(device)
     if device.type == 'cuda':
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
 
 
-def to_float64(tensor):
+def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in float64, on its device, or on the CPU where that has no float64 (Apple's GPUs)."""
     return (tensor.cpu() if tensor.device.type == 'mps' else tensor).double()
 
 
-def autocast(device, dtype):
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     """A context in which matrix multiplications run in `dtype`; for float32 it does nothing."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.split(':')[0], dtype=DTYPES[dtype])
 
 
-def set_threads(threads=0):
+def set_threads(threads: int = 0) -> int:
     """
     Set the number of CPU threads and return it. 0: the cores this process may use, divided among the node's processes.
 
@@ -127,7 +123,7 @@ def set_threads(threads=0):
     return max(1, threads)
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """
     Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere).
 
@@ -140,13 +136,13 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def keep_compiled():
+def keep_compiled() -> None:
     """Keep torch.compile's cache in the user's cache folder instead of /tmp, so that it survives a reboot."""
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'torchinductor'))
 
 
-def available_cores():
+def available_cores() -> int:
     """The number of cores this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:

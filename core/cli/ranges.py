@@ -1,9 +1,9 @@
 """
 Which values a key of a script may have: one interval or list of choices per key, whatever scripts have it.
 
-configurator.py checks every key against these tables, whether the command line or a config file sets it. A key means
-the same in every script, so it has the same bounds in all of them. Upper bounds exclude typos that would fill the
-memory or never finish; real limits depend on the machine.
+keys.py checks every key against these tables, whether the command line or a config file sets it. A key means the same
+in every script, so it has the same bounds in all of them. Upper bounds exclude typos that would fill the memory or
+never finish; real limits depend on the machine, and those of a model's sizes on one another (GPTConfig, MLAConfig).
 """
 
 import math
@@ -38,7 +38,7 @@ BOUNDS = {
     'learning_rate': '(0, inf)',
     'rates': '(0, inf)',
     'min_lr': '[0, inf)',
-    'kv_lr': '[0, 1]',
+    'kv_lr': '(0, 1]',
     'weight_decay': '[0, inf)',
     'beta1': '[0, 1)',
     'beta2': '[0, 1)',
@@ -98,7 +98,7 @@ BOUNDS = {
     'rows': '[1, 1000000000]',
     'val_rows': '[1, 1000000000]',
     'min_period': '[1, 16777216]',
-    'shard_documents': '[1, 1000000000]',
+    'drawn_from': '[0, 1000000000000]',
     'shard_tokens': '[0, 1000000000000000000]',
 }
 CHOICES = {
@@ -116,7 +116,7 @@ CHOICES = {
 TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 
 
-def problem(key, value):
+def problem(key: str, value: object) -> str | None:
     """What is wrong with the value of a key, as a clause ('is -1; it must be ...'), or None. A list is a str here."""
     if key in CHOICES and value not in CHOICES[key]:
         return f"is '{value}'; it must be {listed([str(choice) for choice in CHOICES[key]])}"
@@ -128,13 +128,18 @@ def problem(key, value):
     return None
 
 
-def ends(interval):
+def ends(interval: str) -> tuple[float, float]:
     """The two ends of an interval such as '[0, 1)', as numbers."""
     low, high = interval[1:-1].split(', ')
-    return tuple(float(end) if end == 'inf' or '.' in end else int(end) for end in (low, high))
+    return number(low), number(high)
 
 
-def inside(key, value):
+def number(text: str) -> float:
+    """The end of an interval: whole ones stay exact."""
+    return float(text) if text == 'inf' or '.' in text else int(text)
+
+
+def inside(key: str, value: float) -> bool:
     """True where the interval of `key` holds a number. NaN and infinity are in no interval."""
     interval = BOUNDS[key]
     low, high = ends(interval)
@@ -143,7 +148,7 @@ def inside(key, value):
     return above and below
 
 
-def in_words(interval):
+def in_words(interval: str) -> str:
     """'at least 0 and below 1' for '[0, 1)'."""
     low, high = ends(interval)
     lowest = f'at least {low:,}' if interval[0] == '[' else f'above {low:,}'
@@ -152,6 +157,6 @@ def in_words(interval):
     return f'{lowest} and {"at most" if interval[-1] == "]" else "below"} {high:,}'
 
 
-def listed(words):
+def listed(words: list[str]) -> str:
     """'a, b or c'."""
     return ' or '.join([', '.join(words[:-1])] * (len(words) > 1) + [words[-1]])

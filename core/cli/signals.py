@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
 
 STOPPED = 85  # exit code of a run that a signal stopped: it has saved, and can be resumed
 INTERRUPTED = 130  # of any other script; like CLOSED_PIPE 128 plus the signal's number, as shells report it
@@ -16,23 +17,37 @@ CLOSED_PIPE = 141
 
 
 class StopRequest:
-    """Records SIGTERM, SIGINT or SIGUSR1, so that the loop can finish its step. A second SIGINT exits immediately."""
+    """
+    Whether a training must stop, for its loop to finish the step and save: by SIGTERM, SIGINT or SIGUSR1, or because
+    torchrun is gone. A second SIGINT exits immediately.
 
-    def __init__(self):
-        self.signal = None
+    A torchrun that dies of kill -9, or of SIGUSR1, which it doesn't handle, would leave its trainers behind, without
+    anybody to stop them; each notices that its parent has changed.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.parent = os.getppid()
         for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._record)
 
-    def _record(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            os._exit(130)
-        self.signal = signal.Signals(number).name
+    @property
+    def signal(self) -> str | None:
+        """What asks the run to stop, by name: 'SIGTERM', or 'the end of torchrun'; None as long as it may go on."""
+        if self.received is None and 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != self.parent:
+            return 'the end of torchrun'
+        return self.received
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        self.received = signal.Signals(number).name
         if 'torch' not in sys.modules:  # still importing, which can take long: say that the signal has arrived
-            print(f'{self.signal} received; stopping after the first step', file=sys.stderr, flush=True)
+            print(f'{self.received} received; stopping after the first step', file=sys.stderr, flush=True)
 
 
-def exit_at_once():
+def exit_at_once() -> None:
     """
     From now on SIGINT and SIGTERM end this process immediately, with exit code 130 or 143 and without a traceback.
 
@@ -42,7 +57,7 @@ def exit_at_once():
         signal.signal(number, _leave)
 
 
-def exit_in_order():
+def exit_in_order() -> None:
     """
     From now on SIGINT and SIGTERM raise SystemExit with 130 or 143, so that temporary files are removed.
 
@@ -54,10 +69,10 @@ def exit_in_order():
                 signal.signal(number, _raise_exit)
 
 
-def _leave(number, frame):
+def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _raise_exit(number, frame):
+def _raise_exit(number: int, frame: FrameType | None) -> None:
     exit_at_once()
     raise SystemExit(128 + number)

@@ -1,42 +1,26 @@
-"""
-Run the project's scripts as subprocesses, several at a time, and read which keys they have: for scripts that run
-others.
-"""
+"""Run the project's scripts as subprocesses, several at a time: for scripts that run others."""
 
-import ast
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from core.cli import errors, machine
 from core.cli.errors import UserError
 
+Argument = str | dict[str, object]
+Result = TypeVar('Result')
 
-def keys_of(path):
-    """{key: default} of a script's block of keys, read from its source without running it."""
-    keys = {}
-    with open(path, encoding='utf-8') as file:
-        tree = ast.parse(file.read())
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node):
-            return keys
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                keys[node.targets[0].id] = eval(compile(ast.Expression(node.value), path, 'eval'), {})
-            except NameError:
-                continue  # computed from something else, so it is no key
-    raise ValueError(f'{path} never executes the configurator')
+running: set[subprocess.Popen] = set()  # the subprocesses that `call` waits for
 
 
-running = set()  # the subprocesses that `call` waits for
-
-
-def call(command, **how):
+def call(command: list[str], **how: Any) -> int:
     """
-    The exit code of a command, a list of str, run as a subprocess; how: further arguments of subprocess.Popen.
+    The exit code of a command that is run as a subprocess; how: further arguments of subprocess.Popen.
 
     A signal that ends this script ends the subprocess too: it gets SIGTERM, and is waited for, since a training saves.
     """
@@ -52,12 +36,11 @@ def call(command, **how):
         running.discard(process)
 
 
-def run_script(script, arguments, folder):
+def run_script(script: str, arguments: list[Argument], folder: str) -> None:
     """
     Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`.
 
-    arguments: a list of str (config files) and dicts of keys. folder: created if it is missing. UserError if the script
-    fails.
+    arguments: config files, and dicts of keys. folder: created if it is missing. UserError if the script fails.
     """
     os.makedirs(folder, exist_ok=True)
     command = [sys.executable, script]
@@ -74,7 +57,7 @@ def run_script(script, arguments, folder):
         raise UserError(f'{script} failed with exit code {code} in {folder}; see the end of {path} for the reason')
 
 
-def converges(script, arguments, folder):
+def converges(script: str, arguments: list[Argument], folder: str) -> bool:
     """Run a training by `run_script`: False if it diverged. UserError if it fails otherwise."""
     try:
         run_script(script, arguments, folder)
@@ -86,7 +69,7 @@ def converges(script, arguments, folder):
     return True
 
 
-def run_all(work, runs, jobs=0):
+def run_all(work: Callable[[dict], Result], runs: list[dict], jobs: int = 0) -> list[Result]:
     """
     [work(run) for run in runs], with up to `jobs` calls at a time in threads (0: the cores this process may use).
 
@@ -94,7 +77,7 @@ def run_all(work, runs, jobs=0):
     raised. A signal stops the subprocesses that are running.
     """
 
-    def work_and_say(run):
+    def work_and_say(run: dict) -> Result:
         result = work(run)
         errors.notice(f'{run["name"]} is done')
         bar.update()
@@ -115,6 +98,6 @@ def run_all(work, runs, jobs=0):
             pool.shutdown(cancel_futures=True)
 
 
-def is_current(path, source):
+def is_current(path: str | os.PathLike, source: str | os.PathLike) -> bool:
     """True if the file `path` exists and is at least as new as `source`, which it was made from."""
     return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(source)

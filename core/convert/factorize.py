@@ -28,18 +28,23 @@ the values before the decomposition, and scales them back after it.
 A model without biases has no place for b_up: there m = 0, and M is the uncentred E[x x^T].
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from core.cli.machine import to_float64
-from model import GPT
+from core.text.dataset import TokenData
+from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.kernels import repeat_heads
 
 # Every direction that LayerNorm can reach gets this share of the mean variance, whether the text has it or not, so that
 # full rank is exact on any input. Its square root is far above float64's rounding, and far too small to matter.
 RIDGE = 1e-8
+
+Model = TypeVar('Model', bound=GPT)
 
 
 @dataclass
@@ -51,18 +56,18 @@ class Statistics:
     products: torch.Tensor
 
     @classmethod
-    def empty(cls, size, device='cpu'):
+    def empty(cls, size: int, device: str | torch.device = 'cpu') -> 'Statistics':
         zeros = to_float64(torch.zeros(size + 1, size, device=device))
         return cls(0, zeros[0], zeros[1:])
 
-    def add(self, x):
+    def add(self, x: torch.Tensor) -> None:
         """Add x (..., C)."""
         x = to_float64(x.detach().flatten(0, -2)).to(self.total.device)
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products.addmm_(x.t(), x)
 
-    def moments(self, centred=True):
+    def moments(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (C,) and covariance (C, C), on the CPU; uncentred: zeros and E[x x^T]. ValueError before any `add`."""
         if not self.count:
             raise ValueError('the statistics are empty; add some tokens first')
@@ -70,7 +75,7 @@ class Statistics:
         return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
 
 
-def training_text(data, count, batch_size):
+def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torch.Tensor]:
     """At most `count` evenly spaced windows of a TokenData's training split, in batches of ids (batch_size, T)."""
     starts = data.eval_windows('train', count)
     for first in range(0, len(starts), batch_size):
@@ -78,9 +83,9 @@ def training_text(data, count, batch_size):
 
 
 @torch.no_grad()
-def collect_statistics(model, batches):
+def collect_statistics(model: GPT, batches: Iterable[torch.Tensor]) -> list[Statistics]:
     """
-    Run `model` (a GPT) over batches of token ids (B, T), any iterable: a list with one Statistics per layer.
+    Run `model` over batches of token ids (B, T): one Statistics per layer.
 
     One batch at a time is in memory.
     """
@@ -102,7 +107,7 @@ def collect_statistics(model, batches):
     return statistics
 
 
-def norm_moments(ln, centred=True):
+def norm_moments(ln: torch.nn.LayerNorm, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
     gain = to_float64(ln.weight.detach()).cpu()
     mean = torch.zeros_like(gain) if ln.bias is None else to_float64(ln.bias.detach()).cpu()
@@ -110,13 +115,13 @@ def norm_moments(ln, centred=True):
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def root(matrix):
+def root(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric square root of a covariance (n, n)."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
 
 
-def reachable_root(ln, covariance):
+def reachable_root(ln: torch.nn.LayerNorm, covariance: torch.Tensor) -> torch.Tensor:
     """
     A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
@@ -131,12 +136,20 @@ def reachable_root(ln, covariance):
     return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
 
 
-def factorize(w_k, w_v, mean, half, n_latent, balance=True):
+def factorize(
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    mean: torch.Tensor,
+    half: torch.Tensor,
+    n_latent: int,
+    balance: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    One latent for keys w_k x and values w_v x (w_k, w_v (C, C)), by the formula in the module's docstring.
+    One latent for keys w_k x and values w_v x, by the formula in the module's docstring.
 
-    x has mean `mean` (C,) and covariance half half^T, half (C, n). Returns (down (r, C), up (2C, r), shift (2C,)) in
-    float64, such that [w_k; w_v] x is approximately up down x + shift.
+    w_k (K, C) and w_v (V, C) may have different numbers of rows. x has mean `mean` (C,) and covariance half half^T,
+    half (C, n). Returns (down (r, C), up (K + V, r), shift (K + V,)) in float64, such that [w_k; w_v] x is
+    approximately up down x + shift.
     """
     norm = torch.linalg.matrix_norm
     ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0
@@ -151,7 +164,7 @@ def factorize(w_k, w_v, mean, half, n_latent, balance=True):
 
 
 @torch.no_grad()
-def to_mla(model, n_latent=0, statistics=None, balance=True):
+def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = None, balance: bool = True) -> MLAGPT:
     """
     An MLAGPT that approximates `model` (a GPT with learned positions) as closely as n_latent allows.
 
@@ -177,10 +190,10 @@ def to_mla(model, n_latent=0, statistics=None, balance=True):
     return new
 
 
-def convert_layer(old, attention, statistics, balance):
+def convert_layer(old: Any, attention: Any, statistics: Statistics | None, balance: bool) -> None:
     """Set the query, down- and up-projections of `attention` from the MHA block `old` (see `to_mla`)."""
     bias = old.attn.c_attn.bias
-    w_q, w_k, w_v = (to_float64(t).cpu().flatten(0, 1) for t in old.attn.head_weights()[:3])
+    w_q, w_k, w_v = (to_float64(t).cpu().flatten(0, 1) for t in per_query_head(old.attn, old.attn.c_attn.weight))
     centred = bias is not None
     mean, covariance = statistics.moments(centred) if statistics else norm_moments(old.ln_1, centred)
     half = reachable_root(old.ln_1, covariance)
@@ -198,13 +211,13 @@ def convert_layer(old, attention, statistics, balance):
 # ---- grouped-query attention -----------------------------------------------------------------------------------------
 
 
-def check_mha(model):
+def check_mha(model: Any) -> None:
     """ValueError unless `model` is a GPT with multi-head or grouped-query attention."""
     if type(model) is not GPT:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
 
 
-def like(model, model_class, config):
+def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:
     """A model_class of `config` on the device and in the dtype of `model`, with all of its tensors that fit by name."""
     weight = model.lm_head.weight
     new = model_class(config).to(device=weight.device, dtype=weight.dtype)
@@ -215,14 +228,14 @@ def like(model, model_class, config):
     return new.train(model.training)
 
 
-def per_query_head(attention, rows):
+def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
     q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
     return q, *(repeat_heads(t, attention.n_head, dim=0) for t in kv)
 
 
 @torch.no_grad()
-def to_gqa(model, n_kv_head):
+def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     """
     A GPT with `n_kv_head` key/value heads, each the mean of its group's in `model` (arXiv:2305.13245, section 2.1).
 
@@ -242,7 +255,7 @@ def to_gqa(model, n_kv_head):
 
 
 @torch.no_grad()
-def to_mha(model):
+def to_mha(model: GPT) -> GPT:
     """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
     check_mha(model)
     new = like(model, GPT, replace(model.config, n_kv_head=0))

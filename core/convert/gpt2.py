@@ -6,6 +6,7 @@ PyTorch as (out, in), so those are transposed. GPT-2 has biases everywhere. Noth
 """
 
 import os
+from typing import Any
 
 import torch
 
@@ -22,18 +23,18 @@ TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 # our name of the activation, and the names it has in transformers
 GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
 # the sizes of GPTConfig, and their names in transformers
-RENAMED = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
-           'n_embd': 'n_embd'}  # fmt: skip
+RENAMED = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head', n_embd='n_embd')
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
-def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict]:
+def read(model_type: str, override_args: dict | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
 
     Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
-    override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors
-    are not GPT-2's or not finite, naming them.
+    override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an
+    unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors are not GPT-2's or not
+    finite, naming them.
     """
     if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
         raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
@@ -60,21 +61,20 @@ def read(model_type: str, override_args: dict | None = None) -> tuple[dict, dict
             raise ValueError(f"'{model_type}' can't be loaded: its {name} {found}")
     try:
         # transformers keeps the dtype on disk unless told otherwise, and initializes what the file lacks at random
-        hf_model, report = AutoModelForCausalLM.from_pretrained(
-            model_type, dtype=torch.float32, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_type, dtype=torch.float32, output_loading_info=True)
+        hf_model, report = loaded
     except Exception as error:
         raise unreadable(error) from error
     wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
     if wrong:
         raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
     state = from_gpt2(hf_model.state_dict())
-    if name := not_finite(state):
-        raise ValueError(f"'{model_type}' holds weights that are not finite: {name}")
+    if bad := not_finite(state):
+        raise ValueError(f"'{model_type}' holds weights that are not finite: {bad}")
     return {**settings, **override_args}, state
 
 
-def settings_of(hf_config):
+def settings_of(hf_config: Any) -> dict[str, Any]:
     """GPTConfig's keyword arguments for a transformers GPT2Config. ValueError where GPTConfig can't express it."""
     expected = dict(
         n_inner=(None, 4 * hf_config.n_embd),
@@ -92,20 +92,20 @@ def settings_of(hf_config):
     return {ours: getattr(hf_config, theirs) for ours, theirs in RENAMED.items()} | {'bias': True, 'gelu': gelu}
 
 
-def hf_settings(config):
-    """What a transformers GPT2Config needs to be the model of a GPTConfig: a dict."""
+def hf_settings(config: Any) -> dict[str, Any]:
+    """What a transformers GPT2Config needs to be the model of a GPTConfig."""
     sizes = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
     dropout = dict.fromkeys(DROPOUTS, config.dropout)
     return {**sizes, **dropout, 'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5}
 
 
-def from_gpt2(state):
+def from_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A Hugging Face GPT-2's tensors as model.py has them, without the mask buffers that old files keep."""
     state = {name: value for name, value in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
     return {name: value.t() if name.endswith(TRANSPOSED) else value for name, value in state.items()}
 
 
-def to_gpt2(state):
+def to_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """model.py's tensors as a Hugging Face GPT-2 has them; a bias that the model lacks becomes zeros."""
     out = {}
     for name, value in state.items():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import GPT
 from ops.kernels import Linear
 
 BLOCK = 16  # PyTorch's product reads a row in blocks of as many inputs, past its end too, and checks nothing
@@ -19,7 +20,11 @@ ROWS = 16  # with more rows than these a product is bounded by arithmetic, and f
 class Int8Linear(nn.Module):
     """The product of a Linear with its weight in int8. Not to be trained."""
 
-    def __init__(self, linear):
+    weight: torch.Tensor
+    scale: torch.Tensor
+    low_scale: torch.Tensor
+
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
@@ -30,7 +35,7 @@ class Int8Linear(nn.Module):
         self.register_buffer('scale', scale)
         self.register_buffer('low_scale', scale.bfloat16())  # in the activations' dtype, as the product wants it
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
         low = F.pad(x.bfloat16(), (0, self.more)) if self.more else x.bfloat16()
         if x.numel() // self.in_features > ROWS:
@@ -42,7 +47,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model):
+def quantize(model: GPT) -> GPT:
     """Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model."""
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
@@ -53,7 +58,7 @@ def quantize(model):
     return model
 
 
-def weight_bytes(model, itemsize):
+def weight_bytes(model: GPT, itemsize: int) -> int:
     """
     Bytes of the weights that a decode step reads: int8 ones as they are, others with `itemsize` bytes per number.
 

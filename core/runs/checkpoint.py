@@ -24,7 +24,7 @@ from core.cli.errors import UserError
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
 # None.
-TYPES = {
+TYPES: dict[str, Any] = {
     'model': dict,
     'model_args': dict,
     'optimizer': dict,
@@ -74,8 +74,15 @@ def save(path: str, checkpoint: dict) -> None:
         with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} can't be written ({error}); free some disk space or choose another --out_dir; "
-                        'the previous checkpoint is as it was') from error  # fmt: skip
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"{path} can't be written: {folder} was moved or removed while this run was training"
+            ) from error
+        raise UserError(
+            f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
+            'checkpoint is as it was'
+        ) from error
 
 
 def link(path: str, other: str) -> None:
@@ -142,7 +149,7 @@ def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> A
         sharded = hasattr(value, 'full_tensor')
         key = id(value) if sharded or not value.numel() else (value.data_ptr(), value.shape, value.dtype)
         if key not in copies:
-            whole = value.detach().full_tensor() if sharded else value.detach()
+            whole = value.detach().full_tensor() if sharded else value.detach()  # type: ignore[attr-defined]
             copies[key] = whole.to('cpu', copy=not sharded) if keep else None
         return copies[key]
     if isinstance(value, dict):

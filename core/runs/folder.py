@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import socket
+from typing import IO
 
 from core.cli.errors import UserError, notice
 from core.runs import checkpoint as checkpoints
@@ -24,7 +25,7 @@ from core.runs import checkpoint as checkpoints
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RUN_FILES = re.compile(r'(ckpt(_best|_\d{6,})?\.pt|log(\.\d+)?\.csv)(\.writing)?')
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -34,10 +35,28 @@ class RunFolder:
     """The folder out_dir of a run. Making this object touches nothing; `acquire` creates the folder and locks it."""
 
     def __init__(self, path: str):
+        self.lock: IO[str] | None = None
+        self.handle: int | None = None  # of the folder, which still points to it when it is renamed
+        self.name_files(path)
+
+    def name_files(self, path: str) -> None:
+        """Set the names of the run's files, for the folder at `path`."""
         self.path = path
         self.ckpt, self.best = os.path.join(path, 'ckpt.pt'), os.path.join(path, 'ckpt_best.pt')
         self.log = os.path.join(path, 'log.csv')
-        self.lock = None
+
+    def follow(self) -> None:
+        """Go on where the folder is now, if it was renamed while this process trains; a notice says so (Linux only)."""
+        place = f'/proc/self/fd/{self.handle}'
+        if self.handle is None or not os.path.exists(place):
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
+                return
+        now = os.readlink(place)
+        if os.path.isdir(now):
+            notice(f'{self.path} was renamed; the run goes on in {now}')
+            self.name_files(now)
 
     def kept(self, iteration: int) -> str:
         """Where the checkpoint of an iteration in keep_checkpoints is kept."""
@@ -59,21 +78,22 @@ class RunFolder:
 
         A notice names those that are damaged. UserError where all are.
         """
-        best, errors = (None, None), []
+        best: tuple[str | None, dict | None] = (None, None)
+        damaged = []
         for path in self.checkpoints():
             try:
                 loaded = checkpoints.load(path)
             except UserError as error:
-                errors.append(error)
+                damaged.append(error)
                 continue
-            if best[1] is None or loaded.get('iter_num', 0) > best[1].get('iter_num', 0):
+            if best[1] is None or (loaded.get('iter_num') or 0) > (best[1].get('iter_num') or 0):
                 best = (path, loaded)
             if path == self.ckpt:
                 break
-        if errors and best[1] is None:
-            raise errors[0]
-        for error in errors:
-            notice(f'{error}: resuming from {best[0]} instead')
+        if damaged and best[1] is None:
+            raise damaged[0]
+        for reason in damaged:
+            notice(f'{reason}: resuming from {best[0]} instead')
         return best
 
     def acquire(self) -> None:
@@ -81,11 +101,11 @@ class RunFolder:
         Create the folder, and lock it until this process ends. UserError where another trainer holds it.
 
         The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
-        Where the file system has none, a notice says so.
+        Where the file system has none, a notice says so. Windows has none, and folders are not locked there.
         """
+        os.makedirs(self.path, exist_ok=True)
         if self.lock is not None or fcntl is None:
             return
-        os.makedirs(self.path, exist_ok=True)
         path = os.path.join(self.path, '.lock')
         while True:
             lock = open(path, 'a+', encoding='utf-8')
@@ -108,6 +128,8 @@ class RunFolder:
         lock.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
         lock.flush()
         self.lock = lock
+        if hasattr(os, 'O_DIRECTORY'):
+            self.handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         atexit.register(self.release)
 
     def begin(self, resumes: bool, overwrite: bool) -> None:

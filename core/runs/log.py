@@ -4,11 +4,15 @@ What a run reports while it trains: one row of log.csv per logged iteration, and
 
 import contextlib
 import csv
-import io
 import netrc
 import os
 import sys
 import urllib.parse
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import numpy as np
 
 from core.cli import errors, files
 from core.cli.errors import UserError
@@ -27,9 +31,11 @@ COLUMNS = {
     'tokens_per_s': '.0f',
     'mfu': '.4f',
 }
+HEADER = ','.join(COLUMNS)
+ENOUGH = 4 * 2**20  # bytes of a log of which every row is read, some 60,000 of them
 
 
-def start_wandb(project, name, config, run_id=None):
+def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
     """
     The wandb run with the id `run_id`, resumed where it exists; offline where there is no API key.
 
@@ -41,21 +47,25 @@ def start_wandb(project, name, config, run_id=None):
         raise UserError(
             'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
         ) from error
-    mode = os.environ.get('WANDB_MODE')
+    mode: Any = os.environ.get('WANDB_MODE')
     if not (mode or os.environ.get('WANDB_API_KEY') or key_in_netrc()):
         mode = 'offline'
         errors.notice('wandb: no API key found, so this run is logged offline; `wandb sync` uploads it later')
     hook = sys.excepthook
-    run = wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    try:
+        run = wandb.init(project=project, name=name, config=config, mode=mode, id=run_id, resume='allow')
+    except Exception as error:  # it raises errors of its own, of requests and of the operating system
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"wandb can't start ({reason}); set WANDB_MODE=offline, or --wandb_log=False") from error
     sys.excepthook = hook  # wandb's own prints a traceback before the one line of a UserError
     return run
 
 
-def key_in_netrc():
+def key_in_netrc() -> bool:
     """True if `wandb login` has stored a key for the server in use."""
     host = urllib.parse.urlsplit(os.environ.get('WANDB_BASE_URL') or 'https://api.wandb.ai').hostname
     try:
-        return bool(netrc.netrc(os.environ.get('NETRC')).authenticators(host))
+        return bool(netrc.netrc(os.environ.get('NETRC')).authenticators(host or ''))
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -63,25 +73,23 @@ def key_in_netrc():
 class RunLog:
     """log.csv of one run, open for appending, and its wandb run (or None)."""
 
-    def __init__(self, path, iter_num, wandb_run=None):
+    def __init__(self, path: str, iter_num: int, wandb_run: Any = None):
         """
         path: log.csv. iter_num: the iteration of the next row; rows from there on, left by a run that was killed after
         its last checkpoint, are cut. UserError where the file can't be read and written as a log.
         """
-        self.path, self.wandb_run, self.error = path, wandb_run, None
-        kept = []
+        self.path, self.wandb_run = path, wandb_run
+        self.error: OSError | None = None
         try:
-            if iter_num and os.path.exists(path):
-                kept = [row for row in read(path) if int(row['iter']) < iter_num]
             with files.replacing(path) as file:
-                writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
-                writer.writeheader()
-                writer.writerows(kept)
+                file.write(HEADER + '\r\n')
+                if iter_num and os.path.exists(path):
+                    file.writelines(lines_before(path, iter_num))
             self.file = open(path, 'a', encoding='utf-8', newline='', buffering=1)
         except OSError as error:
             raise UserError(f"{path} can't be written ({error}); move it away, or choose another --out_dir") from error
 
-    def write(self, row):
+    def write(self, row: dict[str, Any]) -> None:
         """Append a row, {column: number}. Where the disk is full, `error` holds the reason afterwards."""
         row = {name: value for name, value in row.items() if value is not None}
         try:
@@ -92,7 +100,7 @@ class RunLog:
         if self.wandb_run is not None:
             self.wandb_run.log(row)
 
-    def finish(self):
+    def finish(self) -> None:
         """Close the file and the wandb run. UserError where a row could not be written."""
         with contextlib.suppress(OSError):
             self.file.close()
@@ -102,27 +110,59 @@ class RunLog:
             raise UserError(f"{self.path} can't be written ({self.error}); free some disk space and resume the run")
 
 
-def read(path):
-    """
-    The rows of a log.csv, a list of {column: str}; a last row that a kill cut short is left out.
+# ---- reading: line by line, because a long run has millions of rows --------------------------------------------------
 
-    UserError where the file is no log: it can't be read, has no column 'iter', or a cell is not a number.
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple[list[str], TextIO]]:
+    """
+    The names of a log.csv's columns and the file, to be read from there on; a kill may have cut its last line short.
+
+    UserError where the file can't be read, or where the block finds that it is no log (ValueError).
     """
     try:
-        with open(path, encoding='utf-8', newline='') as file:
-            text = file.read()
-        rows = csv.DictReader(io.StringIO(text[: text.rfind('\n') + 1], newline=''))
-        whole = [row for row in rows if row['iter'].isdigit() and None not in row]
-        for row in whole:
-            for cell in row.values():
-                float(cell or 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        reason = "it has no column 'iter'" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} can't be read as a run's log ({reason}); move it away") from error
-    return whole
+        with open(path, encoding='utf-8', newline='\n') as file:
+            header = file.readline().strip().split(',')
+            if 'iter' not in header:
+                raise ValueError("it has no column 'iter'")
+            yield header, file
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as a run's log ({error}); move it away") from error
 
 
-def column(rows, name):
-    """Iterations and values, two lists, of the rows in which `name` was measured."""
-    pairs = [(int(row['iter']), float(row[name])) for row in rows if row.get(name)]
-    return [iteration for iteration, _ in pairs], [value for _, value in pairs]
+def lines_before(path: str, iter_num: int) -> Iterator[str]:
+    """The lines of a log.csv before iteration iter_num, with the columns of COLUMNS. UserError as in `opened`."""
+    with opened(path) as (header, file):
+        place = header.index('iter')
+        for line in file:
+            if line.endswith('\n') and int(line.split(',', place + 1)[place]) < iter_num:
+                yield line if header == list(COLUMNS) else in_order(line, header)
+
+
+def in_order(line: str, header: list[str]) -> str:
+    """A line of another version's log, whose columns are `header`, with those of COLUMNS."""
+    row = dict(zip(header, line.rstrip('\r\n').split(','), strict=True))
+    return ','.join(row.get(name, '') for name in COLUMNS) + '\r\n'
+
+
+def read(path: str, columns: list[str]) -> dict[str, np.ndarray]:
+    """
+    Some columns of a log.csv by name, each a float64 array over its rows, NaN where nothing was measured.
+
+    A picture has some 60,000 rows to draw: of a log that is n times as long, these are every n-th row and all in which
+    the model was evaluated. UserError where the file can't be read, or where a cell isn't a number.
+    """
+    step = 1 + os.path.getsize(path) // ENOUGH
+    with opened(path) as (header, file), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'loadtxt: input contained no data')
+        known = [name for name in columns if name in header]
+        places = [header.index(name) for name in known]
+        evaluated = header.index('val_loss') if 'val_loss' in header else 0
+        chosen = (
+            ','.join(cell or 'nan' for cell in line.rstrip().split(','))
+            for number, line in enumerate(file)
+            if (number % step == 0 or line.split(',', evaluated + 1)[evaluated]) and line.endswith('\n')
+        )
+        cells = np.loadtxt(chosen, delimiter=',', comments=None, usecols=places, ndmin=2)
+        found = dict(zip(known, cells.T, strict=True))
+        return {name: found.get(name, np.full(len(cells), np.nan)) for name in columns}

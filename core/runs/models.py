@@ -12,9 +12,9 @@ import torch
 
 from core.cli import ranges
 from core.cli.errors import UserError
+from core.convert import hf_tokenizer
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
-from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.checks import not_finite
@@ -34,7 +34,7 @@ def attention_of(model: GPT) -> str:
 
 def attention_params(model: GPT) -> int:
     """Parameters of all attention layers: what differs between MHA and MLA."""
-    return sum(p.numel() for block in model.transformer.h for p in block.attn.parameters())
+    return sum(p.numel() for name, p in model.named_parameters() if '.attn.' in name)
 
 
 def label_of(config: GPTConfig) -> str:
@@ -52,7 +52,7 @@ def model_args(config: GPTConfig) -> dict[str, Any]:
     Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
     """
     args = {field.name: getattr(config, field.name) for field in fields(config)}
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(config)}
     always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
     return {
         name: value
@@ -71,8 +71,15 @@ def entries(model: GPT) -> dict[str, Any]:
 
 def contents(model: GPT, config: dict, **more: Any) -> dict[str, Any]:
     """The dict of a checkpoint that no training wrote, with what readers of nanoGPT's expect; more: further entries."""
-    defaults = {'optimizer': None, 'iter_num': 0, 'tokens': 0, 'best_val_loss': 1e9, 'tokenizer': {}, 'corpus': ''}
-    return {**entries(model), **defaults, 'config': config, **more}
+    plain: dict[str, Any] = {
+        'optimizer': None,
+        'iter_num': 0,
+        'tokens': 0,
+        'best_val_loss': 1e9,
+        'tokenizer': {},
+        'corpus': '',
+    }
+    return {**entries(model), **plain, 'config': config, **more}
 
 
 def kind_of(checkpoint: dict) -> str:
@@ -208,6 +215,7 @@ def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT
         raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
     try:
         model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
+        meta = hf_tokenizer.read(source, model.config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model, {'tokenizer': GPT2Tokenizer().meta(), 'corpus': f'{source}, as published'}
+    return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}

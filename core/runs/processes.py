@@ -9,12 +9,16 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
-from core.cli import machine
+from core.cli import errors, machine
 from core.cli.errors import UserError
 from core.cli.machine import DTYPES
+
+# how many tasks srun, Open MPI or an MPI of MPICH's family started together with this one
+TASKS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Processes:
     local_rank: int = 0
     world_size: int = 1
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a CPU tensor over all processes (all-reduce, in place)."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
@@ -44,23 +48,23 @@ class Processes:
             )
         return number // self.world_size
 
-    def any(self, flag):
+    def any(self, flag: object) -> bool:
         """True, in every process, where `flag` is true in at least one."""
         return bool(self.sum(torch.tensor(int(bool(flag)))).item())
 
-    def min(self, number):
-        """The minimum of an int over all processes."""
+    def min(self, number: int) -> int:
+        """The minimum over all processes."""
         tensor = torch.tensor(number)
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor)
 
-    def agreed_dtype(self, dtype):
+    def agreed_dtype(self, dtype: str) -> str:
         """`dtype` where all processes picked it, otherwise 'float32': GPUs and CPUs may differ between nodes."""
         number = list(DTYPES).index(dtype)
         return dtype if self.min(number) == -self.min(-number) else 'float32'
 
-    def broadcast_model(self, model):
+    def broadcast_model(self, model: torch.nn.Module) -> None:
         """
         Copy rank 0's parameters to the model of every process, in place.
 
@@ -71,7 +75,7 @@ class Processes:
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.detach(), src=0)
 
-    def exit(self, code=0):
+    def exit(self, code: int = 0) -> NoReturn:
         """
         End this process. Under torchrun by os._exit: tearing down torch.distributed's threads occasionally aborts a
         process that has finished (torch 2.13, gloo), and the job with it.
@@ -83,19 +87,48 @@ class Processes:
         sys.exit(code)
 
 
-def join_processes(device, backend='nccl'):
+def place_in_environment() -> Processes:
+    """
+    This process's place by RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets; UserError where they are incomplete.
+
+    Launchers that set no LOCAL_RANK (Kubeflow's, srun with RANK exported) start a process per pod, or tell its number
+    in SLURM_LOCALID; otherwise ranks take a node's GPUs in turn.
+    """
+    if 'RANK' not in os.environ:
+        tasks = max(int(os.environ.get(name) or 1) for name in TASKS)
+        if tasks > 1:
+            errors.notice(
+                f'{tasks} tasks were started without torchrun, and each trains by itself; to train together, start '
+                'one task per node that runs torchrun (see slurm_scripts/), and for runs of their own ignore this'
+            )
+        return Processes()
+    turn = int(os.environ['RANK']) % max(1, torch.cuda.device_count()) if os.environ['RANK'].isdigit() else 0
+    local_rank = os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or str(turn)
+    numbers = (os.environ['RANK'], local_rank, os.environ.get('WORLD_SIZE', ''))
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if not all(number.isdigit() for number in numbers) or (missing and numbers[2] != '1'):
+        raise UserError(
+            f'RANK={numbers[0]} is set, and WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not; use torchrun, which sets '
+            'them all, or unset RANK for a single process'
+        )
+    return Processes(*map(int, numbers))
+
+
+def join_processes(device: str, backend: str = 'nccl') -> tuple[Processes, str]:
     """
     Join the process group that torchrun describes in the environment, if any. Returns (Processes, device).
 
     Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo. UserError where there are
     fewer GPUs than processes, or `device` names one GPU for all of them.
     """
+    ranks = place_in_environment()
     if 'RANK' not in os.environ:
-        return Processes(), device
-    ranks = Processes(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
+        return ranks, device
     if device.startswith('cuda:') and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
-        raise UserError(f'{device} cannot be shared by the processes of this node; use --device=cuda, with which each '
-                        'has a GPU of its own, or CUDA_VISIBLE_DEVICES to choose among them')  # fmt: skip
+        raise UserError(
+            f'{device} cannot be shared by the processes of this node; use --device=cuda, with which each has a GPU of '
+            'its own, or CUDA_VISIBLE_DEVICES to choose among them'
+        )
     if device == 'cuda':
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -136,7 +169,7 @@ def start(device: str, backend: str, threads: int, compile: bool | str) -> tuple
     return processes, device, threads, compiles
 
 
-def shard(model, device, compile=False):
+def shard(model: torch.nn.Module, device: str, compile: bool = False) -> None:
     """
     Shard a model's parameters over all processes, and with them gradients and optimizer state (FSDP2, ZeRO-3).
 
@@ -147,7 +180,7 @@ def shard(model, device, compile=False):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = torch.distributed.init_device_mesh(device.split(':')[0], (torch.distributed.get_world_size(),))
-    for block in model.transformer.h:
+    for block in model.get_submodule('transformer.h').children():
         if compile:
             block.compile()  # one by one: between blocks there is only communication
         fully_shard(block, mesh=mesh)
@@ -155,7 +188,7 @@ def shard(model, device, compile=False):
     register_fsdp_forward_method(model, 'window_losses')
 
 
-def seed_dropout(seed, iteration, micro_step, rank):
+def seed_dropout(seed: int, iteration: int, micro_step: int, rank: int) -> None:
     """Seed the dropout masks of one forward pass by these numbers alone, so that a resumed run draws the same masks."""
     digest = hashlib.sha256(f'{seed}:{iteration}:{micro_step}:{rank}'.encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)

@@ -19,8 +19,8 @@ from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
 from core.runs import models
 from core.runs.folder import RunFolder
-from core.text.dataset import TokenData
-from core.text.tokenizer import tokenizer_of
+from core.text.dataset import TokenData, check_data, check_tokenizer
+from core.text.meta import meta_of_dataset
 from model import GPT, GPTConfig
 from ops.optimizers import is_block_matrix, kv_rows, moments
 
@@ -29,8 +29,6 @@ OF_THIS_CALL = ('out_dir', 'init_from', 'resume', 'overwrite', 'eval_only')
 # describe the machine: not taken from nanoGPT's checkpoints, whose defaults ask for a GPU and for wandb
 OF_THE_MACHINE = ('device', 'dtype', 'compile', 'backend', 'threads', 'fsdp', 'wandb_log')
 OLDER = {'optimizer': 'adamw', 'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
-# what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
-IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
 def shape_keys(config_class: type[GPTConfig], keys: dict) -> list[str]:
@@ -67,7 +65,7 @@ def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str |
     return resumed_keys(keys, given, saved, path), path, saved
 
 
-def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str) -> dict:
+def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> dict:
     """The keys of a run resumed from the checkpoint `saved` at `path`; a notice lists given ones that change it."""
     then, from_nanogpt = saved.get('config') or {}, 'attention' not in saved
     ours = set(keys) - set(OF_THIS_CALL) - (set(OF_THE_MACHINE) if from_nanogpt else set())
@@ -98,13 +96,15 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str) -> dict:
 
 def same_type(value: Any, default: Any) -> bool:
     """True where the value of a key in a checkpoint has the type that the key has here."""
-    types = (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else (type(default),)
+    types: tuple[type, ...] = (
+        (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else (type(default),)
+    )
     if default == 'auto':
         types = (str, bool)
     return type(value) in types
 
 
-def unchangeable(key: str, value: Any, found: Any, path: str, keys: dict) -> UserError:
+def unchangeable(key: str, value: Any, found: Any, path: str | None, keys: dict) -> UserError:
     """The error for a given key that would make the resumed run another run."""
     script = 'train_mla.py' if keys['attention'] == 'mla' else 'train.py'
     return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; leave out what '
@@ -136,46 +136,6 @@ def progress(saved: dict) -> tuple[int, int, float | None, float]:
     return iterations, tokens, losses[0], best
 
 
-# ---- the data must be that of the model ------------------------------------------------------------------------------
-
-
-def check_data(saved: dict, data: TokenData, path: str) -> None:
-    """UserError where the data set is not the one that the run in the checkpoint `saved` began with."""
-    then, now = (flat(meta) for meta in (saved.get('tokenizer') or {}, data.meta))
-    for name in then.keys() & now.keys():
-        if then[name] != now[name]:
-            raise UserError(f'{data.folder} is not the data set that the run in {path} began with ({name}: '
-                            f'{short(now[name])}, recorded {short(then[name])}); restore it, or start a new run in '
-                            'another --out_dir')  # fmt: skip
-
-
-def flat(meta: dict) -> dict:
-    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
-    entries = {key: meta[key] for key in IDENTITY if key in meta}
-    nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
-    files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
-    return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries
-
-
-def check_tokenizer(meta: dict, data: TokenData, source: str) -> None:
-    """UserError where the model of `source`, whose tokenizer `meta` describes, would read other tokens."""
-    then, now = tokenizer_of(meta), tokenizer_of(data.meta)
-    if (then and then.meta()) != (now and now.meta()):
-        raise UserError(f'{source} was trained on {describe(then)}, and {data.folder} has {describe(now)}; use a data '
-                        'set with the same tokenizer')  # fmt: skip
-
-
-def describe(tokenizer: Any) -> str:
-    """A tokenizer and the size of its vocabulary, in a few words."""
-    return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
-
-
-def short(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + '...'
-
-
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -191,10 +151,11 @@ def trained_model(
     """
     if saved:
         data = open_data(keys)
-        check_data(saved, data, path)
-        if saved.get('tokenizer'):
-            check_tokenizer(saved['tokenizer'], data, path)
-        model, shape = models.build_model(saved, **how(keys)), {}
+        check_data(saved.get('tokenizer'), data, path)
+        if meta := tokenizer_meta(saved, keys):
+            check_tokenizer(meta, data, path)
+        model = models.build_model(saved, **how(keys))
+        shape: dict[str, Any] = {}
     else:
         model, data, shape = pretrained_model(keys, given, device)
     if (keys | shape)['block_size'] < model.config.block_size:
@@ -205,6 +166,12 @@ def trained_model(
             'data set that the model was made for'
         )
     return model, data, shape
+
+
+def tokenizer_meta(saved: dict, keys: dict) -> dict | None:
+    """The tokenizer of a checkpoint; where none is recorded, as by nanoGPT, that of the data set its config names."""
+    recorded = saved.get('tokenizer')
+    return recorded or meta_of_dataset(keys['data_dir'], (saved.get('config') or {}).get('dataset'))
 
 
 def open_data(keys: dict) -> TokenData:
@@ -235,8 +202,8 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
             'lower it'
         )
     data = open_data(keys)
-    if saved.get('tokenizer'):  # nanoGPT's checkpoints don't say
-        check_tokenizer(saved['tokenizer'], data, source)
+    if meta := tokenizer_meta(saved, keys):
+        check_tokenizer(meta, data, source)
     kind = models.attention_of(model)
     if (kind, keys['attention']) == ('mla', 'mha'):
         raise UserError(f'{source} holds a model with MLA, which cannot be converted back to MHA; use train_mla.py')
@@ -273,7 +240,7 @@ def learning_rules(model: GPT, keys: dict, saved: dict | None) -> dict:
         return saved['learning']
     older = {**rules, 'divides': False}
     if keys['kv_lr'] != 1 and models.attention_of(model) == 'mla':
-        owners = ('c_kv_down', 'c_kv_up', *(('c_q_down', 'c_q') if model.config.n_latent_q else ()))
+        owners = ('c_kv_down', 'c_kv_up', *(('c_q_down', 'c_q') if getattr(model.config, 'n_latent_q', 0) else ()))
         weights = {name: p for name, p in model.named_parameters() if name.endswith('.weight')}
         older['slow_rows'] = {name: [0, p.size(0)] for name, p in weights.items() if name.split('.')[-2] in owners}
         if older['slow_rows'] != rules['slow_rows']:
@@ -296,7 +263,7 @@ def restore(
     return progress(saved)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict, path: str) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict, path: str | None) -> None:
     """
     Load the optimizer state of the checkpoint `saved`, by the parameters' names; rates, decay and betas stay as made.
 
@@ -335,7 +302,7 @@ def plain_order(model: GPT, muon: bool) -> list[str]:
     return [name for name, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
 
 
-def part_like(parameter: torch.Tensor, tensor: Any) -> Any:
+def part_like(parameter: Any, tensor: Any) -> Any:
     """`tensor`, or this process's shard of it where `parameter` is sharded and has the same shape."""
     if not hasattr(parameter, 'full_tensor') or tensor.shape != parameter.shape:
         return tensor

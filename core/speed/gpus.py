@@ -15,6 +15,10 @@ class GPU(NamedTuple):
     bandwidth: float  # of that memory, GB/s
     dtype: str = 'bfloat16'  # of the two 16-bit formats, the one it multiplies at `half`; where both, bfloat16
 
+    def flops(self, dtype: str) -> float:
+        """Peak FLOP/s of matrix multiplications in `dtype`."""
+        return 1e12 * (self.single if dtype == 'float32' else self.half)
+
 
 # the first entry whose words are all in the device's name counts
 GPUS = (
@@ -37,7 +41,7 @@ GPUS = (
 )
 
 
-def gpu_of(device):
+def gpu_of(device: str) -> GPU | None:
     """The entry of GPUS for a device, or None where there is none, as for CPUs."""
     if not device.startswith('cuda'):
         return None
@@ -45,7 +49,13 @@ def gpu_of(device):
     return next((gpu for gpu in GPUS if all(part in words for part in gpu.name.split())), None)
 
 
-def peak_flops(device, dtype):
+def gpu_called(name: str) -> GPU | None:
+    """The entry of GPUS with this name, in any case and with - or _ for blanks, or None."""
+    wanted = name.lower().replace('-', ' ').replace('_', ' ').split()
+    return next((gpu for gpu in GPUS if gpu.name.lower().split() == wanted), None)
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
     """Peak FLOP/s of a GPU for matrix multiplications in `dtype`, or None where it is unknown, as for CPUs."""
     gpu = gpu_of(device)
-    return 1e12 * (gpu.single if dtype == 'float32' else gpu.half) if gpu else None
+    return gpu.flops(dtype) if gpu else None

@@ -2,20 +2,19 @@
 What a model needs before it exists: parameters, FLOPs, memory of training and of decoding, and the speed a GPU allows.
 
 Notable features:
-- counted with the models' own code on tensors without data, so that a change of a model changes its counts
+- memory between the layers is counted with the models' own code on tensors without data: it follows their changes
 - models of one and two layers are counted, and the other layers are like the second: any size takes a second or two
-- formulas only for what no code of ours says: the roofline, and how batches fill a GPU
+- formulas for what is plainer so, each compared with the real thing in tests/scripts/test_sizing.py
 
 Bytes are those of one GPU. Sources: Williams et al. 2009, "Roofline" (doi 10.1145/1498765.1498785); Pope et al. 2022,
 arXiv:2211.05102 (what bounds decoding); Rajbhandari et al. 2019, arXiv:1910.02054 (the states of training).
 """
 
-import contextlib
 import functools
-import logging
 import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,44 +24,41 @@ from torch.utils._pytree import tree_map_only
 from core.cli import machine
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs.models import label_of
-from core.speed import gpus
-from ops.decoding import draw
-from ops.kernels import EagerAttention, LinearCrossEntropy, linear_cross_entropy
+from core.speed import timing
+from model import GPT, GPTConfig
+from model_mla import MLAConfig
+from ops.kernels import EagerAttention, LinearCrossEntropy
 
 GPT2 = dict(vocab_size=50257, block_size=1024, bias=True)
 # {name: keys of sizing.py}
-SHAPES = {name: sizes | GPT2 for name, sizes in GPT2_SIZES.items()} | {
+SHAPES: dict[str, dict[str, Any]] = {
+    **{name: sizes | GPT2 for name, sizes in GPT2_SIZES.items()},
     # Llama 2's (arXiv:2307.09288) with this project's MLP: 6.6 billion parameters
     '7b': dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096, pos='rope'),
-    # arXiv:2412.19437, section 4.2, whose cache it has: 576 numbers per token and layer. Published are 128 heads of 128
-    # dimensions (64 more for the position) and experts; here heads divide n_embd, and the MLP is dense.
-    'deepseek-v3': dict(n_layer=61, n_head=56, n_embd=7168, vocab_size=129280, block_size=4096, pos='rope',
-                        n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True),
-}  # fmt: skip
+}
+# arXiv:2412.19437, section 4.2, whose cache it has: 576 numbers per token and layer. Published are 128 heads of 128
+# dimensions (64 more for the position) and experts; here heads divide n_embd, and the MLP is dense.
+SHAPES['deepseek-v3'] = dict(n_layer=61, n_head=56, n_embd=7168, vocab_size=129280, block_size=4096, pos='rope')
+SHAPES['deepseek-v3'] |= dict(n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True)
 PARTS = {'wte': 'embedding and head', 'wpe': 'positions', 'attn': 'attention', 'mlp': 'MLP', 'ln_': 'norms'}
-# What a token takes doesn't depend on the length where attention keeps no patterns, as on a GPU. So many sequences that
-# what grows with them outweighs the rest.
-LENGTH, FEW, MANY = 256, 256, 512
+FEW, MANY = 256, 512  # sequences, so many that what grows with them outweighs the rest
 OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}  # bytes per parameter: of the blocks' matrices, and of all others
-
-
-# ---- counting --------------------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that operations have made and that still exist: `now`, and their `peak`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known = weakref.WeakSet()
+        self.known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self.add, made)
         return made
 
-    def add(self, tensor):
+    def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's memory until it is freed, once for all tensors that share it."""
         storage = tensor.untyped_storage()
         if storage not in self.known:
@@ -71,278 +67,153 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.subtract, storage.nbytes())
 
-    def subtract(self, nbytes):
+    def subtract(self, nbytes: int) -> None:
         """A tensor's memory was freed."""
         self.now -= nbytes
 
 
-@contextlib.contextmanager
-def loss_in_pieces(rows):
-    """Within this context the loss takes `rows` rows at a time; by itself it would take the CPU's number."""
-    own = LinearCrossEntropy.ROWS
-    LinearCrossEntropy.ROWS = own | {'cpu': rows}
-    try:
-        yield
-    finally:
-        LinearCrossEntropy.ROWS = own
-
-
-@contextlib.contextmanager
-def fused_attention():
-    """Within this context attention keeps no patterns, as on a GPU; on a CPU it would for short sequences."""
-    own, EagerAttention.HEAD_SIZES = EagerAttention.HEAD_SIZES, 0
-    try:
-        yield
-    finally:
-        EagerAttention.HEAD_SIZES = own
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """Within this context new tensors are of a torch.dtype."""
-    own = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(own)
-
-
-def low_precision(dtype):
-    """The autocast of training in `dtype`; tensors without data are the CPU's."""
-    return machine.autocast('cpu', dtype)
-
-
-@fused_attention()
-def block_bytes(model_class, config, sequences, dtype):
-    """
-    Memory of a training step of `sequences` x LENGTH tokens, above weights and gradients, as {stretch: bytes}.
-
-    forward, backward: the most at any moment in the blocks; kept: what the loss finds, autocast's copies of the weights
-    included. The logits are left out: see `loss_bytes`.
-    """
-    found = {}
-    with FakeTensorMode(), LiveBytes() as live, loss_in_pieces(sequences * LENGTH), low_precision(dtype):
-        model = model_class(config).train()
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)  # from the micro-batch before
-        idx = torch.zeros(sequences, LENGTH, dtype=torch.int64)
-        start = live.peak = live.now
-
-        def at_loss(*_):
-            found.update(forward=live.peak - start, kept=live.now - start)
-
-        model.transformer.ln_f.register_forward_hook(at_loss)
-        loss = model(idx, idx, logits=False)[1]
-        live.peak = live.now
-    with live:
-        loss.backward()
-    found['backward'] = live.peak - start
-    return found
-
-
-def loss_bytes(n_embd, vocab_size, rows, dtype, tokens):
-    """Memory of the loss of a number of tokens, `rows` at a time, above its input's: bytes."""
-    with FakeTensorMode(), LiveBytes() as live, loss_in_pieces(rows), low_precision(dtype):
-        x = torch.zeros(tokens, n_embd, requires_grad=True)
-        weight = torch.zeros(vocab_size, n_embd, requires_grad=True)
-        targets = torch.zeros(tokens, dtype=torch.int64)
-        start = live.peak = live.now
-        linear_cross_entropy(x, weight, targets)
-    return live.peak - start
-
-
-def decoding_bytes(model_class, config, sequences, dtype):
-    """Memory of decoding one token of each sequence, above weights and cache; drawing it counts: bytes."""
-    with FakeTensorMode(), LiveBytes() as live, torch.no_grad(), default_dtype(machine.DTYPES[dtype]):
-        model = model_class(config).eval()
-        cache = model.init_cache(sequences, LENGTH)
-        token = torch.zeros(sequences, 1, dtype=torch.int64)
-        start = live.peak = live.now
-        draw(model(token, cache=cache)[0][:, -1])
-    return live.peak - start
-
-
-def facts(model_class, config):
-    """Numbers of a model: parameters of each part, FLOPs per token of training, cached numbers per token."""
-    with torch.device('meta'):
-        model = model_class(config).eval()
-    found = Counter({'training': model.flops_per_token()})
-    for name, parameter in model.named_parameters():
-        part = next(part for key, part in PARTS.items() if f'.{key}' in name)
-        found[part] += parameter.numel()
-    with torch.device('meta'):
-        found['cached'] = model.init_cache(1, 1, torch.int8).bytes_per_token
-    return found
-
-
-def flop_counter():
-    """PyTorch's counter of FLOPs, silent. Its import warns in torch 2.11 where Triton is missing, which is no news."""
-    logging.getLogger('torch.utils.flop_counter').setLevel(logging.ERROR)
-    from torch.utils.flop_counter import FlopCounterMode
-
-    return FlopCounterMode(display=False)
-
-
-def decoding_flops(model_class, config, context):
-    """FLOPs of decoding the `context`-th token of a sequence, those of matrix multiplications: {'step': number}."""
-    with torch.device('meta'), torch.no_grad(), flop_counter() as counter:
-        model = model_class(config).eval()
-        cache = model.init_cache(1, context, torch.float32)
-        cache.length = context - 1
-        model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
-    return {'step': counter.get_total_flops()}
-
-
-def over_layers(count, config):
-    """The dict count(config), from models of one and two layers: each further layer adds what the second did."""
-    one = count(replace(config, n_layer=1))
-    if config.n_layer == 1:
-        return one
-    two = count(replace(config, n_layer=2))
-    return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
-
-
-@dataclass(frozen=True)
-class Line:
-    """A quantity that grows evenly with a number: fixed + each * number."""
-
-    fixed: float
-    each: float
-
-    @classmethod
-    def through(cls, x1, y1, x2, y2):
-        """The line through two points."""
-        each = (y2 - y1) / (x2 - x1)
-        return cls(y1 - each * x1, each)
-
-    def __add__(self, other):
-        return Line(self.fixed + other.fixed, self.each + other.each)
-
-    def at(self, number):
-        """The quantity."""
-        return self.fixed + self.each * number
-
-    def most(self, quantity):
-        """The largest number at which this is at most `quantity`; below 0 where there is none."""
-        return (quantity - self.fixed) / self.each
-
-
-@functools.cache
-def loss_line(n_embd, vocab_size, rows, dtype):
-    """`loss_bytes` over the number of tokens, where they are several pieces: a Line."""
-    piece = LinearCrossEntropy.piece(rows, vocab_size)
-    points = [(n, loss_bytes(n_embd, vocab_size, rows, dtype, n)) for n in (2 * piece, 4 * piece)]
-    return Line.through(*points[0], *points[1])
-
-
-# ---- one model -------------------------------------------------------------------------------------------------------
-
-
-class Arm:
+class Plan:
     """A model that is only planned: its class and config, and the dtype of its products."""
 
-    def __init__(self, model_class, config, dtype='bfloat16'):
+    def __init__(self, model_class: type[GPT], config: GPTConfig, dtype: str = 'bfloat16'):
         self.model_class, self.config, self.dtype = model_class, config, dtype
+        self.name = label_of(config)  # 'MHA', 'GQA-4', 'MQA' or 'MLA, r=64'
         self.bytes_each = machine.DTYPES[dtype].itemsize  # of a weight while decoding, and of a cached number
+        with torch.device('meta'):
+            model = model_class(config)
+            self.cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype]).bytes_per_token  # of one sequence
+        self.training_flops = model.flops_per_token()
+        counts: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():
+            counts[next(part for key, part in PARTS.items() if f'.{key}' in name)] += parameter.numel()
+        self.parameters = {part: counts[part] for part in PARTS.values() if counts[part]}
+        self.total = counts.total()
+        self.matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - counts['positions']
 
-    def over_layers(self, count, *arguments, **changes):
-        """`over_layers` of count(model_class, config, *arguments), with some of the config's keys changed."""
-        return over_layers(lambda config: count(self.model_class, config, *arguments), replace(self.config, **changes))
+    # ---- training ----------------------------------------------------------------------------------------------------
 
-    @property
-    def name(self):
-        """'MHA', 'GQA-4', 'MQA' or 'MLA, r=64'."""
-        return label_of(self.config)
-
-    @functools.cached_property
-    def facts(self):
-        """See the function `facts`."""
-        return self.over_layers(facts)
-
-    @property
-    def parameters(self):
-        """{part: number of parameters}."""
-        return {part: self.facts[part] for part in PARTS.values() if self.facts.get(part)}
-
-    # training
-
-    def state_bytes(self, optimizer, share=1):
+    def state_bytes(self, optimizer: str, share: int = 1) -> dict[str, float]:
         """
         Memory of float32 weights and gradients and of the optimizer's states: {what: bytes}.
 
         share: of how many GPUs each holds a part of these (FSDP). Muon keeps one number per parameter of the blocks'
         matrices; all else is AdamW's, which keeps two.
         """
-        total = sum(self.parameters.values())
-        matrices = self.facts['attention'] + self.facts['MLP']
-        in_blocks, others = OPTIMIZERS[optimizer]
-        states = in_blocks * matrices + others * (total - matrices)
-        return {'weights': 4 * total / share, 'gradients': 4 * total / share, 'optimizer': states / share}
+        in_blocks = self.parameters['attention'] + self.parameters['MLP']
+        of_blocks, of_others = OPTIMIZERS[optimizer]
+        states = of_blocks * in_blocks + of_others * (self.total - in_blocks)
+        return {'weights': 4 * self.total / share, 'gradients': 4 * self.total / share, 'optimizer': states / share}
 
     @property
-    def gathered_bytes(self):
+    def gathered_bytes(self) -> float:
         """Memory of two blocks' float32 parameters: FSDP gathers the next block while one computes."""
-        return 8 * (self.facts['attention'] + self.facts['MLP']) / self.config.n_layer
+        return 8 * (self.parameters['attention'] + self.parameters['MLP']) / self.config.n_layer
 
-    @functools.cache  # noqa: B019 (arms are few and live as long as the script)
-    def step_lines(self, recompute, device='cuda'):
-        """Memory of a training step above the states, over the tokens of a batch, as {stretch: Line of bytes}."""
-        changes = dict(recompute=recompute, block_size=LENGTH)
-        few, many = (self.over_layers(block_bytes, n, self.dtype, **changes) for n in (FEW, MANY))
-        lines = {name: Line.through(FEW * LENGTH, few[name], MANY * LENGTH, many[name]) for name in few}
-        sizes = (self.config.n_embd, self.config.vocab_size)
-        return lines | {'loss': lines['kept'] + loss_line(*sizes, LinearCrossEntropy.ROWS[device], self.dtype)}
+    @property
+    def counted_length(self) -> int:
+        """Tokens of a sequence that is long enough for attention on a CPU to keep no patterns, as on a GPU."""
+        return EagerAttention.HEAD_SIZES * max(16, self.config.head_size) + 1
 
-    def step_bytes(self, tokens, recompute, device='cuda'):
+    def counted_bytes(self, n_layer: int, sequences: int, recompute: bool) -> dict[str, float]:
+        """
+        Memory of a training step of some layers, above weights and gradients, as {stretch: bytes}.
+
+        sequences: of `counted_length` tokens. forward, backward: the most at any moment in the blocks; kept: what the
+        loss finds, autocast's copies of the weights included. The loss has a vocabulary of 1: see `loss_bytes`.
+        """
+        sizes: dict[str, Any] = dict(n_layer=n_layer, block_size=self.counted_length, vocab_size=1, recompute=recompute)
+        found: dict[str, float] = {}
+        with FakeTensorMode(), LiveBytes() as live, machine.autocast('cpu', self.dtype):
+            model = self.model_class(replace(self.config, **sizes)).train()
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)  # from the micro-batch before
+            idx = torch.zeros(sequences, self.counted_length, dtype=torch.int64)
+            start = live.peak = live.now
+
+            def at_loss(*_):
+                found.update(forward=live.peak - start, kept=live.now - start)
+
+            model.transformer.ln_f.register_forward_hook(at_loss)
+            loss = model(idx, idx, logits=False)[1]
+            live.peak = live.now
+        with live:
+            loss.backward()
+        return found | {'backward': live.peak - start}
+
+    @functools.cache  # noqa: B019 (plans are few and live as long as the script)
+    def step_lines(self, recompute: bool) -> dict[str, tuple[float, float]]:
+        """Memory of a training step above the states: {stretch: (bytes, and bytes for each token of a batch)}."""
+
+        def count(sequences):
+            one, two = (self.counted_bytes(n, sequences, recompute) for n in (1, 2))
+            return {name: one[name] + (self.config.n_layer - 1) * (two[name] - one[name]) for name in one}
+
+        few, many = count(FEW), count(MANY)
+        each = {name: (many[name] - few[name]) / ((MANY - FEW) * self.counted_length) for name in few}
+        lines = {name: (few[name] - each[name] * FEW * self.counted_length, each[name]) for name in few}
+        of_head = 4 * self.config.n_embd * self.config.vocab_size  # its gradient, which the loss has computed
+        return lines | {'backward': (lines['backward'][0] + of_head, each['backward'])}
+
+    def loss_bytes(self, tokens: int, device: str = 'cuda') -> int:
+        """Memory that ops/kernels.py's LinearCrossEntropy takes above its input's, at the most."""
+        C, V, each = self.config.n_embd, self.config.vocab_size, self.bytes_each
+        rows = min(tokens, LinearCrossEntropy.piece(LinearCrossEntropy.ROWS[device], V))
+        whole = 4 * C * V + each * C * tokens  # gradients of weight and input
+        if each == 4:
+            return whole + rows * max(8 * V, 4 * V + 8 * C)
+        # 16-bit copies, then float32 log-probabilities: a CPU makes them of float32 logits; then the gradient of the
+        # logits beside them, with rows of the input's gradient or with the product that is added to the weight's
+        softmax = (10 if device == 'cpu' else 6) * rows * V
+        return whole + 2 * C * (tokens + V) + max(softmax, 6 * rows * V + 2 * max(2 * rows * C, rows * C + C * V))
+
+    def step_bytes(self, tokens: int, recompute: bool, device: str = 'cuda') -> dict[str, float]:
         """Memory of a training step of a number of tokens above the states, as {stretch: bytes}; `peak` is the most."""
-        found = {name: line.at(tokens) for name, line in self.step_lines(recompute, device).items()}
-        rows, V = LinearCrossEntropy.ROWS[device], self.config.vocab_size
-        if tokens < 2 * LinearCrossEntropy.piece(rows, V):  # fewer pieces than the line presupposes
-            found['loss'] = found['kept'] + loss_bytes(self.config.n_embd, V, rows, self.dtype, tokens)
+        found = {name: fixed + each * tokens for name, (fixed, each) in self.step_lines(recompute).items()}
+        found['loss'] = found['kept'] + self.loss_bytes(tokens, device)
         return found | {'peak': max(found.values())}
 
-    def largest_training_batch(self, room, block_size, recompute=False):
+    def largest_training_batch(self, room: float, block_size: int, recompute: bool = False) -> int:
         """How many sequences of block_size tokens a step can have whose memory is `room` bytes; 0: none fits."""
-        lines, V = self.step_lines(recompute).values(), self.config.vocab_size
-        found = max(0, int(min(line.most(room) for line in lines) // block_size))
-        if found * block_size >= (few := 2 * LinearCrossEntropy.piece(LinearCrossEntropy.ROWS['cuda'], V)):
-            return found
-        sizes = range(few // block_size, 0, -1)  # for which the loss's line doesn't hold
-        fits = (n for n in sizes if self.step_bytes(n * block_size, recompute)['peak'] <= room)
-        return next(fits, 0)
 
-    # decoding
+        def fits(sequences):
+            return self.step_bytes(sequences * block_size, recompute)['peak'] <= room or None
+
+        return timing.largest(fits, 2**62 // block_size)[0]
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
 
     @property
-    def weight_bytes(self):
+    def weight_bytes(self) -> int:
         """Memory of the weights while decoding."""
-        return self.bytes_each * sum(self.parameters.values())
+        return self.bytes_each * self.total
 
     @property
-    def cache_bytes(self):
-        """Memory that one token of one sequence takes in the cache."""
-        return self.bytes_each * self.facts['cached']
+    def drawing_bytes(self) -> int:
+        """
+        Memory that a decode step takes for each sequence besides its cache.
 
-    @functools.cached_property
-    def decoding_line(self):
-        """Memory of a decode step above weights and cache over the number of sequences: a Line of bytes."""
-        config = replace(self.config, block_size=LENGTH, n_layer=1)  # one layer's memory serves the next
-        points = [(n, decoding_bytes(self.model_class, config, n, self.dtype)) for n in (FEW, MANY)]
-        return Line.through(*points[0], *points[1])
+        It is most in ops/decoding.py's `draw`, which has the logits and four float32 numbers for each of them, or for a
+        small vocabulary in the MLP: the residual stream before and after attention, its norm, and the hidden layer
+        before and after GELU.
+        """
+        return max((16 + self.bytes_each) * self.config.vocab_size, 11 * self.bytes_each * self.config.n_embd)
 
-    @functools.cached_property
-    def flops_line(self):
-        """FLOPs of decoding one token over its position in the sequence: a Line."""
-        points = [(n, self.over_layers(decoding_flops, n, block_size=16)['step']) for n in (8, 16)]
-        return Line.through(*points[0], *points[1])
+    def decoding_flops(self, context: int) -> int:
+        """
+        FLOPs of decoding the token at position `context` of a sequence.
 
-    def largest_decoding_batch(self, room, context):
+        Two per parameter of a matrix, MLA's up-projection being absorbed, and per head, layer and position two for each
+        number of a key and of a value; those of MLA are the cached ones.
+        """
+        config = self.config
+        size = config.n_latent + config.n_rope if isinstance(config, MLAConfig) else config.head_size
+        return 2 * self.matrices + 4 * config.n_layer * config.n_head * size * context
+
+    def largest_decoding_batch(self, room: float, context: int) -> int:
         """How many sequences of `context` tokens can be decoded in `room` bytes, weights included; 0: none fits."""
-        step = self.decoding_line + Line(self.weight_bytes, self.cache_bytes * context)
-        return max(0, int(step.most(room)))
+        return max(0, int((room - self.weight_bytes) / (self.drawing_bytes + self.cache_bytes * context)))
 
-    def decoding_seconds(self, sequences, context, peak, bandwidth):
+    def decoding_seconds(self, sequences: int, context: int, peak: float, bandwidth: float) -> dict[str, float]:
         """
         The least time of a decode step by the roofline, in seconds, as {what bounds it: its part}.
 
@@ -350,17 +221,13 @@ class Arm:
         neither part is faster than memory or arithmetic allows, and they follow each other. Rows of the embedding,
         activations and the time between kernels are left out.
         """
-        read = self.bytes_each * (sum(self.parameters.values()) - self.facts.get('positions', 0))
-        parts = ((read, sequences * self.flops_line.fixed),
-                 (sequences * context * self.cache_bytes, sequences * context * self.flops_line.each))  # fmt: skip
-        found = Counter(memory=0.0, arithmetic=0.0)
-        for nbytes, flops in parts:
+        tokens = sequences * context
+        weights = self.bytes_each * (self.total - self.parameters.get('positions', 0))
+        found = {'memory': 0.0, 'arithmetic': 0.0}
+        fixed = self.decoding_flops(0)
+        of_weights = weights, sequences * fixed
+        of_caches = tokens * self.cache_bytes, sequences * (self.decoding_flops(context) - fixed)
+        for nbytes, flops in (of_weights, of_caches):
             reading, computing = nbytes / bandwidth, flops / peak
             found['memory' if reading >= computing else 'arithmetic'] += max(reading, computing)
-        return dict(found)
-
-
-def gpu_called(name):
-    """The GPU of core/cli/machine.py's table with this name, in any case and with - or _ for blanks, or None."""
-    wanted = name.lower().replace('-', ' ').replace('_', ' ').split()
-    return next((gpu for gpu in gpus.GPUS if gpu.name.lower().split() == wanted), None)
+        return found

@@ -1,8 +1,8 @@
 """
-Steps to be timed, and the random data that they need. Of training: ours, ours without one optimisation, and nanoGPT's.
-Of decoding: ours, and Hugging Face's.
+What is timed against us: nanoGPT, Hugging Face's GPT-2, and our own steps without one optimization.
 
-Contenders that change the allocator or a library's state run in a separate process, which is this file as a program:
+- another program's model gets our weights and must give our logits: times of different computations can't be compared
+- what changes the allocator or a library's state runs in a separate process, which is this file as a program:
 
     python -m core.speed.rivals '{"setting": {...}, ...}'
 
@@ -12,35 +12,111 @@ what is wrong. SeparateTraining starts it and is the only one that talks to it.
 
 import contextlib
 import functools
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
 from core.cli import machine
 from core.cli.errors import UserError, report_user_errors
+from core.convert.gpt2 import hf_settings, to_gpt2
+from core.runs.models import NANOGPT_ARGS
 from core.speed import timing
-from core.speed.peers import nanogpt_batch, nanogpt_model
 from core.text.dataset import TokenData
 from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from ops.decoding import FixedStep
 from ops.optimizers import adamw, param_groups
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = {
     'memory': 'freed memory returns to the system',
     'fused': 'AdamW loops over tensors',
     'loss': 'all logits are computed at once',
 }
 
+# ---- other programs' models, with our weights ------------------------------------------------------------------------
 
-def random_data(folder, vocab_size, block_size, seed):
+
+def nanogpt_model(folder: str, ours: GPT, prompt: torch.Tensor) -> torch.nn.Module:
+    """
+    nanoGPT's GPT with the weights of `ours`, in eval mode and on its device, from the model.py in `folder`.
+
+    ours: a GPT in eval mode; prompt: token ids (B, T) for the comparison of logits. UserError where `folder` has no
+    model.py, and where the logits differ.
+    """
+    module = nanogpt_module(folder)
+    settings = {name: getattr(ours.config, name) for name in NANOGPT_ARGS}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        theirs = module.GPT(module.GPTConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    theirs = theirs.eval().to(prompt.device)
+    check_logits(theirs, ours, prompt, 'nanoGPT')
+    return theirs
+
+
+def nanogpt_module(folder: str) -> ModuleType:
+    """The model.py in the folder of a nanoGPT checkout, imported as `nanogpt_model`. UserError if it is missing."""
+    file = os.path.join(folder, 'model.py')
+    if not os.path.isfile(file):
+        raise UserError(f'{file} is missing; --nanogpt must be the folder of a nanoGPT checkout')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', file)
+    assert spec and spec.loader  # for a file that exists
+    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_batch(tokens: np.ndarray, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random batch (x, y), each int64 (batch_size, block_size), gathered row by row as in nanoGPT's get_batch."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
+    rows = [tokens[i : i + block_size + 1].astype(np.int64) for i in starts]
+    x, y = (torch.stack([torch.from_numpy(row[part]) for row in rows]) for part in (slice(-1), slice(1, None)))
+    return x, y
+
+
+def huggingface_model(ours: GPT, prompt: torch.Tensor) -> Any:
+    """
+    transformers' GPT2LMHeadModel with the weights of `ours`, in eval mode and on its device.
+
+    ours: a GPT in eval mode; biases that it lacks become zeros. prompt: token ids (B, T) for the comparison of logits.
+    UserError where transformers is not installed, and where the logits differ.
+    """
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError('--huggingface requires transformers: pip install transformers') from None
+    # without an end-of-text id: generate would compare every token with it
+    theirs = GPT2LMHeadModel(GPT2Config(**hf_settings(ours.config), bos_token_id=None, eos_token_id=None))
+    theirs.load_state_dict(to_gpt2(ours.state_dict()))
+    theirs = theirs.eval().to(prompt.device)
+    check_logits(lambda idx: (theirs(idx).logits[:, -1:],), ours, prompt, 'transformers')
+    return theirs
+
+
+@torch.no_grad()
+def check_logits(theirs: Callable, ours: GPT, prompt: torch.Tensor, name: str) -> None:
+    """UserError unless both models, called with prompt (B, T), return equal logits (B, 1, V) of the last position."""
+    logits, expected = theirs(prompt)[0], ours(prompt)[0]
+    # the tolerance leaves room for bfloat16's rounding; NaN fails
+    if not (logits - expected).abs().max() <= 1e-2 * expected.abs().max():
+        raise UserError(f"{name}'s logits differ from ours for the same weights; compare with an unmodified version")
+
+
+# ---- data to read ----------------------------------------------------------------------------------------------------
+
+
+def random_data(folder: str, vocab_size: int, block_size: int, seed: int) -> None:
     """Write a data set of random token ids to `folder`, without meta.json: in nanoGPT's format for GPT-2's ids."""
     ids, size = min(vocab_size, GPT2Tokenizer.n_vocab), max(2**20, 2 * block_size)
     tokens = np.random.default_rng(seed).integers(ids, size=size, dtype=np.uint16)
@@ -48,7 +124,7 @@ def random_data(folder, vocab_size, block_size, seed):
         tokens.tofile(os.path.join(folder, f'{split}.bin'))
 
 
-def random_words(path, size, seed):
+def random_words(path: str, size: float, seed: int) -> None:
     """Write `size` bytes of random words to `path`; their frequencies follow Zipf's law, as those of a language do."""
     rng = np.random.default_rng(seed)
     letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
@@ -57,6 +133,9 @@ def random_words(path, size, seed):
         while file.tell() < size:
             line = rng.zipf(1.2, size=200000) % len(words)
             file.write(' '.join(words[i] for i in line) + '\n')
+
+
+# ---- steps to be timed -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -75,8 +154,8 @@ class Setting:
 class Training:
     """Training steps of a model, as train.py takes them: batch, forward, backward, clipping, AdamW."""
 
-    def __init__(self, model, setting, leave_out=''):
-        """setting: a Setting. leave_out: a name in WITHOUT."""
+    def __init__(self, model: GPT, setting: Setting, leave_out: str = ''):
+        """leave_out: a name in WITHOUT."""
         self.model, self.setting, self.iteration = model.train(), setting, 0
         groups = param_groups(model.named_parameters(), 0.1)
         self.optimizer = adamw(groups, 1e-3, (0.9, 0.95), setting.device.split(':')[0])
@@ -88,16 +167,16 @@ class Training:
         self.dtype = setting.dtype
         self.data = self.open_data()
 
-    def open_data(self):
+    def open_data(self) -> Any:
         """What `batch` reads from."""
         return TokenData(self.setting.data, self.setting.block_size)
 
-    def batch(self):
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch (x, y) on the CPU."""
         size = self.setting.batch_size
         return self.data.batch(self.setting.seed, self.iteration, size, slice(0, size))
 
-    def run(self):
+    def run(self) -> None:
         """One step."""
         x, y = machine.to_device(*self.batch(), self.setting.device)
         with machine.autocast(self.setting.device, self.dtype):
@@ -108,7 +187,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
 
-    def peak_bytes(self):
+    def peak_bytes(self) -> int:
         """Peak memory of one step, in bytes."""
         return timing.peak_bytes(self.run, self.setting.device)
 
@@ -116,15 +195,15 @@ class Training:
 class NanoGPTTraining(Training):
     """Training steps of nanoGPT's model, with its optimizer and its batches, as its train.py takes them."""
 
-    def __init__(self, model, setting):
+    def __init__(self, model: Any, setting: Setting):
         super().__init__(model, setting)
-        self.arguments = {}
+        self.arguments = {}  # it has no `logits`
         self.dtype = setting.dtype if setting.device.startswith('cuda') else 'float32'  # it has no autocast on a CPU
 
-    def open_data(self):
+    def open_data(self) -> Any:
         return np.memmap(os.path.join(self.setting.data, 'train.bin'), dtype=np.uint16, mode='r')
 
-    def batch(self):
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         return nanogpt_batch(self.data, self.setting.batch_size, self.setting.block_size)
 
 
@@ -135,14 +214,16 @@ class SeparateTraining:
     A context manager: leaving it ends the process. Every method raises UserError where the process fails.
     """
 
-    def __init__(self, name, setting, gpt_args, leave_out='', nanogpt=''):
+    def __init__(self, name: str, setting: Setting, gpt_args: dict[str, Any], leave_out: str = '', nanogpt: str = ''):
         """gpt_args: keyword arguments of GPTConfig. nanogpt: the folder of a nanoGPT checkout; '': our model."""
-        task = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
+        task: dict[str, Any] = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
         task['nanogpt'] = nanogpt and os.path.abspath(nanogpt)
         task.update(threads=torch.get_num_threads(), precision=torch.get_float32_matmul_precision())
         command = [sys.executable, '-m', 'core.speed.rivals', json.dumps(task)]
         self.name = name
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process: Any = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self):
         self.run()  # returns when the process is ready
@@ -154,7 +235,7 @@ class SeparateTraining:
         self.process.stdout.close()
         self.process.wait()
 
-    def ask(self, question):
+    def ask(self, question: str) -> int:
         """The number that the process answers to 'step' (0, after one step) or 'peak' (bytes)."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(question + '\n')
@@ -165,11 +246,11 @@ class SeparateTraining:
             raise UserError(f"{self.name} can't be measured: {answer}")
         return answer
 
-    def run(self):
+    def run(self) -> None:
         """One step."""
         self.ask('step')
 
-    def peak_bytes(self):
+    def peak_bytes(self) -> int:
         """Peak memory of one step, in bytes."""
         return self.ask('peak')
 
@@ -177,61 +258,58 @@ class SeparateTraining:
 class Decoding:
     """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
 
-    def __init__(self, model, batch_size, context, captured=True):
+    def __init__(self, model: GPT, batch_size: int, context: int, captured: bool = True):
         """captured: on a GPU, as a CUDA graph."""
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-        self.step = functools.partial(model, cache=self.cache)
+        self.step: Callable = functools.partial(model, cache=self.cache)
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
         if captured and self.token.is_cuda:
             self.cache.length = context - 1
             self.step = FixedStep(model, self.cache)
 
-    def run(self, times=4):
-        """Take `times` steps. Returns `times`."""
-        for _ in range(times):
-            self.cache.length = self.context - 1
-            self.step(self.token)
-        return times
+    def run(self) -> None:
+        """One step."""
+        self.cache.length = self.context - 1
+        self.step(self.token)
 
-    def run_attention(self, times=4):
-        """The attention layers alone, `times` times, projections included. Returns `times`. Never a CUDA graph."""
+    def run_attention(self) -> None:
+        """The attention layers alone, projections included. Never a CUDA graph."""
         self.cache.length = self.context - 1
         x = torch.ones(self.token.size(0), 1, self.model.config.n_embd, device=self.token.device)
-        for _ in range(times):
-            for block in self.model.transformer.h:
-                block.attn(x, cache=self.cache)
-        return times
+        for block in self.model.transformer.h:
+            block.attn(x, cache=self.cache)
 
 
 class HuggingFaceDecoding:
     """The same steps of transformers' GPT-2 with its DynamicCache, which grows by the token and is cut back."""
 
-    def __init__(self, model, batch_size, context, dtype):
-        """model: a GPT2LMHeadModel. dtype: of the cache, a name in runtime.DTYPES."""
+    def __init__(self, model: Any, batch_size: int, context: int, dtype: str):
+        """model: a GPT2LMHeadModel. dtype: of the cache."""
         from transformers import DynamicCache
 
-        self.model, self.context, self.cache = model, context, DynamicCache()
+        self.model, self.cache = model, DynamicCache()
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-        config, dtype = model.config, machine.DTYPES[dtype]
+        config, kind = model.config, machine.DTYPES[dtype]
         filled = (batch_size, config.n_head, context - 1, config.n_embd // config.n_head)
         for layer in range(config.n_layer):
-            parts = (torch.zeros(filled, device=self.token.device, dtype=dtype) for _ in range(2))
-            self.cache.update(*parts, layer)
-        per_token = 2 * config.n_layer * config.n_embd * dtype.itemsize
+            keys, values = (torch.zeros(filled, device=self.token.device, dtype=kind) for _ in range(2))
+            self.cache.update(keys, values, layer)
+        per_token = 2 * config.n_layer * config.n_embd * kind.itemsize
         self.sizes = {'bytes_per_token': per_token, 'cache_bytes': per_token * batch_size * context}
 
-    def run(self, times=4):
-        """Take `times` steps. Returns `times`."""
-        for _ in range(times):
-            self.model(self.token, past_key_values=self.cache, use_cache=True)
-            self.cache.crop(-1)  # removes one token
-        return times
+    def run(self) -> None:
+        """One step."""
+        self.model(self.token, past_key_values=self.cache, use_cache=True)
+        self.cache.crop(-1)  # removes one token
 
 
-def training_of(task):
-    """The Training that a SeparateTraining's task, a dict, describes."""
+# ---- this file as a program ------------------------------------------------------------------------------------------
+
+
+def training_of(task: dict[str, Any]) -> Training:
+    """The Training that a SeparateTraining's task describes."""
     setting = Setting(**task['setting'])
     torch.set_num_threads(task['threads'])
     torch.set_float32_matmul_precision(task['precision'])
@@ -244,7 +322,7 @@ def training_of(task):
     return Training(model, setting, task['leave_out'])
 
 
-def main(argument):
+def main(argument: str) -> None:
     """Answer the questions on stdin until it is closed. argument: the task as JSON."""
 
     def answer(value):

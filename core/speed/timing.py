@@ -10,36 +10,39 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
+import subprocess
 import time
-from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from core.cli import machine
 from core.cli.errors import UserError
-from core.speed import gpus
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def synchronize(device):
+def synchronize(device: str) -> None:
     """Wait until all kernels that were launched on `device` have finished."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
 
 
-def timed(function, times=1, device='cpu'):
-    """Seconds per call, over `times` calls. A function that returns a number counts as that many calls."""
+def timed(function: Callable[[], Any], calls: int = 1, device: str = 'cpu') -> float:
+    """Seconds per call."""
     synchronize(device)
     began = time.perf_counter()
-    calls = sum(function() or 1 for _ in range(times))
+    for _ in range(calls):
+        function()
     synchronize(device)
     return (time.perf_counter() - began) / calls
 
 
-def alternate(contenders, rounds, device='cpu', turn=0.0):
+def alternate(
+    contenders: dict[str, Callable[[], Any]], rounds: int, device: str = 'cpu', turn: float = 0.0
+) -> dict[str, list[float]]:
     """
     Time functions {name: function} in alternating rounds, so that a disturbance of the machine affects all of them.
 
@@ -49,28 +52,29 @@ def alternate(contenders, rounds, device='cpu', turn=0.0):
 
     Returns {name: [seconds per call in each round]}. One round of warm-up comes first and is not part of it.
     """
-    seconds, times = {name: [] for name in contenders}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    calls = {}
     for n in range(rounds + 1):
         for name in list(contenders)[:: 1 if n % 2 else -1]:
             function = contenders[name]
             if n == 0:  # warm-up
                 function()
-                times[name] = math.ceil(turn / timed(function, device=device)) if turn else 1
+                calls[name] = math.ceil(turn / timed(function, device=device)) if turn else 1
             else:
-                if times[name] > 1:
+                if calls[name] > 1:
                     function()
-                seconds[name].append(timed(function, times[name], device))
+                seconds[name].append(timed(function, calls[name], device))
     return seconds
 
 
-def spread(values):
-    """Median and quartiles of a list of seconds, in milliseconds: {'ms': float, 'ms_quartiles': [low, high]}."""
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles of seconds, in milliseconds: {'ms': float, 'ms_quartiles': [low, high]}."""
     low, middle, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return {'ms': 1e3 * middle, 'ms_quartiles': [1e3 * low, 1e3 * high]}
 
 
-def profile(function, path, device='cpu'):
-    """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its share)], longest first."""
+def profile(function: Callable[[], Any], path: str, device: str = 'cpu') -> list[tuple[str, float]]:
+    """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its part)], longest first."""
     quiet_profiler()
     with torch.profiler.profile(acc_events=True) as trace:  # of the CPU and the GPU; it warns without acc_events
         function()
@@ -80,25 +84,14 @@ def profile(function, path, device='cpu'):
     if device.startswith('cuda'):  # an operator's row repeats the time of its kernels, which have rows of their own
         kernels = torch.autograd.DeviceType.CUDA
         events = [e for e in events if e.device_type == kernels and not getattr(e, 'is_user_annotation', False)]
-        times = Counter()  # kernels of one short name are counted together
-        for event in events:
-            times[kernel_name(event.key)] += event.self_device_time_total
+        times = {event.key: event.self_device_time_total for event in events}
     else:
         times = {event.key.removeprefix('aten::'): event.self_cpu_time_total for event in events}
     total = sum(times.values()) or 1  # without the driver's profiling there are no kernels
     return [(name, time / total) for name, time in sorted(times.items(), key=lambda item: -item[1])]
 
 
-def kernel_name(signature, longest=60):
-    """The name of a CUDA kernel without namespaces, parameters and template arguments, but for what it computes."""
-    whole = signature.removeprefix('void ').replace('(anonymous namespace)::', '')
-    name = re.split('[<(]', whole, maxsplit=1)[0].split('::')[-1].strip()
-    what = re.search(r'\w*(Functor|_kernel_cuda|cutlass_\d|flash_\w)\w*', whole[len(name) :])
-    name = f'{name} ({what[0]})' if what and what[0] not in name else name
-    return name if len(name) <= longest else name[: longest - 1] + '…'
-
-
-def quiet_profiler():
+def quiet_profiler() -> None:
     """Turn off the log messages of PyTorch's profiler."""
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 
@@ -106,7 +99,7 @@ def quiet_profiler():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(function, device='cpu'):
+def peak_bytes(function: Callable[[], Any], device: str = 'cpu') -> int:
     """Peak memory of one call, in bytes, above what is allocated before it (weights, for instance)."""
     if device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats(device)
@@ -125,15 +118,15 @@ def peak_bytes(function, device='cpu'):
     return peak
 
 
-def most_memory(process):
+def most_memory(process: subprocess.Popen) -> int | None:
     """
     Wait for a subprocess.Popen. Returns the peak memory of it and its children together, in bytes, read every 50 ms.
 
     Shared pages count once (PSS). Returns None where the system has no /proc/PID/smaps_rollup: anywhere but on Linux.
     """
-    most = None
+    most: int | None = None
     while process.poll() is None:
-        total, waiting = 0, [process.pid]
+        total, waiting = 0, [str(process.pid)]
         while waiting:
             pid = waiting.pop()
             with contextlib.suppress(OSError, ValueError):
@@ -146,7 +139,7 @@ def most_memory(process):
     return most
 
 
-def largest(peak, most):
+def largest(peak: Callable[[int], Any], most: int) -> tuple[int, Any]:
     """
     The largest size from 1 to `most` for which peak(size) isn't None, and that value; (0, None) where there is none.
 
@@ -166,13 +159,13 @@ def largest(peak, most):
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def describe_machine(device, dtype):
-    """The hardware and software that the numbers belong to: a dict."""
+def describe_machine(device: str, dtype: str) -> dict[str, Any]:
+    """The hardware and software that the numbers belong to."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu_name()
     return {'device': name, 'threads': torch.get_num_threads(), 'dtype': dtype, 'torch': torch.__version__}
 
 
-def cpu_name():
+def cpu_name() -> str:
     """The CPU's model name, or its architecture where the system doesn't give a name."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
@@ -181,57 +174,36 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def peak_flops(device, dtype):
-    """
-    Peak FLOP/s of matrix multiplications in `dtype`.
-
-    On a CPU the fastest of eight, 2048 x 2048; on a GPU its data sheet's, or None where core/speed/gpus.py has none.
-    """
-    if device != 'cpu':
-        return gpus.peak_flops(device, dtype)
+def cpu_flops(dtype: str) -> float:
+    """FLOP/s of matrix multiplications on the CPU, measured: the fastest of eight, 2048 x 2048."""
     a, b = (torch.ones(2048, 2048, dtype=machine.DTYPES[dtype]) for _ in range(2))
-
-    def multiply():
-        torch.mm(a, b)
-
-    return 2 * 2048**3 / min(timed(multiply) for _ in range(8))
+    return 2 * 2048**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(8))
 
 
-def read_bandwidth():
+def cpu_bandwidth() -> float:
     """GB/s at which the CPU reads memory, measured: the best sum of 256 MiB of float32 by all threads."""
     numbers = torch.ones(2**26)
-    return numbers.nbytes / 1e9 / min(timed(lambda: numbers.sum() is None) for _ in range(9))
+    return numbers.nbytes / 1e9 / min(timed(numbers.sum) for _ in range(9))
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def print_table(rows, columns):
-    """Print dicts as a Markdown table on stdout. columns: {heading: function of a row that returns a str}."""
-    print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
-    for row in rows:
-        print('| ' + ' | '.join(column(row) for column in columns.values()) + ' |', flush=True)
-    print()
-
-
-def read_times(path):
+def read_times(path: str) -> dict[str, float]:
     """{name of a timed row: milliseconds} of a file written by bench.py --json. UserError where it can't be read."""
+    times = {}
     try:
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
-        rows = [row for part in found.values() if isinstance(part, list) for row in part]
-        return {' '.join(str(row[k]) for k in ('name', 'batch_size', 'context') if k in row): row['ms'] for row in rows
-                if 'out_of_memory' not in row}  # fmt: skip
+        for row in (row for part in found.values() if isinstance(part, list) for row in part):
+            if 'out_of_memory' not in row:
+                times[' '.join(str(row[key]) for key in ('name', 'batch_size', 'context') if key in row)] = row['ms']
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} can't be read as a measurement ({error}); name a file written by --json") from error
+    return times
 
 
-def ms_text(row):
+def ms_text(row: dict[str, Any]) -> str:
     """A row's median and quartiles (see `spread`) as text: '12.3 (12.1 to 12.9)'."""
     low, high = row['ms_quartiles']
     return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'
-
-
-def shown(row, key, form, factor=1):
-    """row[key] * factor as text; '' where there is none."""
-    return f'{row[key] * factor:{form}}' if row and key in row else ''

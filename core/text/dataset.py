@@ -3,42 +3,36 @@ Read a data set, and decide which windows of it make batch n.
 
 Notable features:
 - a data set is a folder: `train.bin` and `val.bin` contain token ids (little-endian uint16 or uint32), `meta.json` the
-  tokenizer, vocabulary size, tokens per split, source and checksums. nanoGPT's folders (`meta.pkl` or no meta) work too
+  tokenizer, vocabulary size, tokens per split, source and checksums. nanoGPT's folders (`meta.pkl` or no meta) and
+  files with the header of llm.c work too
 - a large training split may lie in several files, `train_00000.bin`, ...: batches and windows are those of one file,
   since a window that begins in one file goes on in the next
 - batch n is a function of (seed, n, size, data) only: a counter-based generator computes its windows directly, so the
   model, evaluation, world size and resuming can't change it
 - validation windows are fixed, evenly spaced and don't overlap
-- files of any size are memory-mapped; a batch reads its own rows only
+- files of any size: a batch reads its own rows only, and no memory map, which would end the process where a file is cut
 - a broken data set raises a UserError of one line: what is wrong, and the command that fixes it
-- loading never runs code: JSON, and for nanoGPT's `meta.pkl` an unpickler that refuses classes and functions
 """
 
-import io
-import json
-import pickle
+import bisect
+import itertools
+import os
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from core.cli import files
 from core.cli.errors import UserError, printable
-from core.text.tokenizer import NO_TEXT, TOKENIZERS, CharTokenizer, GPT2Tokenizer, tokenizer_of
+from core.text.meta import HEADER_BYTES, SPLITS, existing, prepare_hint, read_header, read_meta, token_files
+from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
-FORMAT = 1
-SPLITS = ('train', 'val')
 CHECKED_WHOLE = 1 << 26  # bytes; opening a split up to this size checks its SHA-256 and every id, otherwise a sample
-
-
-def token_dtype(vocab_size):
-    """The numpy dtype of ids on disk: little-endian uint16, or uint32 if an id exceeds 65535."""
-    return np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
-
-
-def token_files(split, count=1):
-    """The names of the files that hold a split: ['train.bin'], or ['train_00000.bin', ...] if there are several."""
-    return [f'{split}.bin'] if count == 1 else [f'{split}_{number:05d}.bin' for number in range(count)]
+MOST_OPEN = 100  # files at a time
+HAS_PREADV = hasattr(os, 'preadv')  # not on Windows
+# what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
+IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
 class TokenData:
@@ -51,8 +45,9 @@ class TokenData:
     if a file's SHA-256 isn't that in meta.json.
     """
 
-    def __init__(self, folder, block_size):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, block_size: int) -> None:
+        self._open: dict[str, IO[bytes]] = {}
+        self.folder = existing(Path(folder))
         self.block_size = block_size
         self.meta = read_meta(self.folder)
         self.n_vocab = self.meta['vocab_size']
@@ -63,24 +58,30 @@ class TokenData:
         self.row_tokens = self.meta.get('row_tokens')
         shards = {'train': self.meta.get('shards', [])}
         self._files = {split: token_files(split, len(shards.get(split, [])) or 1) for split in SPLITS}
+        self._sizes: dict[str, int] = {}  # bytes of each file
+        self._headers: dict[str, int] = {}  # bytes in front of the tokens of a file, if it has a header
         # where the tokens of each file begin in its split, and where the last ones end
         self._bounds = {}
         for split, names in self._files.items():
             expected = shards.get(split) or [self.meta['tokens'].get(split)]
             lengths = [self._length(*each, self.dtype) for each in zip(names, expected, strict=True)]
-            self._bounds[split] = np.cumsum([0, *lengths])
-        self.tokens = {split: int(bounds[-1]) for split, bounds in self._bounds.items()}
+            self._bounds[split] = [0, *itertools.accumulate(lengths)]
+        self.tokens = {split: bounds[-1] for split, bounds in self._bounds.items()}
         if self.meta.get('masked'):
             for split in SPLITS:
                 self._length(f'{split}.mask.bin', self.tokens[split], np.dtype('u1'))
+        is_recorded = bool(self.meta['tokens'])
         self.meta = {**self.meta, 'tokens': self.tokens}
         self._check_block_size()
-        self._maps, self._views = {}, {}
         for split in SPLITS:
-            self._check_ids(split)
+            self._check_ids(split, is_recorded)
             self._check_sums(split)
 
-    def batch(self, seed, n, size, rows=slice(None)):
+    def __del__(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def batch(self, seed: int, n: int, size: int, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The rows `rows` (a slice or indices) of training batch n, which has `size` rows over all processes.
 
@@ -92,7 +93,7 @@ class TokenData:
         starts = draws % np.uint64(self._number_of_windows('train'))
         return self.windows('train', starts[rows].astype(np.int64) * (self.row_tokens or 1))
 
-    def eval_windows(self, split, count):
+    def eval_windows(self, split: str, count: int) -> np.ndarray:
         """Starts of at most `count` evenly spaced, non-overlapping windows of a split, the same for every model."""
         if count < 1:
             raise UserError(f'evaluation requires at least one window, got {count}')
@@ -101,71 +102,87 @@ class TokenData:
         count = min(count, slots)
         return np.arange(count, dtype=np.int64) * slots // count * step
 
-    def windows(self, split, starts):
-        """The windows of a split that begin at `starts` (an int array): (x, y) as `batch` returns them."""
+    def windows(self, split: str, starts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The windows of a split that begin at `starts` (integers): (x, y) as `batch` returns them."""
         starts = np.asarray(starts, dtype=np.int64)
         if len(starts) and not 0 <= starts.min() <= starts.max() < self.tokens[split] - self.block_size:
             raise ValueError(f'windows from {starts.min()} to {starts.max()} exceed {split}.bin')
-        window = self._gather(split, starts)
+        window = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
+        if len(self._files[split]) == 1:
+            self._read_rows(self._files[split][0], starts.tolist(), window)
+        else:
+            for row, start in zip(window, starts.tolist(), strict=True):
+                self._read(split, start, row)
         if window.size and int(window.max()) >= self.n_vocab:
             raise self._bad_ids(self._files[split][0].replace('_00000', '_*'), int(window.max()))
         x, y = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         if self.meta.get('masked'):
-            y[self._view(f'{split}.mask.bin', np.dtype('u1'))[starts][:, 1:] != 0] = -1
+            mask: np.ndarray = np.empty(window.shape, dtype=np.uint8)
+            self._read_rows(f'{split}.mask.bin', starts.tolist(), mask)
+            y[mask[:, 1:] != 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _number_of_windows(self, split):
+    def ids(self, split: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The tokens of a split from position `start` to `stop` (None: its end), (n,) of `dtype`."""
+        found = np.empty((self.tokens[split] if stop is None else stop) - start, dtype=self.dtype)
+        self._read(split, start, found)
+        return found
+
+    def _number_of_windows(self, split: str) -> int:
         if self.row_tokens:
             return self.tokens[split] // self.row_tokens
         return self.tokens[split] - self.block_size
 
-    def _gather(self, split, starts):
-        """The tokens of the windows of a split that begin at `starts`, (rows, block_size + 1)."""
-        names, bounds = self._files[split], self._bounds[split]
-        if len(names) == 1:
-            return self._view(names[0], self.dtype)[starts]
-        window = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
-        numbers = np.searchsorted(bounds, starts, side='right') - 1  # the file in which each window begins
-        inside = starts + self.block_size < bounds[numbers + 1]
-        for number in np.unique(numbers[inside]):
-            rows = np.flatnonzero(inside & (numbers == number))
-            window[rows] = self._view(names[number], self.dtype)[starts[rows] - bounds[number]]
-        for row in np.flatnonzero(~inside):
-            window[row] = self._across(split, int(starts[row]))
-        return window
+    def _read(self, split: str, start: int, out: np.ndarray) -> None:
+        """Fill an array (n,) with the tokens of a split from `start` on, which may lie in several files."""
+        bounds = self._bounds[split]
+        number = bisect.bisect_right(bounds, start) - 1
+        while len(out):
+            count = min(len(out), bounds[number + 1] - start)
+            self._read_rows(self._files[split][number], [start - bounds[number]], out[None, :count])
+            out, start, number = out[count:], start + count, number + 1
 
-    def _across(self, split, start):
-        """The window (block_size + 1,) of a split that begins at `start` in one file and ends in a later one."""
-        stop, pieces = start + self.block_size + 1, []
-        for name, first, last in zip(self._files[split], self._bounds[split], self._bounds[split][1:], strict=False):
-            if first < stop and start < last:
-                pieces.append(self._map(name, self.dtype)[max(0, start - first) : stop - first])
-        return np.concatenate(pieces)
+    def _read_rows(self, name: str, starts: list[int], out: np.ndarray) -> None:
+        """Fill the rows of an array with the items of a file from each start on. UserError if its size has changed."""
+        view, header = out.view(np.uint8).reshape(-1).data, self._headers.get(name, 0)
+        width = out.shape[1] * out.itemsize
+        try:
+            file = self._opened(name)
+            is_whole = os.fstat(file.fileno()).st_size == self._sizes[name]
+            for number, start in enumerate(starts):
+                row = view[number * width : (number + 1) * width]
+                is_whole = is_whole and read_at(file, row, header + start * out.itemsize)
+        except OSError as error:
+            raise UserError(f"{self.folder / name} can't be read any more ({error.strerror or error})") from error
+        if not is_whole:
+            raise UserError(
+                f'{self.folder / name} was replaced by another file while it was read: it had {self._sizes[name]:,} '
+                'bytes; put it back, and go on from the last checkpoint with --resume=yes'
+            )
 
-    def _map(self, name, dtype):
-        """The read-only memory map of a file."""
-        if name not in self._maps:
-            self._maps[name] = np.memmap(self.folder / name, dtype=dtype, mode='r')
-        return self._maps[name]
+    def _opened(self, name: str) -> IO[bytes]:
+        """A file of the data set, open for reading; the one opened first is closed where there are too many."""
+        if name not in self._open:
+            if len(self._open) == MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[name] = open(self.folder / name, 'rb', buffering=0)
+        return self._open[name]
 
-    def _view(self, name, dtype):
-        """All overlapping windows of a file as a read-only view (windows, block_size + 1) of its memory map."""
-        if name not in self._views:
-            file = self._map(name, dtype)
-            self._views[name] = np.lib.stride_tricks.sliding_window_view(file, self.block_size + 1)
-        return self._views[name]
-
-    def _length(self, name, expected, dtype):
+    def _length(self, name: str, expected: int | None, dtype: np.dtype) -> int:
         """
         The number of tokens in a file. UserError if it is missing, empty or truncated, or has not the `expected` number
-        (None: any).
+        (None: any, or what its header says).
         """
         path = self.folder / name
         try:
-            size = path.stat().st_size
+            size = self._sizes[name] = path.stat().st_size
+            header = read_header(path) if expected is None else None
             path.open('rb').close()
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}): {prepare_hint(self.folder)}") from error
+        if header:
+            expected, self._headers[name] = header['count'], HEADER_BYTES
+            size -= HEADER_BYTES
         if not size:
             raise UserError(f'{path} is empty: {prepare_hint(self.folder)}')
         if size % dtype.itemsize:
@@ -174,13 +191,14 @@ class TokenData:
                 f'file; {prepare_hint(self.folder)}'
             )
         if expected is not None and size // dtype.itemsize != expected:
+            says = 'its header' if header else 'meta.json'
             raise UserError(
-                f'{path} has {size // dtype.itemsize:,} {dtype.name} tokens, and meta.json says {expected:,}: they '
+                f'{path} has {size // dtype.itemsize:,} {dtype.name} tokens, and {says} says {expected:,}: they '
                 f'belong to different data sets; {prepare_hint(self.folder)}'
             )
         return size // dtype.itemsize
 
-    def _check_block_size(self):
+    def _check_block_size(self) -> None:
         if self.row_tokens and self.block_size != self.row_tokens - 1:
             raise UserError(
                 f'{self.folder} consists of rows of {self.row_tokens} tokens: use --block_size={self.row_tokens - 1}'
@@ -192,20 +210,32 @@ class TokenData:
                     f'{self.block_size:,} requires {self.block_size + 1:,}: use a smaller --block_size or more text'
                 )
 
-    def _check_ids(self, split):
-        """UserError if an id exceeds the vocabulary: every id of a short split, an even sample of a long one."""
+    def _check_ids(self, split: str, is_recorded: bool) -> None:
+        """
+        UserError if an id exceeds the vocabulary, or all look like those of another dtype, which no meta.json denies.
+
+        Reads every id of a short split, an even sample of a long one.
+        """
         whole = self.tokens[split] * self.dtype.itemsize <= CHECKED_WHOLE
         piece = 1 << 22 if whole else 1 << 12
-        step = piece if whole else max(piece, self.tokens[split] // 1024)
-        for name, length in zip(self._files[split], np.diff(self._bounds[split]), strict=True):
-            for start in range(0, int(length), step):
-                # not through the memory map, whose read-ahead would read much more around each piece
-                offset = start * self.dtype.itemsize
-                highest = int(np.fromfile(self.folder / name, dtype=self.dtype, count=piece, offset=offset).max())
-                if highest >= self.n_vocab:
+        step = piece if whole else max(piece, self.tokens[split] // 4096 * 4)
+        for name, first, last in zip(self._files[split], self._bounds[split], self._bounds[split][1:], strict=False):
+            dtypes = set()
+            for start in range(first, last, step):
+                ids = self.ids(split, start, min(start + piece, last))
+                if (highest := int(ids.max())) >= self.n_vocab:
                     raise self._bad_ids(name, highest)
+                dtypes.add(None if is_recorded else other_dtype(ids))
+            if len(dtypes) == 1 and (found := dtypes.pop()):
+                path = self.folder / name
+                raise UserError(
+                    f'{path} looks like {found}, because {"three of four" if found == "int64" else "every second one"} '
+                    f'of its 16-bit numbers are 0, and token files are uint16: write it again with '
+                    f"np.fromfile('{path}', np.{found}).astype(np.uint16).tofile('{path}'), or add a meta.json "
+                    '(data/README.md) that says that it is uint16'
+                )
 
-    def _check_sums(self, split):
+    def _check_sums(self, split: str) -> None:
         """UserError if a file of a split isn't the one whose SHA-256 meta.json recorded; large splits are not read."""
         if self.tokens[split] * self.dtype.itemsize > CHECKED_WHOLE:
             return
@@ -217,119 +247,72 @@ class TokenData:
                     f'{recorded[:16]}...; {prepare_hint(self.folder)}'
                 )
 
-    def _bad_ids(self, name, highest):
+    def _bad_ids(self, name: str, highest: int) -> UserError:
         return UserError(
             f'{self.folder / name} has the id {highest}, beyond the vocabulary of {self.n_vocab:,}: it belongs to '
             f'another meta.json or has another dtype; {prepare_hint(self.folder)}'
         )
 
 
-# ---- meta ------------------------------------------------------------------------------------------------------------
+def read_at(file: Any, view: memoryview, at: int) -> bool:
+    """Fill a view of bytes from the position `at` of an unbuffered file. False if the file ends before."""
+    if HAS_PREADV:
+        count = os.preadv(file.fileno(), [view], at)
+    else:
+        file.seek(at)
+        count = file.readinto(view)
+    if 0 < count < len(view):  # no call reads more than 2 GiB
+        return read_at(file, view[count:], at + count)
+    return count == len(view)
 
 
-def prepare_hint(folder):
-    """The command that creates the data set in a folder, as the end of an error message."""
-    if (folder / 'prepare.py').exists():
-        return f'run python {folder / "prepare.py"}'
-    if any(folder.glob('train_?????.bin')):  # only this script writes several files
-        again = f'python data/hub/prepare.py --name={folder.name}'
-        return f'create it again with {again}, or check --dataset and --data_dir'
-    return (
-        f'create it with python data/text/prepare.py --input=FILE --name={folder.name}, or check --dataset and '
-        '--data_dir'
-    )
-
-
-def has_tokens(folder):
-    """True if a folder has a training split, in one file or in several."""
-    return (folder / 'train.bin').exists() or any(folder.glob('train_?????.bin'))
-
-
-def read_meta(folder):
-    """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError if invalid."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        prepared = sorted(path.name for path in folder.parent.glob('*') if has_tokens(path))
-        have = f' (there are {", ".join(prepared[:8])})' if prepared else ''
-        raise UserError(f'there is no data set {folder}{have}: {prepare_hint(folder)}')
-    if not has_tokens(folder):
-        raise UserError(f'there is no {folder / "train.bin"}: {prepare_hint(folder)}')
-    if (folder / 'meta.json').exists():
-        try:
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{folder / 'meta.json'} can't be read ({error}): {prepare_hint(folder)}") from error
-        if problem := meta_problem(meta):
-            raise UserError(f'{folder / "meta.json"} {problem}: {prepare_hint(folder)}')
-        return meta
-    if (folder / 'meta.pkl').exists():
-        return read_meta_pickle(folder)
-    described = GPT2Tokenizer().meta()
-    source = f'GPT-2 BPE tokens of unknown source ({folder.name}, no meta.json)'
-    dtype = token_dtype(described['vocab_size']).name
-    return {'format': FORMAT, **described, 'dtype': dtype, 'tokens': {}, 'source': source}
-
-
-def meta_problem(meta):
-    """The first invalid entry of a meta.json, as a predicate ('has ...'), or None if all are valid."""
-
-    def is_count(value, least=1):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    if not isinstance(meta, dict):
-        return 'is not a JSON object'
-    if meta.get('format') != FORMAT:
-        return f'has format {meta.get("format")!r}, but this version reads {FORMAT}'
-    if meta.get('replacing'):
-        return 'is incomplete: the data set was being replaced when the run was killed'
-    if meta.get('tokenizer') not in [*TOKENIZERS, NO_TEXT]:  # a list, because the entry may be unhashable
-        return f'has the unknown tokenizer {meta.get("tokenizer")!r}'
-    if meta.get('dtype') not in ('uint16', 'uint32'):
-        return f'has dtype {meta.get("dtype")!r}, which must be uint16 or uint32'
-    if not is_count(meta.get('vocab_size')):
-        return f'has vocab_size {meta.get("vocab_size")!r}, which must be a positive integer'
-    if meta['tokenizer'] != NO_TEXT and (problem := TOKENIZERS[meta['tokenizer']].problem(meta)):
-        return problem
-    counts = meta.get('tokens')
-    if not isinstance(counts, dict) or not all(is_count(counts.get(split)) for split in SPLITS):
-        return f'has "tokens" {counts!r}, which must be the counts of train and val'
-    if not isinstance(meta.get('source'), str):
-        return 'has no "source"'
-    sums = meta.get('sha256', {})
-    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
-        return f'has "sha256" {sums!r}, which must be an object of strings'
-    shards = meta.get('shards', [])
-    if not isinstance(shards, list) or not all(map(is_count, shards)) or sum(shards) not in (0, counts['train']):
-        return 'has "shards" that are not the numbers of tokens in several files of the training split'
-    if len(shards) == 1 or (shards and meta.get('masked')):
-        return 'has "shards" of one file, or with masks: those have one file per split'
-    if not is_count(meta.get('row_tokens', 2), 2):
-        return f'has row_tokens {meta["row_tokens"]!r}, which must be an integer of at least 2'
+def other_dtype(ids: np.ndarray) -> str | None:
+    """What uint16 ids (n,) look like, if not like uint16: 'int64' where three of four are 0, 'uint32' every second."""
+    for width, name in ((4, 'int64'), (2, 'uint32')):
+        rows = ids[: len(ids) // width * width].reshape(-1, width)
+        if ids.itemsize == 2 and len(rows) and not rows[:, 1:].any() and np.mean(rows[:, 0] != 0) > 0.1:
+            return name
     return None
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, strings and numbers. Refuses classes and functions, which could run code."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
+# ---- which data set it is --------------------------------------------------------------------------------------------
 
 
-def read_meta_pickle(folder):
-    """The meta of a nanoGPT folder with a meta.pkl (vocab_size, stoi, itos), as a dict. UserError if invalid."""
-    path = folder / 'meta.pkl'
-    try:
-        if path.stat().st_size > 1 << 26:
-            raise ValueError('it is larger than 64 MiB')
-        old = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        vocab_size, itos = old['vocab_size'], old.get('itos', {})
-        if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16 or type(itos) is not dict:
-            raise ValueError('vocab_size must be an integer from 1 to 65536, and itos a dict')
-    except Exception as error:  # a broken pickle can raise anything
-        raise UserError(f"{path} can't be read ({type(error).__name__}: {error}): {prepare_hint(folder)}") from error
-    meta = {'format': FORMAT, 'tokenizer': NO_TEXT, 'vocab_size': vocab_size, 'dtype': 'uint16', 'tokens': {}}
-    meta['source'] = f"{folder.name} (nanoGPT's format)"
-    chars = [itos.get(i) for i in range(vocab_size)]
-    if all(type(char) is str and len(char) == 1 for char in chars) and len(set(chars)) == vocab_size:
-        meta |= CharTokenizer(''.join(chars)).meta()
-    return meta
+def flat(meta: Meta) -> Meta:
+    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
+    entries = {key: meta[key] for key in IDENTITY if key in meta}
+    nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
+    files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
+    return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries
+
+
+def check_data(then: Meta | None, data: TokenData, path: str) -> None:
+    """UserError where the data set is not the one that the run in the checkpoint at `path` began with, by its meta."""
+    before, now = flat(then or {}), flat(data.meta)
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise UserError(
+                f'{data.folder} is not the data set that the run in {path} began with ({name}: {short(now[name])}, '
+                f'recorded {short(before[name])}); restore it, or start a new run in another --out_dir'
+            )
+
+
+def check_tokenizer(meta: Meta, data: TokenData, source: str) -> None:
+    """UserError where the model of `source`, whose tokenizer `meta` describes, would read other tokens."""
+    then, now = tokenizer_of(meta), tokenizer_of(data.meta)
+    if (then and then.meta()) != (now and now.meta()):
+        raise UserError(
+            f'{source} was trained on {describe(then)}, and {data.folder} has {describe(now)}; use a data set with the '
+            'same tokenizer'
+        )
+
+
+def describe(tokenizer: Tokenizer | None) -> str:
+    """A tokenizer and the size of its vocabulary, in a few words."""
+    return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
+
+
+def short(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + '...'

@@ -11,18 +11,24 @@ Notable features:
 import abc
 import functools
 import re
-import threading
 import unicodedata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from core.cli.errors import UserError
 from core.cli.ranges import listed
+from core.text.byte_pairs import WORDS, are_pieces, byte_level_bpe, gpt2_encoding, import_tiktoken, learn_bpe
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+Meta = dict[str, Any]  # of a data set, or what a checkpoint records of it
 
 END_OF_TEXT = '<|endoftext|>'  # the text of the token that ends a document, in GPT-2 and in learned encodings
 NO_TEXT = 'none'  # meta['tokenizer'] of a data set whose ids stand for no text
-# GPT-2's regular expression for splitting text into words; merges never cross words (Radford et al. 2019; encoder.py)
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -32,111 +38,111 @@ class Tokenizer(abc.ABC):
     """What all tokenizers share. A subclass sets the attributes below and implements the abstract methods."""
 
     name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
-    n_vocab = None  # number of ids; set per instance if it depends on the text
-    end_of_text = None  # id of the token that ends a document, or None
+    n_vocab: int  # number of ids; set per instance if it depends on the text
+    end_of_text: int | None = None  # id of the token that ends a document
     special_token = END_OF_TEXT  # text of the token that stands for padding and unknown text in `fast_tokenizer`
     byte_pair = False  # splits text into words, so text must be cut between words; documents end with end_of_text
     reads_bytes = False  # encodes bytes that are not UTF-8
-    learned_from = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
-    vocab_sizes = None  # the range of sizes that `learn` accepts; None if the size can't be chosen
+    learned_from: str | None = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
+    vocab_sizes: range | None = None  # the sizes that `learn` accepts; None if the size can't be chosen
 
     @property
-    def padded_vocab_size(self):
+    def padded_vocab_size(self) -> int:
         """The vocabulary size of a new model for this tokenizer."""
         return self.n_vocab
 
     @classmethod
-    def learn(cls, material=None, vocab_size=0):
+    def learn(cls, material: Any = None, vocab_size: int = 0) -> 'Tokenizer':
         """A tokenizer for a text. material: see learned_from; vocab_size: one of vocab_sizes, or 0 for the default."""
         return cls()
 
     @classmethod
-    def from_meta(cls, meta):
+    def from_meta(cls, meta: Meta) -> 'Tokenizer':
         """The tokenizer that a valid meta describes; its vocabulary is not loaded yet."""
         return cls()
 
     @classmethod
-    def problem(cls, meta):
+    def problem(cls, meta: Meta) -> str | None:
         """The first invalid tokenizer entry of a meta, as a predicate ('has ...'), or None if all are valid."""
         size = meta.get('vocab_size', cls.n_vocab)
         return None if size == cls.n_vocab else f'has vocab_size {size}, but {cls.name} has {cls.n_vocab:,} ids'
 
-    def meta(self):
-        """The tokenizer's entries in meta.json, as a dict: all that from_meta needs."""
+    def meta(self) -> Meta:
+        """The tokenizer's entries in meta.json: all that from_meta needs."""
         return {'tokenizer': self.name, 'vocab_size': self.n_vocab}
 
-    def load(self):
+    def load(self) -> 'Tokenizer':
         """Load the vocabulary; returns self. UserError if it's not available."""
         return self
 
-    def text_ids(self):
-        """The ids that text can contain, special tokens excluded, as an ascending int array."""
+    def text_ids(self) -> np.ndarray:
+        """The ids that text can contain, special tokens excluded, in ascending order."""
         ids = np.arange(self.n_vocab)
         return ids[ids != self.end_of_text] if self.end_of_text is not None else ids
 
     @abc.abstractmethod
-    def encode_array(self, text):
-        """The ids of a str as an integer array. Special tokens are not recognized: their names are plain text."""
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text as integers. Special tokens are not recognized: their names are plain text."""
 
-    def encode(self, text, special=False):
-        """The ids of a str as a list of int. special: encode '<|endoftext|>' as that token, if the tokenizer has it."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text. special: encode '<|endoftext|>' as that token, if the tokenizer has it."""
         return self.encode_array(text).tolist()
 
-    def decode(self, ids):
-        """The str of an iterable of ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     @abc.abstractmethod
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of an iterable of ids; characters may be incomplete. ValueError for an unknown id."""
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 text of some ids; characters may be incomplete. ValueError for an unknown id."""
 
     @abc.abstractmethod
-    def fast_tokenizer(self):
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         """
-        The same tokenizer as a `tokenizers.Tokenizer`, the class that Hugging Face's transformers builds on.
+        The same tokenizer in the class that Hugging Face's transformers builds on.
 
         Text is encoded to the same ids, except that special_token is recognized in it. It has an id of the vocabulary.
         """
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character. chars: a str of the characters in the order of their ids."""
+    """One id per character. chars: the characters in the order of their ids."""
 
     name, learned_from = 'char', 'characters'
 
-    def __init__(self, chars):
+    def __init__(self, chars: str) -> None:
         self.chars = chars
         self.n_vocab = len(chars)
         self.ids = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.ids[[ord(char) for char in chars]] = range(len(chars))
 
     @property
-    def special_token(self):
+    def special_token(self) -> str:  # type: ignore[override]
         """The character that text can best do without: control characters, then symbols, then punctuation."""
         classes = 'CSPNLMZ'  # of Unicode; the last of a class in the order of code points is the least common
         return max(self.chars, key=lambda c: (not c.isspace(), -classes.index(unicodedata.category(c)[0]), ord(c)))
 
     @classmethod
-    def learn(cls, material, vocab_size=0):
+    def learn(cls, material: Any = '', vocab_size: int = 0) -> 'CharTokenizer':
         """The tokenizer of the characters in a str, in the order of their code points."""
         return cls(''.join(sorted(set(material))))
 
     @classmethod
-    def from_meta(cls, meta):
+    def from_meta(cls, meta: Meta) -> 'CharTokenizer':
         return cls(meta['chars'])
 
     @classmethod
-    def problem(cls, meta):
+    def problem(cls, meta: Meta) -> str | None:
         chars, size = meta.get('chars'), meta.get('vocab_size')
         if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
             return None
         return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
 
-    def meta(self):
+    def meta(self) -> Meta:
         return {**super().meta(), 'chars': self.chars}
 
-    def encode_array(self, text):
-        """The ids of a str as an int32 array. UserError for the first character outside the vocabulary."""
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text as int32. UserError for the first character outside the vocabulary."""
         codes = code_points(text)
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         if len(ids) and ids.min() < 0:
@@ -145,21 +151,82 @@ class CharTokenizer(Tokenizer):
             raise UserError(f'the character {char!r} is not among the {self.n_vocab} that the model knows: {known}')
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode('utf-8', errors='replace')
 
-    def fast_tokenizer(self):
-        import tokenizers
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
+        return word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
 
-        ids = {char: i for i, char in enumerate(self.chars)}
-        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=self.special_token))
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
-        fast.decoder = tokenizers.decoders.Fuse()
-        fast.add_special_tokens([tokenizers.AddedToken(self.special_token, normalized=False)])
-        return fast
+
+class TableTokenizer(Tokenizer):
+    """
+    One id per string of a list, as nanoGPT's meta.pkl may have them: words, or characters and special tokens.
+
+    strings: in the order of their ids, None where an id has no text. vocab_size: the model's, which may be larger.
+    Text is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
+    """
+
+    name = 'table'
+
+    def __init__(self, strings: list[str | None], vocab_size: int) -> None:
+        self.strings, self.vocab_size, self.n_vocab = strings, vocab_size, len(strings)
+        self.ids = {string: i for i, string in reversed([*enumerate(strings)]) if string}
+        self.longest = max(map(len, self.ids))
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def special_token(self) -> str:  # type: ignore[override]
+        """The longest string: among characters it is a special token, and among words a rare one."""
+        return max(self.ids, key=len)
+
+    @classmethod
+    def from_meta(cls, meta: Meta) -> 'TableTokenizer':
+        return cls(meta['strings'], meta['vocab_size'])
+
+    @classmethod
+    def problem(cls, meta: Meta) -> str | None:
+        strings: Any = meta.get('strings')
+        size = meta.get('vocab_size')
+        is_list = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
+        if not is_list or not any(strings):
+            return 'has no valid "strings"'
+        return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
+
+    def meta(self) -> Meta:
+        return {'tokenizer': self.name, 'vocab_size': self.vocab_size, 'strings': self.strings}
+
+    def text_ids(self) -> np.ndarray:
+        return np.array(sorted(self.ids.values()))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text as integers. UserError where no string of the table fits."""
+        ids, at = [], 0
+        while at < len(text):
+            ends = range(min(at + self.longest, len(text)), at, -1)
+            end = next((end for end in ends if text[at:end] in self.ids), None)
+            if end is None:
+                known = ', '.join(map(repr, [*self.ids][:8]))
+                start = repr(text[at : at + 20])
+                raise UserError(f'none of the {len(self.ids)} tokens that the model knows ({known}...) begins {start}')
+            ids.append(self.ids[text[at:end]])
+            at = end
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return ''.join(self.strings[i] or '' for i in checked_ids(ids, self.n_vocab))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.decode(ids).encode('utf-8', errors='replace')
+
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        return word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
 
 
 class ByteTokenizer(Tokenizer):
@@ -167,16 +234,16 @@ class ByteTokenizer(Tokenizer):
 
     name, n_vocab, reads_bytes, special_token = 'byte', 256, True, '\0'
 
-    def encode_array(self, text):
-        """The ids of a str or of bytes as a uint8 array."""
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        """The ids of a text or of bytes as uint8."""
         if isinstance(text, str):
             text = text.encode('utf-8', errors='surrogateescape')
         return np.frombuffer(text, dtype=np.uint8)
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(checked_ids(ids, self.n_vocab))
 
-    def fast_tokenizer(self):
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         return byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
 
 
@@ -184,27 +251,33 @@ class BytePairTokenizer(Tokenizer):
     """
     A byte-pair encoding over words, computed by tiktoken; the last id is <|endoftext|>.
 
-    Subclasses set end_of_text and `encoding`, a tiktoken.Encoding.
+    Subclasses set end_of_text and `encoding`.
     """
 
     byte_pair = True
+    end_of_text: int
 
-    def load(self):
+    @property
+    @abc.abstractmethod
+    def encoding(self) -> 'tiktoken.Encoding':
+        """The encoding itself. UserError if tiktoken is missing or can't get the vocabulary."""
+
+    def load(self) -> 'BytePairTokenizer':
         self.encoding  # noqa: B018  (a cached property)
         return self
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def encode(self, text, special=False):
+    def encode(self, text: str, special: bool = False) -> list[int]:
         if special:
             return self.encoding.encode(text, allowed_special={END_OF_TEXT})
         return self.encoding.encode_ordinary(text)
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes(checked_ids(ids, self.n_vocab))
 
-    def fast_tokenizer(self):
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         ranks = {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
         return byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
 
@@ -213,39 +286,38 @@ class BPETokenizer(BytePairTokenizer):
     """
     A byte-pair encoding learned from the training text.
 
-    pieces: a list of str in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
+    pieces: in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
     """
 
     name, learned_from, vocab_sizes = 'bpe', 'text', range(300, (1 << 16) + 1)
 
-    def __init__(self, pieces):
+    def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
         self.n_vocab, self.end_of_text = len(pieces) + 1, len(pieces)
 
     @classmethod
-    def learn(cls, material, vocab_size=0):
+    def learn(cls, material: Any = (), vocab_size: int = 0) -> 'BPETokenizer':
         """The encoding learned from an iterable of str. vocab_size: number of ids, 4096 by default."""
         return cls(learn_bpe(material, vocab_size or 4096))
 
     @classmethod
-    def from_meta(cls, meta):
+    def from_meta(cls, meta: Meta) -> 'BPETokenizer':
         return cls(meta['pieces'])
 
     @classmethod
-    def problem(cls, meta):
-        pieces, size = meta.get('pieces'), meta.get('vocab_size')
+    def problem(cls, meta: Meta) -> str | None:
+        pieces, size = meta.get('pieces') or [], meta.get('vocab_size')
         if are_pieces(pieces) and size in (None, len(pieces) + 1):
             return None
         if not isinstance(size, int):
             return 'has no valid "pieces"'
         return f'has "pieces" that are not {size - 1} different strings that include every single byte'
 
-    def meta(self):
+    def meta(self) -> Meta:
         return {**super().meta(), 'pieces': self.pieces}
 
     @functools.cached_property
-    def encoding(self):
-        """The tiktoken.Encoding. UserError if tiktoken is missing."""
+    def encoding(self) -> 'tiktoken.Encoding':
         ranks = {piece.encode('latin-1'): i for i, piece in enumerate(self.pieces)}
         special = {END_OF_TEXT: self.end_of_text}
         return import_tiktoken().Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
@@ -258,15 +330,37 @@ class GPT2Tokenizer(BytePairTokenizer):
     padded_vocab_size = 50304  # the next multiple of 64, for faster matrix multiplications (nanoGPT)
 
     @functools.cached_property
-    def encoding(self):
-        """The tiktoken.Encoding. UserError if tiktoken is missing or can't get the vocabulary."""
+    def encoding(self) -> 'tiktoken.Encoding':
         return gpt2_encoding()
 
 
-TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, ByteTokenizer, BPETokenizer, GPT2Tokenizer)}
+# those that text can be prepared with
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    kind.name: kind for kind in (CharTokenizer, ByteTokenizer, BPETokenizer, GPT2Tokenizer)
+}
 
 
-def tokenizer_of(meta, vocab_size=None):
+def kind_named(name: object) -> type[Tokenizer] | None:
+    """The class whose name the meta of a data set or a checkpoint has, or None."""
+    kinds: dict[str, type[Tokenizer]] = {**TOKENIZERS, TableTokenizer.name: TableTokenizer}
+    return kinds.get(name) if isinstance(name, str) else None
+
+
+def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer]:
+    """The class that --tokenizer names. UserError if there is none, or if it can't have this many ids."""
+    kind = TOKENIZERS.get(tokenizer)
+    if kind is None:
+        raise UserError(f"tokenizer is '{tokenizer}'; it must be {listed([*TOKENIZERS])}")
+    if vocab_size and not kind.vocab_sizes:
+        sized = [each.name for each in TOKENIZERS.values() if each.vocab_sizes]
+        raise UserError(f'--vocab_size requires --tokenizer={listed(sized)}: the other vocabularies have fixed sizes')
+    if kind.vocab_sizes and vocab_size and vocab_size not in kind.vocab_sizes:
+        low, high = kind.vocab_sizes[0], kind.vocab_sizes[-1]
+        raise UserError(f'vocab_size={vocab_size} must be from {low} (the 256 bytes are included) to {high}')
+    return kind
+
+
+def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
     """
     The tokenizer that the meta of a data set or a checkpoint describes, not loaded; None if its ids stand for no text.
 
@@ -279,15 +373,18 @@ def tokenizer_of(meta, vocab_size=None):
     name = meta.get('tokenizer')
     if name == NO_TEXT:
         return None
-    if name not in list(TOKENIZERS):  # a list, because `name` may be unhashable
+    kind = kind_named(name)
+    if kind is None:
         raise UserError(f'unknown tokenizer {name!r}; it must be {listed([*TOKENIZERS])}')
-    if problem := TOKENIZERS[name].problem(meta):
-        raise UserError(f"the tokenizer {name} {problem}: prepare the data set's meta.json again, or use an older copy "
-                        'of the checkpoint')  # fmt: skip
-    return TOKENIZERS[name].from_meta(meta)
+    if problem := kind.problem(meta):
+        raise UserError(
+            f"the tokenizer {name} {problem}: prepare the data set's meta.json again, or use an older copy of the "
+            'checkpoint'
+        )
+    return kind.from_meta(meta)
 
 
-def load_tokenizer(meta):
+def load_tokenizer(meta: Meta) -> Tokenizer:
     """
     The tokenizer that the meta of a data set or a checkpoint describes, ready to encode and decode.
 
@@ -302,183 +399,25 @@ def load_tokenizer(meta):
 # ---- characters and ids ----------------------------------------------------------------------------------------------
 
 
-def checked_ids(ids, n_vocab):
-    """An iterable of ids as a list of int. ValueError if one is outside the vocabulary."""
+def checked_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
+    """Some ids as a list of int. ValueError if one is outside the vocabulary."""
     ids = [int(i) for i in ids]
     if ids and not 0 <= min(ids) <= max(ids) < n_vocab:
         raise ValueError(f'ids {min(ids)} to {max(ids)} are outside a vocabulary of {n_vocab}')
     return ids
 
 
-def code_points(text):
-    """The code points of a str as a uint32 array."""
+def code_points(text: str) -> np.ndarray:
+    """The code points of a text as uint32."""
     return np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
 
 
-# ---- byte-pair encodings ---------------------------------------------------------------------------------------------
-
-
-LONGEST_WORD = 256  # characters; longer words are learned from in pieces: the trainer's time grows with their square
-DISTINCT = 1 << 23  # bytes of different words to learn from; the trainer takes about 100 times as much memory
-
-
-def learn_bpe(texts, vocab_size):
-    """
-    Learn a byte-pair encoding (arXiv:1508.07909) from an iterable of str; returns the pieces of a BPETokenizer.
-
-    vocab_size: number of ids, <|endoftext|> included; the result has fewer if the text has no more pairs, and at least
-    257. The 256 bytes come first, so any text can be encoded. UserError if the library is missing.
-
-    Time and memory grow with the words that differ. In text without spaces nearly all do, so an even part of it is used
-    (see with_distinct_words).
-    """
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError('learning a byte-pair encoding requires tokenizers: pip install tokenizers') from None
-    letters = byte_letters()
-    byte_of = {letter: chr(byte) for byte, letter in enumerate(letters)}
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    size = vocab_size - 1
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
-    fast.train_from_iterator(shorter_words(with_distinct_words(list(texts))), trainer)
-    ids = fast.get_vocab()
-    return [''.join(byte_of[letter] for letter in piece) for piece in sorted(ids, key=ids.get)]
-
-
-def with_distinct_words(texts, most=DISTINCT):
-    """
-    A list of str, or so many evenly spaced parts of it that their different words have at most `most` bytes.
-
-    A word is what white space surrounds, or LONGEST_WORD characters of it.
-    """
-    if more_distinct_words(texts, most):
-        texts = [text[i : i + (1 << 14)] for text in texts for i in range(0, len(text), 1 << 14)]
-        while len(texts) > 1 and more_distinct_words(texts, most):
-            texts = texts[::2]
-    return texts
-
-
-def shorter_words(texts):
-    """Yields the texts, cut where a word is longer than LONGEST_WORD."""
-    for text in texts:
-        end = 0
-        for found in re.finditer(rf'\S{{{LONGEST_WORD}}}(?=\S)', text):
-            yield text[end : found.end()]
-            end = found.end()
-        yield text[end:]
-
-
-def more_distinct_words(texts, most):
-    """True if the different words of some texts have more than `most` bytes together."""
-    seen, size = set(), 0
-    for text in texts:
-        new = set(re.findall(rf'\S{{1,{LONGEST_WORD}}}', text)) - seen
-        seen |= new
-        size += sum(len(word.encode('utf-8', errors='surrogatepass')) for word in new)
-        if size > most:
-            return True
-    return False
-
-
-def are_pieces(pieces):
-    """True if `pieces` are valid for a BPETokenizer: different strings of bytes that include every single byte."""
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) and piece for piece in pieces):
-        return False
-    single = {chr(byte) for byte in range(256)}
-    return len(set(pieces)) == len(pieces) and set(pieces) >= single >= set(''.join(pieces))
-
-
-def sample_evenly(texts, total, most):
-    """
-    Yields evenly spaced elements of an iterable of str: about `most` characters, or all if there are fewer.
-
-    total: the number of characters in all elements.
-    """
-    taken = position = 0
-    for text in texts:
-        if taken * total <= position * most:
-            taken += len(text)
-            yield text
-        position += len(text)
-
-
-def byte_letters():
-    """The printable character that GPT-2's vocabulary file has for each byte: a list of 256 characters."""
-    shown = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in shown}
-    hidden = (byte for byte in range(256) if byte not in letters)
-    return [*dict(sorted({**letters, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}.items())).values()]
-
-
-def byte_level_bpe(ranks, special_token, special_id, split_words):
-    """
-    A `tokenizers.Tokenizer` of the byte-pair encoding with these ranks, a dict {token as bytes: id}.
-
-    special_token: a str that is recognized in text and encoded as special_id.
-    """
+def word_level(ids: dict[str, int], pattern: str, special_token: str) -> 'tokenizers.Tokenizer':
+    """A tokenizer that cuts text into the matches of a pattern, each with an id. special_token: one of the strings."""
     import tokenizers
 
-    letters = byte_letters()
-    spelled = {token: ''.join(letters[byte] for byte in token) for token in ranks}
-    vocab = {spelled[token]: rank for token, rank in ranks.items()} | {special_token: special_id}
-    merges = [(spelled[a], spelled[b]) for a, b in merges_of(ranks)]
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=special_token))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
+    fast.decoder = tokenizers.decoders.Fuse()
     fast.add_special_tokens([tokenizers.AddedToken(special_token, normalized=False)])
     return fast
-
-
-def merges_of(ranks):
-    """The merges of a byte-pair encoding in the order of their ranks: for each token, the two tokens that form it."""
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            yield tuple(parts)
-
-
-def import_tiktoken():
-    """The module tiktoken. UserError if it is missing."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError('byte-pair encodings require tiktoken: pip install tiktoken') from None
-    return tiktoken
-
-
-def gpt2_encoding(seconds=60):
-    """tiktoken's GPT-2 encoding. UserError after `seconds`: tiktoken downloads the vocabulary without a time limit."""
-    get_encoding = import_tiktoken().get_encoding
-    try:
-        return within(seconds, lambda: get_encoding('gpt2'))
-    except Exception as error:  # whatever the network, a proxy or a broken cache raises
-        raise UserError(
-            f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): it downloads two files once; without a "
-            'network, copy its cache from another machine and set TIKTOKEN_CACHE_DIR to that folder'
-        ) from error
-
-
-def within(seconds, work):
-    """Returns or raises what work() does, or raises TimeoutError after `seconds`. In a thread: DNS lookups hang too."""
-    outcome = []
-
-    def run():
-        try:
-            outcome.append((work(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f'no answer within {seconds} seconds')
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result

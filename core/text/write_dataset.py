@@ -11,28 +11,35 @@ import hashlib
 import itertools
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from core.cli import files
 from core.cli.errors import UserError, notice
 from core.cli.machine import available_cores
-from core.text.dataset import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
-from core.text.tokenizer import NO_TEXT
+from core.text.meta import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
+from core.text.tokenizer import NO_TEXT, Meta, Tokenizer
+
+Task = TypeVar('Task')
+Result = TypeVar('Result')
 
 CHUNK = 1 << 18  # characters that a worker encodes at a time
 LONGEST_RUN = 1 << 18  # characters; a longer run without white space is cut anywhere
+Piece = tuple[Any, bool]  # text (bytes for tokenizers that read them), and whether a document ends with it
+LEFTOVER = re.compile(r'(?:(?:train|val)[\w.]*\.bin|meta\.json|replacing)\.(\d+)\.tmp')  # the number is a process's
 OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a data set's files
 
 
 # ---- encoding on all cores -------------------------------------------------------------------------------------------
 
 
-def chunks(blocks, size=CHUNK, longest=LONGEST_RUN):
+def chunks(blocks: Iterable[str], size: int = CHUNK, longest: int = LONGEST_RUN) -> Iterator[str]:
     """
-    Join and cut a stream of str into pieces of about `size` characters that byte-pair encodings encode as the whole.
+    Join and cut a stream into pieces of about `size` characters that byte-pair encodings encode as the whole.
 
     See cut_point for where it cuts.
     """
@@ -46,7 +53,7 @@ def chunks(blocks, size=CHUNK, longest=LONGEST_RUN):
         yield rest
 
 
-def cut_point(text, longest=LONGEST_RUN):
+def cut_point(text: str, longest: int = LONGEST_RUN) -> int:
     """
     The last index > 0 at which `text` can be cut without a change of its byte-pair encoding, or 0 if there is none.
 
@@ -60,18 +67,20 @@ def cut_point(text, longest=LONGEST_RUN):
     return len(text) if len(text) > longest else 0
 
 
-def encode_stream(tokenizer, pieces, workers=0, bar=None, chunk=CHUNK):
+def encode_stream(
+    tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int = 0, bar: Any = None, chunk: int = CHUNK
+) -> Iterator[np.ndarray]:
     """
     Encode a stream of pieces on all cores: yields arrays of ids, in order, the same for any number of workers.
 
-    pieces: (text, ended) pairs; if `ended`, the tokenizer's end-of-text token follows, if it has one. workers: threads,
-    0 for all cores; they suffice because tiktoken and numpy release the GIL. bar: a progress bar with
-    update(characters). chunk: characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
+    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: threads, 0 for all cores;
+    they suffice because tiktoken and numpy release the GIL. bar: a progress bar with update(characters). chunk:
+    characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
     """
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
 
-    def encode(batch):
+    def encode(batch: list[Piece]) -> np.ndarray:
         arrays = [(tokenizer.encode_array(text), end if ended else end[:0]) for text, ended in batch]
         return np.concatenate([array for pair in arrays for array in pair]).astype(dtype)
 
@@ -81,15 +90,15 @@ def encode_stream(tokenizer, pieces, workers=0, bar=None, chunk=CHUNK):
             bar.update(sum(len(text) for text, _ in batch))
 
 
-def in_order(work, tasks, workers=0):
+def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int = 0) -> Iterator[tuple[Task, Result]]:
     """
-    Yields (task, work(task)) for an iterable of tasks, in order, computed by threads; reads 2 * workers tasks ahead.
+    Yields (task, work(task)) for some tasks, in order, computed by threads; reads 2 * workers tasks ahead.
 
     workers: threads, 0 for all cores. No task may be None.
     """
     workers = workers or available_cores()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
+        waiting: collections.deque = collections.deque()
         try:
             for task in itertools.chain(tasks, itertools.repeat(None, 2 * workers)):
                 if task is not None:
@@ -101,9 +110,10 @@ def in_order(work, tasks, workers=0):
             pool.shutdown(cancel_futures=True)
 
 
-def batches(pieces, chunk):
+def batches(pieces: Iterable[Piece], chunk: int) -> Iterator[list[Piece]]:
     """Groups of consecutive pieces with at least `chunk` characters together (the last group may have fewer)."""
-    batch, characters = [], 0
+    batch: list[Piece] = []
+    characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece[0])
@@ -118,59 +128,65 @@ def batches(pieces, chunk):
 
 
 def write_dataset(
-    folder, tokenizer, splits, *, source, vocab_size=None, input_sha256=None, details=None, row_tokens=None, masks=None,
-    least=1,
-):  # fmt: skip
+    folder: str | os.PathLike,
+    tokenizer: Tokenizer | None,
+    splits: dict[str, Any],
+    *,
+    source: str,
+    vocab_size: int | None = None,
+    input_sha256: str | None = None,
+    details: Meta | None = None,
+    row_tokens: int | None = None,
+    masks: dict[str, Any] | None = None,
+    least: int = 1,
+) -> Meta:
     """
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
 
-    tokenizer: a Tokenizer, or None for ids that stand for no text (then `vocab_size` is required). splits: {'train':
-    ..., 'val': ...}, each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path
-    of a finished token file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ...
-    if there are several. source: one line that says which text this is. input_sha256: checksum of
-    the input. details: what else meta.json says about the source, a dict of plain values. row_tokens: R if every R
-    tokens are one row. masks: like splits, 1 where a token is never a target. least: tokens that the training split
-    must have.
+    tokenizer: None for ids that stand for no text (then `vocab_size` is required). splits: {'train': ..., 'val': ...},
+    each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path of a finished token
+    file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ... if there are
+    several. source: one line that says which text this is. input_sha256: checksum of the input. details: what else
+    meta.json says about the source. row_tokens: R if every R tokens are one row. masks: like splits, 1 where a token is
+    never a target. least: tokens that the training split must have.
 
     A failed run changes nothing. A run killed between two renames leaves a meta.json that says so. UserError if a split
     is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
     """
     folder = Path(folder)
-    described = tokenizer.meta() if tokenizer else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
-    vocab_size = described['vocab_size']
-    dtype = token_dtype(vocab_size)
-    meta = {'format': FORMAT, 'tokenizer': described['tokenizer'], 'vocab_size': vocab_size, 'dtype': dtype.name}
-    meta |= {'tokens': {}, **described, 'source': ' '.join(source.split())}
-    meta |= details or {}
+    described: Meta = tokenizer.meta() if tokenizer else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
+    n_vocab = described['vocab_size']
+    dtype = token_dtype(n_vocab)
+    meta: Meta = {'format': FORMAT, 'tokenizer': described['tokenizer'], 'vocab_size': n_vocab, 'dtype': dtype.name}
+    meta |= {'tokens': {}, **described, 'source': ' '.join(source.split()), **(details or {})}
     meta |= {'row_tokens': row_tokens} if row_tokens else {}
     meta |= {'masked': True} if masks else {}
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
-    new = {}  # {name: the temporary file that becomes it}
+    new: dict[str, Path] = {}  # {name: the temporary file that becomes it}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         for split in SPLITS:
             parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
             counts = []
             for name, part in zip(token_files(split, len(parts)), parts, strict=True):
                 new[name] = part if isinstance(part, Path) else temporary(folder / name)
-                count, meta['sha256'][name] = write_tokens(new[name], part, dtype, vocab_size)
+                count, meta['sha256'][name] = write_tokens(new[name], part, dtype, n_vocab)
                 counts.append(count)
             meta['tokens'][split] = sum(counts)
             meta |= {'shards': counts} if len(parts) > 1 else {}
-            name = f'{split}.bin'
-            if not meta['tokens'][split]:
-                raise UserError(f'{name} would be empty: the input has no text or is too short to be split')
-            if split == 'train' and meta['tokens'][split] < least:
+            if not sum(counts):
+                raise UserError(f'{split}.bin would be empty: the input has no text or is too short to be split')
+            if split == 'train' and sum(counts) < least:
                 raise UserError(
-                    f'{name} would have {meta["tokens"][split]} tokens, too few for a block of {least - 1}: prepare '
-                    'more text'
+                    f'train.bin would have {sum(counts)} tokens, too few for a block of {least - 1}: prepare more text'
                 )
             if masks:
                 name = f'{split}.mask.bin'
                 new[name] = temporary(folder / name)
                 count, meta['sha256'][name] = write_tokens(new[name], masks[split], np.dtype('u1'), 2)
-                if count != meta['tokens'][split]:
-                    raise ValueError(f'{name} has {count} entries for {meta["tokens"][split]} tokens')
+                if count != sum(counts):
+                    raise ValueError(f'{name} has {count} entries for {sum(counts)} tokens')
         new['meta.json'] = temporary(folder / 'meta.json')
         files.write_json(new['meta.json'], meta)
         notice_replaced(folder, meta)
@@ -184,9 +200,30 @@ def write_dataset(
     return meta
 
 
-def temporary(path):
+def temporary(path: Path) -> Path:
     """The temporary name of a file, different for each process: two runs at once don't overwrite each other's."""
     return path.with_name(f'{path.name}.{os.getpid()}.tmp')
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left under the names of `temporary`. Raises OSError."""
+    for path in folder.glob('*.tmp'):
+        found = LEFTOVER.fullmatch(path.name)
+        if found and not is_running(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """True if a process with this number runs on this machine, or if the operating system doesn't say."""
+    if os.name == 'nt':
+        return True  # os.kill would send a signal there
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class GrowingSplit:
@@ -194,25 +231,26 @@ class GrowingSplit:
     A split while it is written: `train_00000.bin.part`, `train_00001.bin.part`, ..., each with `size` tokens.
 
     size: tokens per file, 0 for a single file; the last file may have fewer. `count` is the number of tokens so far,
-    `last` the number of the last file, `files` a tuple of the Paths. `cut` starts it, or continues one begun before.
+    `last` the number of the last file. `cut` starts it, or continues one begun before.
     """
 
-    def __init__(self, folder, split, dtype, size=0):
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int = 0) -> None:
         self.folder, self.split, self.dtype, self.size = folder, split, dtype, size
-        self.count, self.file, self.number = 0, None, -1
+        self.count, self.number = 0, -1
+        self.file: IO[bytes] | None = None
 
     @property
-    def last(self):
+    def last(self) -> int:
         return max(self.count - 1, 0) // self.size if self.size else 0
 
     @property
-    def files(self):
+    def files(self) -> tuple[Path, ...]:
         return tuple(self._path(number) for number in range(self.last + 1))
 
-    def _path(self, number):
+    def _path(self, number: int) -> Path:
         return self.folder / f'{self.split}_{number:05d}.bin.part'
 
-    def cut(self, count):
+    def cut(self, count: int) -> None:
         """Keep the first `count` tokens of what is there. ValueError if there are fewer."""
         self.count = count
         for number, path in enumerate(self.files):
@@ -221,35 +259,38 @@ class GrowingSplit:
                 raise ValueError(f'{path.name} is missing or too short')
             with open(path, 'ab') as file:
                 file.truncate(wanted)
-        for path in self.folder.glob(f'{self.split}_?????.bin.part'):
+        for path in [*self.folder.glob(f'{self.split}_?????.bin.part'), self.folder / f'{self.split}.bin.part']:
             if path not in self.files:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
-    def append(self, ids):
-        """Write an integer array behind what is there. Raises OSError."""
+    def append(self, ids: np.ndarray) -> None:
+        """Write ids behind what is there. Raises OSError."""
         while len(ids):
             number, used = divmod(self.count, self.size) if self.size else (0, self.count)
-            if number != self.number:
-                self.sync()
-                self.close()
-                self.file, self.number = open(self._path(number), 'ab'), number
             piece = ids[: self.size - used] if self.size else ids
-            self.file.write(piece.astype(self.dtype).tobytes())
+            self._opened(number).write(piece.astype(self.dtype).tobytes())
             self.count += len(piece)
             ids = ids[len(piece) :]
 
-    def sync(self):
+    def _opened(self, number: int) -> IO[bytes]:
+        if self.file is None or number != self.number:
+            self.sync()
+            self.close()
+            self.file, self.number = open(self._path(number), 'ab'), number
+        return self.file
+
+    def sync(self) -> None:
         """Flush what was written to disk. Raises OSError."""
         if self.file:
             files.sync(self.file)
 
-    def close(self):
+    def close(self) -> None:
         if self.file:
             self.file.close()
-            self.file, self.number = None, -1
+            self.file = None
 
 
-def write_tokens(path, arrays, dtype, vocab_size):
+def write_tokens(path: Path, arrays: Any, dtype: np.dtype, vocab_size: int) -> tuple[int, str]:
     """
     Write an array or an iterable of arrays to `path`; returns (tokens, sha256).
 
@@ -270,7 +311,7 @@ def write_tokens(path, arrays, dtype, vocab_size):
     return count, checksum.hexdigest()
 
 
-def publish(folder, new):
+def publish(folder: Path, new: dict[str, Path]) -> None:
     """Rename the files {name: path} to their names, meta.json last. Until then it says that they are being replaced."""
     if any((folder / name).exists() for name in new):
         marker = temporary(folder / 'replacing')
@@ -283,7 +324,7 @@ def publish(folder, new):
         os.replace(new[name], folder / name)
 
 
-def notice_replaced(folder, meta):
+def notice_replaced(folder: Path, meta: Meta) -> None:
     """Print a notice if the folder contains another data set."""
     if not has_tokens(folder):
         return
@@ -296,7 +337,7 @@ def notice_replaced(folder, meta):
         notice(f'note: {shown(folder)}: replacing {before} with {meta["source"]} ({meta["tokenizer"]})')
 
 
-def shown(path):
+def shown(path: Path) -> str:
     """A path for a message: relative if it is below the working directory."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
@@ -304,7 +345,7 @@ def shown(path):
         return str(path)
 
 
-def summary(folder, meta, seconds, already=0):
+def summary(folder: Path, meta: Meta, seconds: float, already: int = 0) -> str:
     """The final line of a prepare script. seconds: time to encode all tokens except `already` of them."""
     train, val = (meta['tokens'][split] for split in SPLITS)
     return (

@@ -31,7 +31,7 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import codecs
+import collections
 import hashlib
 import importlib.metadata
 import platform
@@ -45,6 +45,7 @@ from tqdm import tqdm
 from core.cli.arguments import names
 from core.cli.errors import UserError, notice, output
 from core.text import text_files
+from core.text.tokenizer import kind_to_prepare
 from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,21 +105,15 @@ def package_files(package):
 
 def examined(path):
     """The size of a file's content in bytes, its SHA-256, and whether it is UTF-8."""
-    size, checksum, decoder, valid = 0, hashlib.sha256(), codecs.getincrementaldecoder('utf-8')(), True
+    size, checksum = 0, hashlib.sha256()
     for block in text_files.blocks(path, as_bytes=True):
         size += len(block)
         checksum.update(block)
-        valid = valid and decodes(decoder, block)
-    return size, checksum.hexdigest(), valid and decodes(decoder, b'', final=True)
-
-
-def decodes(decoder, block, final=False):
-    """True if a decoder accepts the next block of bytes."""
     try:
-        decoder.decode(block, final)
-    except UnicodeDecodeError:
-        return False
-    return True
+        collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
+    except UserError:
+        return size, checksum.hexdigest(), False
+    return size, checksum.hexdigest(), True
 
 
 def distinct(found):
@@ -176,7 +171,7 @@ def description(rows):
 
 # ---- read, split and encode ------------------------------------------------------------------------------------------
 
-kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+kind = kind_to_prepare(tokenizer, vocab_size)
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out_dir)
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')
@@ -204,8 +199,10 @@ for source in sources:
     parts['val' if drawn(source, 'split') < val_fraction else 'train'].append(source)
 for split, part in parts.items():
     if not part:
-        raise UserError(f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or '
-                        '--val_fraction, or more files')  # fmt: skip
+        raise UserError(
+            f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or --val_fraction, '
+            'or more files'
+        )
 
 texts = {split: text_files.TextFiles([source.path for source in part], kind) for split, part in parts.items()}
 characters = ''.join(text.characters for text in texts.values())
@@ -221,10 +218,12 @@ start = time.perf_counter()
 with text_files.encoding_bar(kind, sum(text.total for text in texts.values())) as bar:
     splits = {split: encode_stream(encoder, text.pieces(), workers, bar) for split, text in texts.items()}
     checksum = text_files.joint_checksum([source.sha256 for source in sources])
-    meta = write_dataset(folder, encoder, splits, source=description(rows), input_sha256=checksum, details=details,
-                         least=text_files.LEAST)  # fmt: skip
+    about = dict(source=description(rows), input_sha256=checksum, details=details)
+    meta = write_dataset(folder, encoder, splits, **about, least=text_files.LEAST)
 share = meta['tokens']['val'] / sum(meta['tokens'].values())
 if not val_fraction / 2 < share < 2 * val_fraction:
-    notice(f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, '
-           f'and there are {len(sources):,}; another --split_seed splits otherwise')  # fmt: skip
+    notice(
+        f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, and there '
+        f'are {len(sources):,}; another --split_seed splits otherwise'
+    )
 output(summary(folder, meta, time.perf_counter() - start))

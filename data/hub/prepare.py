@@ -15,7 +15,7 @@ Notable features:
 - a stopped run goes on where it last wrote progress.json: after each finished file, and at least every minute. It ends
   with the same bytes as a run that was never stopped, and reads the same commit of the Hub
 - a document is in the split that its text and split_seed decide, whatever other documents there are, so that equal ones
-  are in the same split; the order stays, since training draws windows at random anyway
+  are in the same split; the order stays, since training draws windows at random anyway. drawn_from decides by number
 - gpt2 and bpe insert <|endoftext|> after each document; byte has no such token; empty documents are left out
 - bpe is learned from the first 32 million characters of the training documents: the size of a stream is not known
 """
@@ -31,7 +31,9 @@ signals.exit_at_once()  # for the time of the slow imports
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
+import math
 import time
 
 import numpy as np
@@ -40,8 +42,8 @@ from tqdm import tqdm
 from core.cli.errors import UserError, notice, output
 from core.cli.files import write_json
 from core.text import text_files
-from core.text.dataset import SPLITS, token_dtype
-from core.text.tokenizer import load_tokenizer
+from core.text.meta import SPLITS, token_dtype
+from core.text.tokenizer import kind_to_prepare, load_tokenizer
 from core.text.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,13 +62,14 @@ tokens = 1_000_000_000_000  # stop after so many training tokens; these would be
 shard_tokens = 2_000_000_000  # more training tokens than this are written to several files of this size; 0: one file
 val_fraction = 0.0005  # the chance of a document to be in the validation split
 split_seed = 1337  # decides which documents those are
+drawn_from = 0  # draw them by number from so many, or from all of local files, as nanoGPT does; 0: by their text
 workers = 0  # threads; 0: all cores
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
 READ = 256  # documents per read
 SAVE_SECONDS = 60  # progress is recorded at least so often, and whenever a file of shard_tokens is finished
-MOST_FILES = 500  # training maps all of them at once
+MOST_FILES = 500  # more than anyone wants in a folder
 
 
 # ---- where the documents are -----------------------------------------------------------------------------------------
@@ -76,8 +79,9 @@ def format_of(files):
     """The loader of `datasets` for some local files: 'parquet' or 'json'. UserError if they need several or others."""
     formats = {'parquet' if path.suffix == '.parquet' else 'json' if '.json' in path.name else None for path in files}
     if len(formats) > 1 or None in formats:
-        raise UserError(f'{input} must be Parquet (.parquet) or JSON Lines files (.jsonl), not both; choose some with '
-                        '--suffixes')  # fmt: skip
+        raise UserError(
+            f'{input} must be Parquet (.parquet) or JSON Lines files (.jsonl), not both; choose some with --suffixes'
+        )
     return formats.pop()
 
 
@@ -120,8 +124,10 @@ def opened(files, commit):
     if not columns:
         raise UserError(f'there are no documents in {input or hub}; choose others')
     if column not in columns:
-        raise UserError(f"the documents of {input or hub} have no column '{column}', only {', '.join(columns)}; choose "
-                        'one with --column')  # fmt: skip
+        known = ', '.join(columns)
+        raise UserError(
+            f"the documents of {input or hub} have no column '{column}', only {known}; choose one with --column"
+        )
     return stream.select_columns([column])
 
 
@@ -143,34 +149,62 @@ def reading(stream, count):
         gc.collect()
 
 
-def documents_of(stream):
+def documents_of(stream, rows=0):
     """
-    Yields (texts, state): some documents as a list of str, and the position of the stream behind them.
+    Yields (documents, place): some documents as (text, number) pairs, and the place in the stream behind them.
 
-    state is None where the stream has no position to go on from. UserError if a document can't be read or isn't text.
+    rows: how many documents precede those of the stream. place is None where there is none to go on from, otherwise
+    (position of the stream, documents read). UserError if a document can't be read or isn't text.
     """
-    with reading(stream, READ) as rows:
+    with reading(stream, READ) as groups:
         while True:
             try:
-                found = next(rows, None)
+                found = next(groups, None)
             except Exception as error:
                 raise failure(error) from error
             if found is None:
                 return
-            texts = [text for text in found[column] if text]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"the column '{column}' of {input or hub} has other values than text; choose another "
-                                '--column')  # fmt: skip
-            parts, state = list(batches(((text, True) for text in texts), CHUNK)), stream.state_dict()
+            documents = [(text, number) for number, text in enumerate(found[column], rows) if text]
+            rows += len(found[column])
+            if not all(isinstance(text, str) for text, _ in documents):
+                raise UserError(
+                    f"the column '{column}' of {input or hub} has other values than text; choose another --column"
+                )
+            parts, place = list(batches(documents, CHUNK)), (stream.state_dict(), rows)
             for number, part in enumerate(parts, 1):
-                yield [text for text, _ in part], state if number == len(parts) else None
+                yield part, place if number == len(parts) else None
 
 
 # ---- what becomes of them --------------------------------------------------------------------------------------------
 
 
-def split_of(text):
-    """The split of a document, 'train' or 'val': a function of its text, `split_seed` and `val_fraction`."""
+def drawn_numbers():
+    """
+    True for each number of a document that is for validation, an array; None if their texts decide.
+
+    These are the documents of nanoGPT's script: of `datasets`' train_test_split with shuffle=True and this seed.
+    """
+    if not drawn_from:
+        return None
+    count = drawn_from
+    if input:
+        if format_of(files) != 'parquet':
+            raise UserError('--drawn_from requires Parquet files, which say how many documents they have')
+        try:
+            import pyarrow.parquet
+
+            count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
+        except Exception as error:
+            raise failure(error) from error
+    drawn = np.zeros(count, dtype=bool)
+    drawn[np.random.default_rng(split_seed).permutation(count)[: math.ceil(val_fraction * count)]] = True
+    return drawn
+
+
+def split_of(text, number):
+    """The split of a document, 'train' or 'val': a function of its text or of its number, and of the keys."""
+    if drawn is not None:
+        return 'val' if number < len(drawn) and drawn[number] else 'train'
     digest = hashlib.sha256(f'{split_seed} split {text}'.encode('utf-8', errors='surrogatepass')).digest()
     return 'val' if int.from_bytes(digest[:8], 'big') < val_fraction * 2**64 else 'train'
 
@@ -179,9 +213,10 @@ def encoded(task):
     """The documents of a task as a list of (split, array of ids)."""
     end = [] if encoder.end_of_text is None else [encoder.end_of_text]
     found = []
-    for text in task[0]:
+    for text, number in task[0]:
         blocks = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
-        found.append((split_of(text), np.concatenate([*map(encoder.encode_array, chunks(blocks)), end]).astype(dtype)))
+        ids = np.concatenate([*map(encoder.encode_array, chunks(blocks)), end]).astype(dtype)
+        found.append((split_of(text, number), ids))
     return found
 
 
@@ -189,8 +224,8 @@ def learning_text(stream):
     """Yields the first training documents, text_files.LEARN_FROM characters of them."""
     room = text_files.LEARN_FROM
     with contextlib.closing(documents_of(stream)) as groups:
-        for text in (text for texts, _ in groups for text in texts):
-            if split_of(text) == 'train':
+        for text, number in itertools.chain.from_iterable(documents for documents, _ in groups):
+            if split_of(text, number) == 'train':
                 yield text[:room]
                 room -= len(text)
             if room <= 0:
@@ -201,8 +236,8 @@ def identity():
     """All that determines the bytes that are written, as a dict; a stopped run is resumed only if it is unchanged."""
     import datasets  # the form of a position in the stream depends on its version
 
-    chosen = ('hub', 'subset', 'split', 'revision', 'column', 'tokenizer', 'vocab_size', 'tokens', 'shard_tokens',
-              'val_fraction', 'split_seed')  # fmt: skip
+    chosen = ['hub', 'subset', 'split', 'revision', 'column', 'tokenizer', 'vocab_size', 'tokens', 'shard_tokens']
+    chosen += ['val_fraction', 'split_seed', *(['drawn_from'] if drawn_from else [])]
     local = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {key: config[key] for key in chosen} | {'files': local, 'datasets': datasets.__version__}
 
@@ -225,18 +260,19 @@ def earlier():
     return {}
 
 
-def save(state):
-    """Record that all documents up to a position of the stream are on disk; None: all that there are."""
+def save(place):
+    """Record that all documents up to a place in the stream are on disk; None: all that there are."""
     for each in growing.values():
         each.sync()
     counts = {each: growing[each].count for each in SPLITS}
-    write_json(journal, {'of': identity(), 'commit': commit, 'encoder': encoder.meta(), 'documents': documents,
-                         'tokens': counts, 'state': state})  # fmt: skip
+    state, rows = place or (None, 0)
+    position = {'documents': documents, 'tokens': counts, 'state': state, 'rows': rows}
+    write_json(journal, {'of': identity(), 'commit': commit, 'encoder': encoder.meta(), **position})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+kind = kind_to_prepare(tokenizer, vocab_size)
 if kind.learned_from == 'characters':
     raise UserError(f'--tokenizer={tokenizer} would have to read all text to learn its characters; choose byte or bpe')
 if bool(hub) == bool(input):
@@ -251,6 +287,7 @@ if input:
     files, ignored, copies = text_files.input_files(input, suffixes)
     text_files.notice_ignored(ignored, suffixes)
     text_files.check_not_overwritten(files, folder)
+drawn = drawn_numbers()
 
 journal = folder / 'progress.json'
 progress = earlier()
@@ -280,14 +317,15 @@ if progress:
 train = growing['train']
 already = sum(each.count for each in growing.values())
 is_complete = progress and progress['state'] is None  # only the files had to be put in place
-work = in_order(encoded, () if is_complete else documents_of(stream), workers)
+rows = progress.get('rows', 0)
+work = in_order(encoded, () if is_complete else documents_of(stream, rows), workers)
 start, saved, recorded = time.perf_counter(), time.monotonic(), train.last
 try:
     with (
         contextlib.closing(work),
         tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar,
     ):
-        for (_, state), found in work:
+        for (_, place), found in work:
             for each, ids in found:
                 if train.count < tokens:
                     growing[each].append(ids[: tokens - train.count] if each == 'train' else ids)
@@ -297,8 +335,8 @@ try:
                 break
             if train.last >= MOST_FILES:
                 raise UserError(f'more than {MOST_FILES} files of {shard_tokens:,} tokens: choose more --shard_tokens')
-            if state and (train.last > recorded or time.monotonic() - saved > SAVE_SECONDS):
-                save(state)
+            if place and (train.last > recorded or time.monotonic() - saved > SAVE_SECONDS):
+                save(place)
                 saved, recorded = time.monotonic(), train.last
     save(None)
     for each in growing.values():
@@ -309,12 +347,18 @@ except OSError as error:
     ) from error
 
 if not growing['val'].count:
-    raise UserError(f'none of {documents:,} documents is in the validation split: choose a larger --val_fraction, '
-                    'another --split_seed or more documents')  # fmt: skip
+    raise UserError(
+        f'none of {documents:,} documents is in the validation split: choose a larger --val_fraction, another '
+        '--split_seed or more documents'
+    )
+if drawn is not None and not input and documents != len(drawn) and train.count < tokens:
+    notice(f'note: {hub} has {documents:,} documents, not {len(drawn):,}: is it complete?')
 where = f'{hub}{f" ({subset})" if subset else ""}' if hub else text_files.named(input)
 details = {'hub': hub, 'subset': subset, 'split': split, 'revision': commit} if hub else {}
 details |= {'column': column, 'documents': documents, 'val_fraction': val_fraction, 'split_seed': split_seed}
-meta = write_dataset(folder, encoder, {each: growing[each].files for each in SPLITS}, source=f'{documents:,} documents '
-                     f'of {where}', details=details, least=text_files.LEAST)  # fmt: skip
+details |= {'drawn_from': len(drawn)} if drawn is not None else {}
+splits = {each: growing[each].files for each in SPLITS}
+source = f'{documents:,} documents of {where}'
+meta = write_dataset(folder, encoder, splits, source=source, details=details, least=text_files.LEAST)
 journal.unlink()
 output(summary(folder, meta, time.perf_counter() - start, already))

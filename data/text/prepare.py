@@ -35,7 +35,7 @@ from core.cli.errors import UserError, output
 from core.cli.files import sha256
 from core.cli.ranges import listed
 from core.text import text_files
-from core.text.tokenizer import TOKENIZERS
+from core.text.tokenizer import TOKENIZERS, kind_to_prepare
 from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ workers = 0  # threads; 0: all cores
 # ----------------------------------------------------------------------------------------------------------------------
 exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf-8').read())
 
-kind = text_files.tokenizer_kind(tokenizer, vocab_size)
+kind = kind_to_prepare(tokenizer, vocab_size)
 if documents == 'line' and not kind.byte_pair:
     divided = [each.name for each in TOKENIZERS.values() if each.byte_pair]
     raise UserError(f'--documents=line requires --tokenizer={listed(divided)}: the others have no end-of-text token')

@@ -1,9 +1,13 @@
 """Circuits, copying scores and composition equal their definitions, computed by brute force or on planted heads."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from support.planted import IDS, VARIANTS, planted, random_model
+from torch import nn
 
 from analysis import circuits
 from model_mla import MLAGPT
@@ -18,7 +22,7 @@ def test_head_weights_are_what_the_heads_compute(variant):
     if model.rope is not None:
         still = torch.stack((torch.ones_like(model.rope[0, :6]), torch.zeros_like(model.rope[0, :6])))
     with torch.no_grad():
-        w_q, w_k, w_v, w_o = attn.head_weights()
+        w_q, w_k, w_v, w_o = circuits.head_weights(attn)
         for number, (got, weight) in enumerate(zip(attn.qkv(x, still), (w_q, w_k, w_v), strict=True)):
             wanted = torch.einsum('hdc,btc->bhtd', weight, x)
             rows = slice(None, attn.n_nope) if number == 1 and isinstance(model, MLAGPT) else slice(None)
@@ -35,6 +39,34 @@ def test_head_weights_are_what_the_heads_compute(variant):
         assert torch.linalg.matrix_rank(w_ov).tolist() == [rank] * 4
         torch.testing.assert_close(torch.einsum('hcd,hde->hce', w_o, w_v), w_ov)
         torch.testing.assert_close(w_qk[2], w_q[2].T @ w_k[2])
+
+
+def test_head_weights_of_mla_may_have_parts_of_any_size():
+    """Four dimensions of content and two of position per query and key, seven per value, of two heads."""
+    H, C, r, n_nope, n_rope, n_value = 2, 10, 5, 4, 2, 7
+    linear = partial(nn.Linear, bias=False, dtype=torch.float64)
+    attn = SimpleNamespace(
+        n_head=H,
+        n_latent=r,
+        n_nope=n_nope,
+        n_rope=n_rope,
+        c_q=linear(C, H * (n_nope + n_rope)),
+        c_kv_down=linear(C, r + n_rope),
+        kv_norm=nn.Identity(),
+        c_kv_up=linear(r, H * (n_nope + n_value)),
+        c_proj=linear(H * n_value, C),
+    )
+    x = torch.randn(C, dtype=torch.float64)
+    with torch.no_grad():
+        w_q, w_k, w_v, w_o = circuits.head_weights(attn)
+        latent, shared = attn.c_kv_down(x).split((r, n_rope))
+        keys, values = attn.c_kv_up(latent).split((H * n_nope, H * n_value))
+        torch.testing.assert_close((w_q @ x).flatten(), attn.c_q(x))
+        torch.testing.assert_close(w_k @ x, torch.cat((keys.view(H, -1), shared.expand(H, -1)), dim=1))
+        torch.testing.assert_close((w_v @ x).flatten(), values)
+        torch.testing.assert_close(torch.einsum('hcd,hd->c', w_o, values.view(H, -1)), attn.c_proj(values))
+        w_qk, w_ov = circuits.circuits(attn)
+        assert w_qk.shape == w_ov.shape == (H, C, C)
 
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])

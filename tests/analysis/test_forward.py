@@ -98,7 +98,7 @@ def test_heads_are_replaced_by_their_mean_over_sequences(variant):
     model, tokens = random_model(variant), torch.randint(0, 40, (5, 12), generator=torch.Generator().manual_seed(1))
     means = forward.head_means(model, tokens, batch_size=2)
     assert means.shape[:3] == (2, 4, 12)
-    edit = forward.replacing_heads(means, [(1, 2), (1, 0)])
+    edit = forward.replacing_heads([(1, 2), (1, 0)], means)
 
     def by_hand(layer, z):
         z = z.clone()

@@ -28,6 +28,14 @@ def test_markdown_tables_have_one_cell_per_heading():
     assert lines == ['| a | b |', '|---|---|', '| 1 | 2 ± 3 |', '|  | 4.5 |']
 
 
+def test_cells_show_a_mean_with_its_interval_or_its_range():
+    assert report.spread([1.0, 2.0, 3.0, 4.0]) == '2.500 ± 2.054'
+    assert report.spread([0.5, 0.25], '+.2f') == '+0.38 [+0.25, +0.50]' and report.spread([0.5, None]) == '0.500'
+    assert report.spread([None]) == 'n/a'
+    assert report.when([300, None, 500]) == '400 [300, 500] (2 of 3)' and report.when([None]) == 'never (0 of 1)'
+    assert report.when([2.5, 2.5], '.2f') == '2.50'
+
+
 def test_packed_patterns_are_the_patterns_to_a_255th():
     pattern = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)).tril()
     packed = np.frombuffer(base64.b64decode(report.packed_patterns(pattern)), np.uint8).reshape(2, 3, -1)

@@ -45,6 +45,7 @@ MORE_BLOCK = (
     'max_iters = 10; lr_decay_iters = 10; eval_interval = 10; eval_iters = 10; log_interval = 10\n'
     "always_save_checkpoint = True; wandb_log = False; wandb_project = 'owt'; dataset = 'openwebtext'\n"
     "init_from = 'scratch'; gradient_accumulation_steps = 40; block_size = 1024; weight_decay = 0.1\n"
+    'warmup_iters = 10; min_lr = 1e-5; n_layer = 12; n_head = 12; n_embd = 768\n'
 )
 NAMES = {'math', 'time', '_private', 'limits'}
 
@@ -236,10 +237,11 @@ def test_files_are_python(configure):
 def test_numbers_in_files_take_the_type_of_the_key(configure):
     write(
         'x.py',
-        'import numpy\nbatch_size = 1e2\ndropout = 0\nlearning_rate = numpy.float64(1)\nout_dir = numpy.str_("x")\n',
+        'import numpy\nbatch_size = 1e2\ndropout = 0\nlearning_rate = numpy.float32(1)\n'
+        'len = numpy.int64(4)\nout_dir = numpy.str_("x")\n',
     )
     names = configure('x.py')
-    for key, value in dict(batch_size=100, dropout=0.0, learning_rate=1.0, out_dir='x').items():
+    for key, value in dict(batch_size=100, dropout=0.0, learning_rate=1.0, len=4, out_dir='x').items():
         assert names[key] == value
         assert type(names[key]) is type(value)
 
@@ -247,10 +249,6 @@ def test_numbers_in_files_take_the_type_of_the_key(configure):
 @pytest.mark.parametrize(
     ('text', 'words'),
     [
-        ('dropout = 0.1\nbatchsize = 3\n', ['x.py:2', 'unknown key batchsize', 'did you mean --batch_size?']),
-        ('for i in range(3):\n    pass\n', ['x.py:1', 'unknown key i', '_i']),
-        ('from math import pi\n', ['x.py: unknown key pi']),
-        ('late = 5\n', ['x.py:1', 'unknown key late']),
         ('batch_size = 1\nbatch_size = "many"\n', ['x.py:2', 'batch_size must be a whole number (int)', "'many'"]),
         ('batch_size = True\n', ['x.py:1', 'whole number (int), got True']),
         ('batch_size = 2.5\n', ['x.py:1', 'whole number (int), got 2.5']),
@@ -301,6 +299,95 @@ def test_a_config_file_in_nanogpts_manner(configure):
     assert names['config']['init_from'] == 'gpt2-xl' and names['config']['learning_rate'] == 3e-5
     names = configure('gpt2.py', more=MORE_BLOCK)
     assert names['gradient_accumulation_steps'] == 40 and names['wandb_log'] is True
+
+
+FORKS = ROOT / 'tests' / 'support' / 'forks'
+FORK_KEYS = {
+    'derived_schedule': dict(
+        batch_size=16,
+        block_size=256,
+        gradient_accumulation_steps=1,
+        max_iters=1000,
+        lr_decay_iters=977,
+        warmup_iters=19,
+        eval_iters=40,
+        learning_rate=3e-3,
+        min_lr=3e-3 / 10,
+        wandb_run_name='schedule-977-of-4M',
+    ),
+    'chained_names': dict(
+        dataset='chess_moves',
+        wandb_project='chess_moves',
+        out_dir='out-chess_moves',
+        wandb_run_name='chess_moves-small',
+        batch_size=8,
+        n_layer=3,
+        n_head=3,
+        n_embd=96,
+    ),
+    'sizes_by_name': dict(n_layer=2, n_head=2, n_embd=64, dropout=0.0, wandb_log=False),
+    'reads_its_sibling': dict(
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        dropout=0.0,
+        wandb_log=False,
+        eval_interval=8,
+        batch_size=6,
+        learning_rate=1e-3,
+    ),
+}
+OWN_NAMES = {
+    'derived_schedule': 'tokens, tokens_per_step, steps',
+    'chained_names': 'folder, vocab_size, micro_batch',
+    'sizes_by_name': 'size, sizes, name, values, not_installed_anywhere',
+    'reads_its_sibling': 'here, file, text, size, sizes, name, values, not_installed_anywhere, lines, '
+    'block_sise (did you mean block_size?)',
+}
+
+
+@pytest.mark.parametrize('name', FORK_KEYS)
+def test_files_with_names_of_their_own_run_as_in_nanogpt(configure, capsys, name):
+    path = str(FORKS / f'{name}.py')
+    names = configure(path, more=MORE_BLOCK)
+    assert names['given'] == set(FORK_KEYS[name])
+    for key, value in FORK_KEYS[name].items():
+        assert names[key] == value and type(names[key]) is type(value), key
+    assert not {'steps', 'folder', 'sizes', 'here', 'halved'} & set(names)
+    notices = capsys.readouterr().err.splitlines()
+    assert len(notices) == 2 and notices[0].startswith(f'{path} sets ')
+    assert notices[1] == f'{path} also assigns what is no key and changes nothing here: {OWN_NAMES[name]}'
+
+
+def test_files_find_the_script_s_imports_and_the_names_of_files_before_them(configure, capsys):
+    write('a.py', 'width = 64\n')
+    write('b.py', 'batch_size = math.isqrt(width)\nfrom math import pi\nlate = 5\n')
+    names = configure('a.py', '--dropout=0.5', 'b.py')
+    assert names['batch_size'] == 8 and 'width' not in names and 'pi' not in names
+    notices = capsys.readouterr().err.splitlines()
+    assert notices[1] == 'a.py also assigns what is no key and changes nothing here: width'
+    assert notices[4] == 'b.py also assigns what is no key and changes nothing here: pi, late'
+
+
+def test_keys_count_however_a_file_assigns_them(configure):
+    """By a function, through globals(), in a file that it executes, even where the value is the default's."""
+    write('inner.py', 'dropout = 0.0\n')
+    write(
+        'x.py',
+        "exec(open('inner.py').read())\n"
+        'def choose():\n    global batch_size\n    batch_size = 5\n'
+        "choose()\nglobals().update(len=7)\nglobals()['learning_rate'] = 1e-2\ndevice = 'cpu'\ndel device\n",
+    )
+    names = configure('x.py')
+    assert names['given'] == {'dropout', 'batch_size', 'len', 'learning_rate'}
+    assert (names['batch_size'], names['len'], names['learning_rate'], names['device']) == (5, 7, 1e-2, 'auto')
+
+
+def test_what_the_command_line_says_after_a_file_is_what_runs(configure):
+    path = str(FORKS / 'derived_schedule.py')
+    assert configure(path, '--max_iters=7', more=MORE_BLOCK)['max_iters'] == 7
+    with pytest.raises(UserError, match='unknown key --tokens_per_step'):
+        configure(path, '--tokens_per_step=7', more=MORE_BLOCK)
 
 
 def test_one_line_for_each_file_and_group_of_flags(configure, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""core/cli/errors.py, core/cli/signals.py: mistakes end in one line, signals quietly; terminals get nothing to execute."""
+"""core/cli/errors.py and signals.py: mistakes end in one line, signals quietly; terminals get nothing to execute."""
 
 import os
 import signal
@@ -13,7 +13,8 @@ from core.cli.arguments import check_file, check_folder, names, whole_numbers
 from core.cli.errors import UserError, printable
 
 START = (
-    'import sys\nfrom core import signals\nsignals.exit_at_once()\n{}\nfrom core import messages\nmessages.install()\n'
+    'import sys\nfrom core.cli import signals\nsignals.exit_at_once()\n{}\n'
+    'from core.cli import errors\nerrors.install()\n'
 )
 
 
@@ -44,7 +45,7 @@ def test_notices_errors_and_results_have_no_control_characters(capsys):
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():
-    done = run("print('caf\\udce9')\nmessages.output('caf\\udce9')")
+    done = run("print('caf\\udce9')\nerrors.output('caf\\udce9')")
     assert (done.returncode, done.stdout, done.stderr) == (0, 'caf\\udce9\n' * 2, '')
 
 
@@ -65,7 +66,7 @@ def test_a_very_long_word_loses_its_middle(capsys):
         ("raise OSError(28, 'No space left on device')", 'No space left on device'),
         ("raise MemoryError('Unable to allocate 8 EiB')", 'out of memory (Unable to allocate 8 EiB)'),
         ("raise RuntimeError('x: can\\'t allocate memory: 8 EiB')", 'out of memory'),
-        ("raise messages.UserError('two\\nlines')", 'two lines'),
+        ("raise errors.UserError('two\\nlines')", 'two lines'),
     ],
 )
 def test_mistakes_end_in_one_line(program, line):
@@ -173,7 +174,7 @@ def test_names_cannot_contain_nul(key):
     assert ranges.problem('start', 'a\0b') is None
 
 
-def test_importing_messages_needs_no_torch():
+def test_importing_errors_needs_no_torch():
     program = (
         "import sys, core.cli.errors, core.cli.signals; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )

@@ -73,7 +73,8 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 def test_several_processes_cannot_share_one_gpu(monkeypatch):
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=29500)
+    for name, value in dict(meeting, RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     FakeCuda(A100, A100).install(monkeypatch)
     with pytest.raises(UserError, match='^cuda:1 cannot be shared by the processes of this node; use --device=cuda'):
@@ -109,10 +110,11 @@ def in_two_processes(program, tmp_path):
 PREPARE = """
 import os
 import torch
-from core import runtime
+from core.cli import machine
+from core.runs import processes
 from model_mla import MLAGPT, MLAConfig
 
-ranks, _ = runtime.join_processes('cpu')
+ranks, _ = processes.join_processes('cpu')
 torch.set_num_threads(1)
 model = MLAGPT(MLAConfig(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=16, pos='rope'), seed=ranks.rank)
 whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
@@ -130,7 +132,7 @@ before = total()
 ranks.broadcast_model(model)
 say('rank', ranks.rank, 'changed:', total() != before)
 say('whole', total())
-runtime.shard(model, 'cpu')
+processes.shard(model, 'cpu')
 say('whole', total())
 """,
         tmp_path,
@@ -160,7 +162,7 @@ def test_all_processes_skip_the_step_whose_gradient_overflowed_in_one(clipped, t
     """Loss scaling with sharded gradients, as with fsdp=True and float16: found in one shard, known to all."""
     printed = in_two_processes(
         f"""
-runtime.shard(model, 'cpu')
+processes.shard(model, 'cpu')
 from ops.optimizers import adamw, param_groups
 optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-2, (0.9, 0.95), 'cpu')
 scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
@@ -188,8 +190,9 @@ for step in range(3):
 
 DENORMALS = """
 import torch
-from core import runtime
-runtime.set_threads(2)
+from core.cli import machine
+from core.runs import processes
+machine.set_threads(2)
 x = torch.full((1_000_000,), 1e-39)
 print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()))
 """

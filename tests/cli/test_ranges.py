@@ -1,9 +1,15 @@
-"""core/cli/ranges.py: every numeric key of every script has bounds, its default is inside, and what is outside is said."""
+"""core/cli/ranges.py: every numeric key of a script has bounds that hold its default; what is outside is said."""
+
+from dataclasses import fields
 
 import pytest
 from support.keys import ROOT, SCRIPTS, keys_of
 
 from core.cli import ranges
+from model import GPTConfig
+from model_mla import MLAConfig
+
+LEAST = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1)
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -43,3 +49,25 @@ def test_the_message_says_what_would_be_right():
     assert ranges.problem('threads', -1) == 'is -1; it must be at least 0 and at most 1,024'
     assert ranges.problem('attention', 'gqa') == "is 'gqa'; it must be mha or mla"
     assert ranges.problem('compile', 'maybe') == "is 'maybe'; it must be auto, True or False"
+
+
+@pytest.mark.parametrize('config_class', [GPTConfig, MLAConfig])
+def test_the_command_line_and_the_models_say_the_same(config_class):
+    """What no model can have, the command line refuses; what it admits at least, a model can have."""
+    checked = set()
+    for field in fields(config_class):
+        if field.name in ranges.BOUNDS and field.name != 'vocab_size':  # 0 is a script's way to say: that of the data
+            low, _ = ranges.ends(ranges.BOUNDS[field.name])
+            admitted, refused = (low, low - 1) if ranges.inside(field.name, low) else (low + 1e-6, low)
+            config_class(**{**LEAST, field.name: admitted})
+            assert ranges.problem(field.name, refused)
+            if field.name != 'init_std':  # any spread makes a model; 0 is no start for training
+                with pytest.raises(ValueError, match=field.name):
+                    config_class(**{**LEAST, field.name: refused})
+            checked.add(field.name)
+        for choice in ranges.CHOICES.get(field.name, ()):
+            config_class(**{**LEAST, 'n_embd': 4, field.name: choice})
+            with pytest.raises(ValueError, match=field.name):
+                config_class(**{**LEAST, 'n_embd': 4, field.name: f'not {choice}'})
+            checked.add(field.name)
+    assert {'block_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'dropout', 'pos'} <= checked

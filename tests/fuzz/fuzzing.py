@@ -154,7 +154,7 @@ VALID = {
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
-       'checkpoint_interval', 'shard_documents', 'shard_tokens', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
+       'checkpoint_interval', 'drawn_from', 'shard_tokens', 'show', 'n_head', 'n_latent', 'n_rope', 'n_latent_q',
        'n_kv_head', 'gpus', 'tokens')  # fmt: skip
 LARGEST = dict.fromkeys(ANY, math.inf) | {
     'resamples': 200, 'sequences': 16, 'length': 16, 'statistics_tokens': 1000, 'eval_tokens': 1000, 'n_embd': 64,

@@ -92,7 +92,7 @@ PARALLEL = """
 import sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from core import runtime
+from core.runs import processes
 from model_mla import MLAGPT, MLAConfig
 device = sys.argv[1]
 on_gpu = device.startswith('cuda')
@@ -103,7 +103,7 @@ idx = torch.arange(32, device=device).view(2, 16)
 for way in ('plain', 'ddp', 'fsdp'):
     model = MLAGPT(MLAConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), seed=3)
     if way == 'fsdp':
-        runtime.shard(model, device, False)
+        processes.shard(model, device, False)
     model.to(device)
     call = DistributedDataParallel(model, [torch.device(device)] if on_gpu else None) if way == 'ddp' else model
     loss = call(idx, idx)[1]
@@ -135,6 +135,8 @@ def test_a_lack_of_memory_ends_in_one_line(data_dir, tmp_path, device):
 
 @pytest.mark.cuda
 def test_picking_a_gpu_opens_no_context():
-    program = "from core import runtime; import torch; print(runtime.pick_device('cuda'), torch.cuda.is_initialized())"
+    program = (
+        "from core.cli import machine; import torch; print(machine.pick_device('cuda'), torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.stdout == 'cuda False\n', done.stderr

@@ -154,9 +154,9 @@ def deepseek(module, query_rank, bias):
     """Hugging Face's attention and rotary embedding, and ours with the same random weights, copied by name."""
     torch.manual_seed(0)
     version = 'V2' if module is deepseek_v2 else 'V3'
-    H, nope, turned, value, rank = 4, 4, 4, 8, 12
+    H, C, nope, turned, value, rank = 4, 32, 6, 4, 5, 12
     config = getattr(transformers, f'Deepseek{version}Config')(
-        hidden_size=H * value,
+        hidden_size=C,
         num_attention_heads=H,
         num_key_value_heads=H,
         kv_lora_rank=rank,
@@ -172,11 +172,13 @@ def deepseek(module, query_rank, bias):
     rotary = getattr(module, f'Deepseek{version}RotaryEmbedding')(config)
     ours = MultiHeadLatentAttention(
         MLAConfig(
-            n_embd=H * value,
+            n_embd=C,
             n_head=H,
             n_latent=rank,
             n_latent_q=query_rank or 0,
+            n_nope=nope,
             n_rope=turned,
+            n_value=value,
             pos='rope',
             latent_norm=True,
             bias=bias,

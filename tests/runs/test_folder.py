@@ -97,6 +97,13 @@ def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypat
     assert 'file system without locks' in capsys.readouterr().err
 
 
+def test_a_system_without_locks_makes_the_folder_too(tmp_path, monkeypatch):
+    """As Windows does, which has no fcntl."""
+    monkeypatch.setattr(folder, 'fcntl', None)
+    RunFolder(str(tmp_path / 'new')).acquire()
+    assert (tmp_path / 'new').is_dir()
+
+
 def test_any_file_of_a_run_makes_the_folder_taken_and_others_do_not(tmp_path):
     folder = RunFolder(str(tmp_path))
     assert RunFolder(str(tmp_path / 'nowhere')).files() == []

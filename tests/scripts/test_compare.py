@@ -20,7 +20,7 @@ def runs(data_dir, tmp_path_factory):
     place = tmp_path_factory.mktemp('runs')
     for name, script, keys in (('mha', 'train.py', {}), ('slow', 'train.py', dict(learning_rate=2e-3)),
                                ('mla', 'train_mla.py', {}), ('short', 'train.py', dict(block_size=8))):  # fmt: skip
-        assert run(script, data_dir, place / name, max_iters=6, **keys).returncode == 0
+        assert run(script, data_dir, place / name, max_iters=6, kv_lr=1, **keys).returncode == 0
     return place
 
 
@@ -38,14 +38,17 @@ def test_the_differences_are_of_the_same_windows(runs, data_dir):
     one, other = (window_losses(model, data, 'val', 320, 32) for model in models)
     gap = other - one
     results = json.loads((runs / 'out' / 'comparison.json').read_text())['results']
-    found = results['MLA, r=16']
+    found = results['MLA, r=16, learning_rate=0.01']
     assert found['val_loss'] == pytest.approx(other.mean().item(), abs=1e-6)
     half = 1.96 * gap.std().item() / len(gap) ** 0.5
     assert found['minus_first'] == pytest.approx([gap.mean().item(), half], abs=1e-6)
     assert found['cache_bytes_per_token'] == 2 * 4 * 16 and len(found['sample']) == 13
     assert f'{gap.mean().item():+.4f} ± {half:.4f}' in done.stdout
     assert 'different numbers of iterations' not in done.stdout
-    assert {'MHA, learning_rate=0.01', 'MHA, learning_rate=0.002', 'MLA, r=16'} == set(results)
+    names = ['MHA, learning_rate=0.01', 'MLA, r=16, learning_rate=0.01', 'MHA, learning_rate=0.002']
+    assert list(results) == names and all(f'| {name} ' in done.stdout for name in names)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('|')]
+    assert len(lines) == 5 and len({len(line) for line in lines if '---' not in line}) == 1, 'columns are aligned'
     assert (runs / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     assert 'MLA, r=16' in (runs / 'out' / 'comparison.md').read_text()
 
@@ -84,8 +87,26 @@ def test_a_checkpoint_that_names_no_data_set_is_named(runs):
 def test_every_run_has_a_label_of_its_own(runs):
     found = [comparison.read(str(runs / name)) for name in ('mha', 'slow', 'mha', 'mla')]
     comparison.label(found)
-    assert [run.label for run in found] == ['MHA, learning_rate=0.01 (1)', 'MHA, learning_rate=0.002',
-                                            'MHA, learning_rate=0.01 (2)', 'MLA, r=16']  # fmt: skip
+    labels = ['MHA, learning_rate=0.01 (1)', 'MHA, learning_rate=0.002', 'MHA, learning_rate=0.01 (2)']
+    assert [run.label for run in found] == [*labels, 'MLA, r=16, learning_rate=0.01']
+
+
+def test_every_training_key_that_differs_is_named_whatever_the_attention(runs):
+    found = [comparison.read(str(runs / name)) for name in ('mha', 'mla', 'mla')]
+    keys = dict(kv_lr=1.0), dict(kv_lr=0.5), dict(kv_lr=0.5, out_dir='x', threads=7)
+    for number in range(3):
+        found[number].saved['config'] |= keys[number]
+    # MLA's own keys: those in MHA's config do nothing, and two MLAs differ in them
+    found[0].saved['config'] |= dict(latent_norm=True, n_latent=5)
+    found[2].saved['model_args'] = found[2].saved['model_args'] | dict(latent_init='gpt2')
+    comparison.label(found)
+    assert [run.label for run in found] == ['MHA, kv_lr=1.0', 'MLA, r=16, kv_lr=0.5, latent_init=fan_in',
+                                            'MLA, r=16, kv_lr=0.5, latent_init=gpt2']  # fmt: skip
+    older = [comparison.read(str(runs / name)) for name in ('mha', 'mha')]
+    del older[0].saved['config']['optimizer'], older[0].saved['config']['dtype']  # one that it didn't have, one unknown
+    older[1].saved['config']['optimizer'] = 'muon'
+    comparison.label(older)
+    assert [run.label for run in older] == ['MHA, optimizer=adamw', 'MHA, optimizer=muon']
 
 
 def test_following_ends_when_all_are_finished(runs):

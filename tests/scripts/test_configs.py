@@ -5,26 +5,22 @@ import re
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, forking
+from support.keys import keys_of
+from support.training import command, log_of
 
 FILES = sorted((ROOT / 'config').glob('*.py'))
+TWINS = [file.stem for file in FILES if file.stem.endswith('_mla') and file.with_stem(file.stem[:-4]).exists()]
 PAIRS = [file.stem for file in FILES if file.with_name(f'{file.stem}_mla.py').exists()]
 
 
-def train_keys():
-    """The keys of train.py with their defaults: the values assigned above the line that executes the configurator."""
-    keys = {}
-    for node in ast.parse((ROOT / 'train.py').read_text(encoding='utf-8')).body:
-        if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node) and isinstance(node.value, ast.Call):
-            return keys
-        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
-            exec(ast.unparse(node), keys)
-            keys.pop('__builtins__')
-    raise AssertionError('train.py does not execute the configurator')
+@pytest.fixture(autouse=True)
+def place(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 def overrides(name):
-    """The names that a config file assigns to, with their values."""
+    """The names that a config file assigns to, by itself or by its sibling, with their values."""
     source = (ROOT / 'config' / f'{name}.py').read_text(encoding='ascii')
     names = {}
     exec(source, names)
@@ -36,7 +32,7 @@ def configured(monkeypatch, *arguments):
     arguments = [str(ROOT / 'config' / f'{a}.py') if not a.startswith('-') else a for a in arguments]
     monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    names = train_keys()
+    names = keys_of(ROOT / 'train.py')
     exec((ROOT / 'configurator.py').read_text(encoding='ascii'), names)
     return names['config']
 
@@ -50,7 +46,10 @@ def test_the_published_configs_are_there():
 @pytest.mark.parametrize('name', [file.stem for file in FILES])
 def test_a_file_is_overrides_of_known_keys_after_a_comment(name, monkeypatch):
     source = (ROOT / 'config' / f'{name}.py').read_text(encoding='ascii')
-    assert all(isinstance(node, ast.Assign) for node in ast.parse(source).body)
+    first, *rest = ast.parse(source).body
+    sibling = f'config/{name.removesuffix("_mla")}.py' if name in TWINS else 'config/eval_gpt2.py'
+    assert isinstance(first, ast.Assign) or ast.unparse(first) == f"exec(open('{sibling}').read())"
+    assert all(isinstance(node, ast.Assign) for node in rest)
     config = configured(monkeypatch, name)
     for key, value in overrides(name).items():
         assert config[key] == value
@@ -76,6 +75,24 @@ def test_pairs_differ_in_the_attention_alone(name, monkeypatch):
     assert configured(monkeypatch, name)['attention'] == 'mha'
 
 
+@pytest.mark.parametrize('name', PAIRS)
+def test_the_notice_about_a_twin_names_what_its_sibling_sets_too(name, monkeypatch, capsys):
+    config, defaults = configured(monkeypatch, f'{name}_mla'), keys_of(ROOT / 'train.py')
+    changed = [key for key, value in config.items() if value != defaults[key]]
+    assert {'log_interval', 'n_latent'} <= set(changed)
+    assert capsys.readouterr().err == f'{ROOT / "config" / name}_mla.py sets {", ".join(changed)}\n'
+
+
+def test_a_config_file_with_names_of_its_own_trains(data_dir, tmp_path):
+    """A file in the manner of nanoGPT's forks, and what the command line says after it."""
+    fork = ROOT / 'tests' / 'support' / 'forks' / 'sizes_by_name.py'
+    flags = command('train.py', data_dir, tmp_path / 'fork', n_layer=1, max_iters=2)[2:]
+    done = forking.run('train.py', [fork, *flags])
+    assert done.returncode == 0, done.stderr
+    assert 'also assigns what is no key and changes nothing here: size, sizes, name, values' in done.stderr
+    assert [row['iter'] for row in log_of(tmp_path / 'fork')] == ['0', '1', '2']
+
+
 def test_gpt2_takes_half_a_million_tokens_at_a_time_on_any_number_of_gpus(monkeypatch):
     config = configured(monkeypatch, 'train_gpt2')
     tokens = config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps']
@@ -93,4 +110,4 @@ def test_files_of_nanogpt_name_only_keys_that_are_here():
         wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
         dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters
         min_lr backend device dtype compile"""
-    assert set(text.split()) <= set(train_keys())
+    assert set(text.split()) <= set(keys_of(ROOT / 'train.py'))

@@ -181,3 +181,13 @@ def test_an_mla_model_is_refused_before_anything_is_printed(monkeypatch, tmp_pat
     with pytest.raises(UserError, match='only a GPT with multi-head attention'):
         convert(monkeypatch, tmp_path, f'--source={out}', f'--out_dir={tmp_path}/again')
     assert capsys.readouterr().out == ''
+
+
+def test_a_copy_of_an_exported_folder_keeps_its_tokenizer(monkeypatch, tmp_path):
+    """It used to be recorded as GPT-2's, which sample.py refused to decode with."""
+    common = [f'--source={tmp_path / "mha"}', f'--out_dir={tmp_path / "hf"}']
+    monkeypatch.setattr(sys, 'argv', ['export_hf.py', *common])
+    runpy.run_path('export_hf.py', run_name='__main__')
+    flags = [f'--source={tmp_path / "hf"}', '--dataset=letters', '--method=weights', '--n_latent=16']
+    saved = checkpoints.load(str(convert(monkeypatch, tmp_path, *flags)))
+    assert saved['tokenizer'] == {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': 10}

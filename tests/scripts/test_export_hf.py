@@ -1,8 +1,10 @@
 """Exported folders, loaded by transformers and lm_eval: the same logits, the same tokens, the latent cache."""
 
 import builtins
+import errno
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from core.cli.errors import UserError
+from core.convert import hf_tokenizer
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from core.text.tokenizer import learn_bpe, load_tokenizer
@@ -220,6 +223,13 @@ def test_learned_byte_pair_tokenizer(monkeypatch, tmp_path):
     check_special_token(folder, '<|endoftext|>', roles=('bos', 'eos', 'pad', 'unk'))
 
 
+def test_the_tokenizers_class_is_one_that_transformers_4_knows(monkeypatch, tmp_path):
+    """PreTrainedTokenizerFast; transformers 5 itself writes TokenizersBackend, which 4.57.6 refuses to load."""
+    folder = export(monkeypatch, tmp_path, random_model('mha'))
+    settings = json.loads((Path(folder) / 'tokenizer_config.json').read_text())
+    assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
+
+
 def test_the_tokenizer_of_an_mla_model_loads_without_its_code(monkeypatch, tmp_path):
     folder = export(monkeypatch, tmp_path, random_model('mla'))
     questions = []
@@ -332,6 +342,16 @@ def test_a_pipeline_keeps_the_lines(monkeypatch, tmp_path, name):
         assert result['generated_text'] == text.replace(our_tokenizer.special_token, '')
 
 
+@pytest.mark.parametrize('attention', ['mha', 'mla'])
+def test_a_pipeline_and_generate_without_settings_stop_at_the_models_length(monkeypatch, tmp_path, attention):
+    folder = export(monkeypatch, tmp_path, random_model(attention))
+    torch.manual_seed(0)
+    generator = pipeline('text-generation', folder, trust_remote_code=True)
+    (result,) = generator('abc')
+    assert 20 <= len(result['generated_text']) <= 24  # the special token is not shown
+    assert generator.model.generate(torch.tensor([[2, 3]])).shape == (1, 24)
+
+
 @exports
 @torch.no_grad()
 def test_lm_eval(monkeypatch, tmp_path, name):
@@ -365,6 +385,65 @@ def test_ids_that_stand_for_no_text_have_no_tokenizer(monkeypatch, tmp_path, cap
     assert 'no tokenizer' in capsys.readouterr().err
 
 
+# ---- writing over an older export ------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize('failing', ['safetensors.torch.save_file', 'core.convert.hf_tokenizer.write'])
+def test_a_full_disk_leaves_the_export_that_was_there(monkeypatch, tmp_path, failing):
+    folder = export(monkeypatch, tmp_path, random_model('mha'))
+    before = contents(folder)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, full)
+        with pytest.raises(UserError, match="can't be written .*No space left on device.*what was there is unchanged"):
+            export(monkeypatch, tmp_path, random_model('mla', n_embd=16), CHARS, '--overwrite=True')
+        assert contents(folder) == before
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match="can't be written"):
+            export(monkeypatch, tmp_path, random_model('mha'))
+        assert not Path(folder).exists()
+
+
+def test_an_export_over_another_removes_what_no_longer_applies_and_nothing_else(monkeypatch, tmp_path):
+    folder = Path(export(monkeypatch, tmp_path, random_model('mla')))
+    (folder / 'notes.txt').write_text('mine')
+    (folder / 'onnx').mkdir()
+    (folder / '.writing').mkdir()  # of an export that was killed
+    (folder / '.writing' / 'model.safetensors').write_text('half')
+    export(monkeypatch, tmp_path, random_model('mha'), {'tokenizer': 'none', 'vocab_size': 11}, '--overwrite=True')
+    own = {'README.md', 'config.json', 'generation_config.json', 'model.safetensors'}
+    assert {path.name for path in folder.iterdir()} == own | {'notes.txt', 'onnx'}
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == 'GPT2LMHeadModel'
+
+
+# ---- an exported folder as a source ----------------------------------------------------------------------------------
+
+
+def test_an_exported_folder_is_trained_on_its_own_tokens_alone(monkeypatch, data_dir, tmp_path):
+    """It used to count as one of GPT-2's 50,257 tokens."""
+    assert run('train.py', data_dir, tmp_path / 'out', max_iters=1).returncode == 0
+    for name in ('hf', 'hf-other'):
+        done = forking.run('export_hf.py', [f'--source={tmp_path}/out', f'--out_dir={tmp_path}/{name}'])
+        assert done.returncode == 0, done.stderr
+    meta = checkpoints.load(str(tmp_path / 'out'))['tokenizer']
+    assert models.pretrained(str(tmp_path / 'hf'))[1]['tokenizer'] == load_tokenizer(meta).meta()
+    done = run('train.py', data_dir, tmp_path / 'tuned', max_iters=1, bias=True, init_from=str(tmp_path / 'hf'))
+    assert done.returncode == 0, done.stderr
+    chars = ''.join(map(chr, range(200, 200 + meta['vocab_size'])))
+    other = load_tokenizer({'tokenizer': 'char', 'chars': chars})
+    hf_tokenizer.write(str(tmp_path / 'hf-other'), other, 16)
+    keys = dict(max_iters=1, bias=True, init_from=str(tmp_path / 'hf-other'))
+    done = run('train.py', data_dir, tmp_path / 'refused', **keys)
+    assert done.returncode == 2 and f'was trained on char tokens ({len(chars)} ids)' in done.stderr
+
+
 def test_models_that_cannot_be_exported_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="RoPE, which GPT-2 can't express"):
         export(monkeypatch, tmp_path, random_model('mha', pos='rope'))
@@ -389,3 +468,4 @@ def test_the_model_card_says_what_it_is_and_how_it_was_made(data_dir, tmp_path):
     command = next(line for line in card.splitlines() if line.startswith('python train_mla.py'))
     assert {'--n_latent=9', '--learning_rate=0.003', '--dataset=tiny', '--block_size=16'} <= set(command.split())
     assert str(tmp_path) not in card  # nothing of this machine
+    assert 'transformers >= 5.1' in card and 'LoRA' in card and 'max_gen_toks' in card

@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
-from support.preparing import ROOT, files_of, ids_of
+from support.preparing import ROOT, files_of, ids_of, unspaced
 
 from core.cli.errors import UserError
-from core.text.tokenizer import load_tokenizer, shorter_words, with_distinct_words
+from core.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -111,13 +110,6 @@ def test_a_long_list_of_files_is_no_name(prepare, tmp_path):
 # ---- text without spaces ---------------------------------------------------------------------------------------------
 
 
-def unspaced(characters, seed=1):
-    """Random text like Chinese: words of one to three of 2,000 characters by Zipf's law, no spaces, no punctuation."""
-    rng = np.random.default_rng(seed)
-    words = [''.join(chr(0x4E00 + (n - 1) % 2000) for n in rng.zipf(1.3, size)) for size in rng.integers(1, 4, 5000)]
-    return ''.join(words[(n - 1) % 5000] for n in rng.zipf(1.3, characters))[:characters]
-
-
 def test_a_learned_encoding_of_text_without_spaces(prepare, tmp_path):
     """One word of 400,000 characters: learned from as a whole it would take an hour."""
     text = unspaced(400_000)
@@ -130,24 +122,6 @@ def test_a_learned_encoding_of_text_without_spaces(prepare, tmp_path):
     tokenizer = load_tokenizer(json.loads(meta))
     assert sum(len(part) for part in ids) < 0.8 * len(text)  # it has learned words, not only characters
     assert ''.join(tokenizer.decode(part[part != tokenizer.end_of_text]) for part in ids) == text
-
-
-def test_words_to_learn_from_are_bounded():
-    texts = [unspaced(100_000, seed) for seed in range(6)]
-    some = with_distinct_words(texts, most=300_000)
-    size = sum(len(text.encode()) for text in some)
-    assert 100_000 < size <= 300_000
-    assert all(any(text in whole for whole in texts) for text in some)
-    assert {i for i, whole in enumerate(texts) for text in some if text in whole} >= {0, 4}  # from everywhere
-    english = ['the cat sat on the mat ' * 50_000] * 3
-    assert with_distinct_words(english, most=100) is english  # few different words: everything is used
-
-
-def test_only_long_words_are_cut():
-    text = f'one two {"x" * 700} three\n{"y" * 256} {"z" * 257}'
-    pieces = list(shorter_words([text]))
-    assert ''.join(pieces) == text and max(len(word) for piece in pieces for word in piece.split()) == 256
-    assert list(shorter_words(['a short text'])) == ['a short text']
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------

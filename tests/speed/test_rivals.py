@@ -1,4 +1,4 @@
-"""core/speed/peers.py and core/speed/rivals.py: other models give our logits, and train here and in a separate process."""
+"""core/speed/rivals.py: other models give our logits, and train here and in a separate process."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from support import ROOT
 
 from core.cli.errors import UserError
-from core.speed import peers
+from core.speed import rivals
 from core.speed.rivals import WITHOUT, NanoGPTTraining, SeparateTraining, Setting, Training
 from model import GPT, GPTConfig
 
@@ -50,7 +50,7 @@ def prompt():
 @pytest.mark.parametrize('bias', [False, True])
 def test_nanogpt_with_our_weights_gives_our_logits(nanogpt, bias, capsys):
     ours = scaled_up(bias=bias)
-    theirs = peers.nanogpt_model(nanogpt, ours, prompt())
+    theirs = rivals.nanogpt_model(nanogpt, ours, prompt())
     assert type(theirs) is not GPT
     torch.testing.assert_close(theirs(prompt())[0], ours(prompt())[0])
     assert theirs.lm_head.weight.data_ptr() != ours.lm_head.weight.data_ptr(), 'training one must not train the other'
@@ -60,21 +60,21 @@ def test_nanogpt_with_our_weights_gives_our_logits(nanogpt, bias, capsys):
 @pytest.mark.parametrize('settings', [dict(bias=False), dict(bias=True), dict(bias=True, gelu='tanh')])
 def test_hugging_face_with_our_weights_gives_our_logits(settings):
     ours = scaled_up(**settings)
-    theirs = peers.huggingface_model(ours, prompt())
+    theirs = rivals.huggingface_model(ours, prompt())
     torch.testing.assert_close(theirs(prompt()).logits[:, -1:], ours(prompt())[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_computes_something_else_is_refused(nanogpt):
     Path(nanogpt, 'model.py').write_text(TWIN.replace('SCALE = None', 'SCALE = 1.0'))
     with pytest.raises(UserError, match="nanoGPT's logits differ"):
-        peers.nanogpt_model(nanogpt, scaled_up(bias=False), prompt())
+        rivals.nanogpt_model(nanogpt, scaled_up(bias=False), prompt())
     Path(nanogpt, 'model.py').write_text(TWIN.replace('F.gelu(self.c_fc(x))', 'self.c_fc(x) * float("nan")'))
     with pytest.raises(UserError, match="nanoGPT's logits differ"):
-        peers.nanogpt_model(nanogpt, scaled_up(bias=False), prompt())
+        rivals.nanogpt_model(nanogpt, scaled_up(bias=False), prompt())
 
 
 def test_a_batch_gathered_row_by_row_has_targets_one_token_later():
-    x, y = peers.nanogpt_batch(np.arange(1000, dtype=np.uint16), batch_size=5, block_size=8)
+    x, y = rivals.nanogpt_batch(np.arange(1000, dtype=np.uint16), batch_size=5, block_size=8)
     assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
     assert (y == x + 1).all() and (x.diff(dim=1) == 1).all()
     assert len(set(x[:, 0].tolist())) > 1
@@ -105,7 +105,7 @@ def test_a_step_without_an_optimization_is_the_same_step(setting, leave_out):
 
 def test_nanogpts_steps_start_from_our_weights_and_train(nanogpt, setting):
     ours = GPT(GPTConfig(**SIZES)).eval()
-    theirs = NanoGPTTraining(peers.nanogpt_model(nanogpt, ours, prompt()), setting)
+    theirs = NanoGPTTraining(rivals.nanogpt_model(nanogpt, ours, prompt()), setting)
     before, after = losses(theirs)
     assert before == pytest.approx(losses(Training(ours, setting))[0], abs=1e-5)
     assert before != after

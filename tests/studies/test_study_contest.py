@@ -5,19 +5,20 @@ import shutil
 
 import pytest
 import torch
-from support import forking
+from support import ROOT, forking
 from support.training import write_characters
 
 pytestmark = pytest.mark.slow
 
 ITERS = 4
 RATES = (4e-3, 1.6e-2)  # of the short form
-ARMS = {'MHA': (4096, 0.0), 'MQA': (1024, 0.3), 'MLA, r=C/2': (1024, 0.1)}  # cache, loss minus MHA's
-SLUGS = {'MHA': 'mha', 'MQA': 'mqa', 'MLA, r=C/2': 'mla-r-c-2'}
-KEYS = {'MHA': {}, 'MQA': dict(n_kv_head=1), 'MLA, r=C/2': dict(n_latent=64, kv_lr=1 / 8)}
+MLA = 'MLA, r=C/2, kv_lr=1/8'
+ARMS = {'MHA': (4096, 0.0), 'MQA': (1024, 0.3), MLA: (1024, 0.1)}  # cache, loss minus MHA's
+SLUGS = {'MHA': 'mha', 'MQA': 'mqa', MLA: 'mla-r-c-2-kv-lr-1-8'}
+KEYS = {'MHA': {}, 'MQA': dict(n_kv_head=1), MLA: dict(n_latent=64, kv_lr=1 / 8)}
 
 
-def study(place, *more, arms='MHA;MQA;MLA, r=C/2'):
+def study(place, *more, arms=f'MHA;MQA;{MLA}'):
     keys = (f'--out_dir={place}/out', f'--data_dir={place}/data', '--jobs=1', f'--arms={arms}', f'--max_iters={ITERS}')
     return forking.run('studies/contest.py', (*keys, *more), 300)
 
@@ -65,46 +66,46 @@ def test_each_arm_is_reported_at_its_own_best_rate_and_differences_are_by_seed(p
 
 
 def test_missing_runs_are_trained_and_mha_is_converted(place):
-    arms = 'MHA;MLA, r=C/2'
+    arms = f'MHA;{MLA}'
     done = study(place, '--final_seeds=1', arms=arms)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    row = next(row for row in rows if row[0] == 'MLA, r=C/2')
+    row = next(row for row in rows if row[0] == MLA)
     assert row[2:4] == ['1,024', '0.004 (end of the grid)'] and 1 < float(row[5]) < 4
-    assert 'MLA, r=C' in {row[0] for row in rows}  # the control at full rank
+    assert 'MLA, r=C, kv_lr=1/8' in {row[0] for row in rows}  # the control at full rank
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
     found = {(run['arm'], run['kind']): run for run in numbers['runs'] if run['seed'] >= 2000}
     mha = found['MHA', 'scratch']['val_loss']
-    assert found['MLA, r=C/2', 'tuned']['before'] == pytest.approx(mha, abs=0.05)  # a conversion keeps what was learned
-    assert found['MLA, r=C', 'from0']['val_loss'] == pytest.approx(mha, abs=0.5)
-    assert found['MLA, r=C/2', 'tuned']['cache_bytes_per_token'] == 4 * 4 * 64
+    assert found[MLA, 'tuned']['before'] == pytest.approx(mha, abs=0.05)  # a conversion keeps what was learned
+    assert found['MLA, r=C, kv_lr=1/8', 'from0']['val_loss'] == pytest.approx(mha, abs=0.5)
+    assert found[MLA, 'tuned']['cache_bytes_per_token'] == 4 * 4 * 64
     for name in ('shakespeare_char.png', 'shakespeare_char-rates.png'):
         assert (place / 'out' / name).read_bytes().startswith(b'\x89PNG')
 
 
 def test_runs_of_an_earlier_study_are_not_repeated(place):
     """The recorded ones count, also in the tuning; only what is missing is run, and MHA again for a new conversion."""
-    first = study(place, '--final_seeds=1', arms='MHA;MLA, r=C/2')
+    first = study(place, '--final_seeds=1', arms=f'MHA;{MLA}')
     assert first.returncode == 0, first.stderr
     earlier = place / 'earlier.json'
     earlier.write_text((place / 'out' / 'shakespeare_char.json').read_text())
-    mark(earlier, 'MLA, r=C/2', 'tuned', 1.25)
+    mark(earlier, MLA, 'tuned', 1.25)
     more = json.loads(earlier.read_text())
     more['runs'] += [dict(more['runs'][0], rate=rate, seed=1001, val_loss=2.5) for rate in RATES]
     earlier.write_text(json.dumps(more))
     shutil.rmtree(place / 'out')
-    done = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='MHA;MLA, r=C/2;GQA-2')
+    done = study(place, '--final_seeds=1', f'--reuse={earlier}', arms=f'MHA;{MLA};GQA-2')
     assert done.returncode == 0, done.stderr
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
-    assert next(r for r in numbers['runs'] if (r['arm'], r['kind']) == ('MLA, r=C/2', 'tuned'))['val_loss'] == 1.25
+    assert next(r for r in numbers['runs'] if (r['arm'], r['kind']) == (MLA, 'tuned'))['val_loss'] == 1.25
     assert ['MHA', '2.7500', '2.2500', '2'] in rows_of(done.stdout)  # of the recorded seeds 1000 and 1001
     trained = sorted(folder.name for folder in (place / 'out' / f'shakespeare_char-{ITERS}').iterdir())
     assert [name.split('_')[0] for name in trained] == ['gqa-2'] * 5 + ['mha']
-    added = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='GQA-2')
+    added = study(place, '--final_seeds=1', f'--reuse={earlier}', arms='GQA-2')
     both = [row for row in rows_of(done.stdout) if row[:2] != ['GQA-2', '2,048']]  # its conversion, from MHA models
     assert rows_of(added.stdout) == both  # recorded arms need not be named
-    other = study(place, '--max_iters=5', f'--earlier={earlier}', arms='MHA')
-    assert other.returncode == 2 and f'has iterations={ITERS}, not 5; leave out --earlier' in other.stderr
+    other = study(place, '--max_iters=5', f'--reuse={earlier}', arms='MHA')
+    assert other.returncode == 2 and f'has iterations={ITERS}, not 5; leave out --reuse' in other.stderr
 
 
 def mark(path, arm, kind, loss):
@@ -133,9 +134,25 @@ def test_every_arm_can_be_drawn_and_an_unknown_one_is_not_lost(place):
     numbers = json.loads((place / 'out' / 'shakespeare_char.json').read_text())
     numbers['runs'] = [dict(run, arm=arm) for run in numbers['runs'] for arm in every]
     earlier.write_text(json.dumps(numbers))
-    done = study(place, '--final_seeds=1', f'--earlier={earlier}', arms='MHA')
+    done = study(place, '--final_seeds=1', f'--reuse={earlier}', arms='MHA')
     assert done.returncode == 0, done.stderr
     assert {row[0] for row in rows_of(done.stdout)} >= set(every) and len(every) > 20
     earlier.write_text(earlier.read_text().replace('MQA, Muon', 'MQA, Muoff'))
-    done = study(place, f'--earlier={earlier}', arms='MHA')
-    assert done.returncode == 2 and 'has arms that are not known here (MQA, Muoff); leave out' in done.stderr
+    done = study(place, f'--reuse={earlier}', arms='MHA')
+    assert done.returncode == 2 and 'has arms that are not known here (MQA, Muoff); leave out --reuse' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['shakespeare', 'code', 'code_c384'])
+def test_published_studies_are_shown_again_under_todays_names(name, tmp_path):
+    """They were made when MLA's kv_lr was 1/8 by default, and hence not part of its name."""
+    published = json.loads((ROOT / f'assets/contest_{name}.json').read_text())
+    done = forking.run('studies/contest.py', (f'--reuse=assets/contest_{name}.json', f'--out_dir={tmp_path}'), 100)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / f'contest_{name}.json').read_text())
+    best, then = again['best_rates'], published['best_rates']
+    assert best[MLA] == then['MLA, r=C/2'] and best['MLA, r=C/2'] == then['MLA, r=C/2, kv_lr=1']
+    assert best['MHA'] == then['MHA'] and len(best) == len(then) and again['setting'] == published['setting']
+    assert {run['kv_lr'] for run in again['runs'] if run['arm'] == MLA} == {1 / 8}
+    assert (tmp_path / f'contest_{name}.png').read_bytes().startswith(b'\x89PNG')
+    again = forking.run('studies/contest.py', (f'--reuse={tmp_path}/contest_{name}.json', f'--out_dir={tmp_path}'), 100)
+    assert again.returncode == 0 and again.stdout == done.stdout

@@ -74,12 +74,12 @@ def test_runs_of_an_earlier_study_are_not_repeated(tmp_path):
     at = [dict(step, tokens=1024 * 300) for step in one['curve'][:1]]
     made_up = [dict(one, score=0.3, curve=at), dict(one, name='x', seed=2, score=0.7, curve=at)]
     (tmp_path / 'a.json').write_text(json.dumps(dict(runs=made_up, config=dict(dataset='code', prose=''))))
-    done = study(f'--earlier={tmp_path}/a.json', *keys)
+    done = study(f'--reuse={tmp_path}/a.json', *keys)
     assert done.returncode == 0, done.stderr
     assert row_of(done.stdout, 'Formation', 'MHA')[2] == '0.500 [0.300, 0.700]'
     assert len(json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']) == 2
     assert not list((tmp_path / 'out').glob('code-*'))
-    other = study(f'--earlier={tmp_path}/a.json', '--max_iters=301', *keys)
+    other = study(f'--reuse={tmp_path}/a.json', '--max_iters=301', *keys)
     assert other.returncode == 2 and 'has 300 iterations on code, not 301 on code' in other.stderr
 
 

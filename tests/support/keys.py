@@ -1,6 +1,6 @@
 """Which scripts there are and which keys they have."""
 
-from core.cli.subprocesses import keys_of  # noqa: F401  (for the tests)
+from core.cli.keys import keys_of  # noqa: F401  (for the tests)
 from support import ROOT
 
 SCRIPTS = [p for pattern in ('*.py', 'studies/*.py', 'data/*/prepare.py') for p in sorted(ROOT.glob(pattern))

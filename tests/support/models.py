@@ -28,7 +28,7 @@ VARIANTS = {
         MLAGPT,
         dict(pos='rope', n_rope=4, n_nope=6, n_value=10, n_latent=12, latent_norm=True, bias=False),
     ),
-    'mla-wide-values': (MLAGPT, dict(pos='rope', n_rope=2, n_nope=4, n_value=12, n_latent=20, flash=False)),
+    'mla-wide-values-open': (MLAGPT, dict(pos='rope', n_rope=2, n_nope=4, n_value=12, n_latent=20, flash=False)),
     'mla-carved': (MLAGPT, dict(pos='rope', n_rope=4, n_nope=4)),  # the only shape of before there was n_nope
     'mla-whole-keys': (MLAGPT, dict(pos='rope', shared_rope=False, n_latent=20)),
     'mla-rope-all': (MLAGPT, dict(pos='rope', n_rope=6, n_latent=12, n_latent_q=12, latent_norm=True, bias=False)),

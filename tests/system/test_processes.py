@@ -2,15 +2,30 @@
 
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.training import assert_same_curve, assert_same_run, log_of, run, started, tensors_of, torchrun
+from support import ROOT
+from support.fake_cuda import FakeCuda
+from support.training import (
+    assert_same_curve,
+    assert_same_run,
+    command,
+    environment,
+    log_of,
+    run,
+    started,
+    tensors_of,
+    torchrun,
+)
 
+from core.cli.errors import UserError
 from core.runs.checkpoint import build_model, load
+from core.runs.processes import Processes, place_in_environment
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +103,81 @@ def test_a_process_that_dies_ends_the_job(data_dir, tmp_path):
     job.stdout.close()
     assert job.wait(timeout=60) not in (0, -signal.SIGKILL)
     assert time.monotonic() - began < 60
+
+
+@linux
+@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGKILL])
+def test_trainers_save_and_leave_when_their_torchrun_is_gone(number, data_dir, tmp_path):
+    """torchrun dies of both and passes neither on."""
+    job = started('train.py', data_dir, tmp_path, torchrun(2), gradient_accumulation_steps=2, max_iters=10**6)
+    next(line for line in job.stdout if line.startswith('iter 12:'))
+    trainers = [worker(job, rank) for rank in (0, 1)]
+    job.send_signal(number)
+    assert job.wait(timeout=60) == -number
+    last = [line for line in job.stdout if line.startswith('iter ')][-1]  # ends when the trainers have left
+    deadline = time.monotonic() + 60
+    while any(Path(f'/proc/{trainer}').exists() for trainer in trainers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f'/proc/{trainer}').exists() for trainer in trainers)
+    assert load(str(tmp_path))['iter_num'] == int(last.split()[1].rstrip(':')) + 1
+
+
+# ---- started by another launcher than torchrun -----------------------------------------------------------------------
+LAUNCHED = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'SLURM_LOCALID', 'SLURM_STEP_NUM_TASKS')
+MEETING = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+
+
+def placed(monkeypatch, **variables):
+    """This process's place with these variables in the environment and none of a launcher's others."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return place_in_environment()
+
+
+def test_a_local_rank_that_is_not_given_is_found(monkeypatch):
+    two = dict(MEETING, RANK=5, WORLD_SIZE=8)
+    FakeCuda(8, 8).install(monkeypatch)
+    assert placed(monkeypatch, **two, LOCAL_RANK=3) == Processes(5, 3, 8)
+    assert placed(monkeypatch, **two, SLURM_LOCALID=2) == Processes(5, 2, 8)
+    assert placed(monkeypatch, **two) == Processes(5, 1, 8)
+    assert placed(monkeypatch, RANK=0, WORLD_SIZE=1) == Processes(0, 0, 1)
+    FakeCuda().install(monkeypatch)
+    assert placed(monkeypatch, **two) == Processes(5, 0, 8)
+
+
+@pytest.mark.parametrize(
+    'variables',
+    [dict(RANK=0), dict(RANK=0, WORLD_SIZE=2), dict(MEETING, RANK='zero', WORLD_SIZE=2), dict(MEETING, RANK=1)],
+)
+def test_half_of_a_launcher_s_variables_gets_one_line(variables, monkeypatch):
+    with pytest.raises(UserError, match='WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not; use torchrun'):
+        placed(monkeypatch, **variables)
+
+
+def test_tasks_that_know_nothing_of_each_other_are_told_of_torchrun(monkeypatch, capsys):
+    assert placed(monkeypatch, SLURM_STEP_NUM_TASKS=2) == Processes()
+    assert capsys.readouterr().err.startswith('2 tasks were started without torchrun, and each trains by itself')
+    assert placed(monkeypatch, SLURM_STEP_NUM_TASKS=1) == Processes()
+    assert capsys.readouterr().err == ''
+
+
+def test_a_launcher_that_sets_no_local_rank_trains_the_same_run(one, data_dir, tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    variables = dict(environment(), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    arguments = command('train_mla.py', data_dir, tmp_path, **EXTRA)
+    both = [subprocess.Popen(arguments, cwd=ROOT, env=dict(variables, RANK=str(rank))) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert_same_curve(one, tmp_path)
+
+
+def test_the_former_launcher_is_told_of_torchrun(data_dir, tmp_path):
+    done = run('train.py', data_dir, tmp_path / 'none', ('-m', 'torch.distributed.launch', '--nproc_per_node=1'))
+    assert 'error: --local-rank=0 comes from torch.distributed.launch; use torchrun in its place' in done.stderr
+    assert done.returncode and not (tmp_path / 'none').exists()
 
 
 @linux

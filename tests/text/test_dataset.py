@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.preparing import nanogpt_folder
 
 from core.cli.errors import UserError
-from core.text.dataset import TokenData
-from core.text.tokenizer import BPETokenizer, load_tokenizer
+from core.text.dataset import TokenData, check_data, check_tokenizer, flat
+from core.text.tokenizer import BPETokenizer, CharTokenizer
 from core.text.write_dataset import write_dataset
 
 
@@ -314,58 +315,129 @@ def test_a_bad_id_that_the_sample_misses_is_found_in_its_batch(tmp_path):
             TokenData(tmp_path, 16)
 
 
-# ---- nanoGPT's folders -----------------------------------------------------------------------------------------------
+# ---- files of other programs -----------------------------------------------------------------------------------------
 
 
-def nanogpt_folder(folder, meta):
-    np.array([0, 1, 2, 1] * 50, dtype='<u2').tofile(folder / 'train.bin')
-    np.array([2, 1, 0, 1] * 20, dtype='<u2').tofile(folder / 'val.bin')
-    if meta is not None:
-        (folder / 'meta.pkl').write_bytes(meta)
+def words(dtype, count=400):
+    return (np.arange(count) * 7919 % 60 + 1).astype(dtype)
 
 
-def test_nanogpt_folder_in_characters(tmp_path):
-    chars = 'abc'
-    meta = dict(vocab_size=3, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
-    nanogpt_folder(tmp_path, pickle.dumps(meta))
-    data = TokenData(tmp_path, 8)
-    assert (data.n_vocab, data.padded_vocab_size, data.tokens) == (3, 3, {'train': 200, 'val': 80})
-    assert load_tokenizer(data.meta).decode(data.windows('train', [0])[0][0]) == 'abcbabcb'
-
-
-def test_nanogpt_folder_with_a_vocabulary_size_only(tmp_path):
-    nanogpt_folder(tmp_path, pickle.dumps({'vocab_size': 7}))
-    data = TokenData(tmp_path, 8)
-    assert data.n_vocab == 7
-    with pytest.raises(UserError, match='stand for no text'):
-        load_tokenizer(data.meta)
-
-
-def test_nanogpt_folder_in_gpt2_tokens(tmp_path):
-    nanogpt_folder(tmp_path, None)
-    data = TokenData(tmp_path, 8)
-    assert (data.n_vocab, data.padded_vocab_size, data.meta['tokenizer']) == (50257, 50304, 'gpt2')
-
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path('ran'),)
-
-
-@pytest.mark.parametrize(
-    'meta',
-    [
-        pickle.dumps({'vocab_size': 3, 'itos': Evil()}),
-        pickle.dumps([3]),
-        b'\x80\x04',
-        b'',
-        pickle.dumps({'vocab_size': 0}),
-    ],
-)
-def test_a_pickle_that_could_run_code_or_is_broken_is_refused(meta, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize('meta', [None, pickle.dumps({'vocab_size': 65})])
+@pytest.mark.parametrize('dtype', ['int64', 'uint32', 'int32'])
+def test_files_of_another_dtype_are_named(dtype, meta, tmp_path):
     nanogpt_folder(tmp_path, meta)
-    with pytest.raises(UserError, match="meta.pkl can't be read") as error:
+    for name in ('train.bin', 'val.bin'):
+        words(dtype).tofile(tmp_path / name)
+    name = 'int64' if dtype == 'int64' else 'uint32'
+    with pytest.raises(UserError, match=f'train.bin looks like {name}, .* are 0, .*astype.np.uint16') as error:
         TokenData(tmp_path, 8)
     one_line(error)
-    assert not (tmp_path / 'ran').exists()
+    for name in ('train.bin', 'val.bin'):
+        words('uint16').tofile(tmp_path / name)
+    assert TokenData(tmp_path, 8).windows('val', [3])[0][0].tolist() == words(int)[3:11].tolist()
+    # what meta.json says is believed: every second token may be 0
+    ids = np.zeros(400, int)
+    ids[::2] = words(int, 200)
+    write_dataset(tmp_path, None, {'train': ids, 'val': ids}, vocab_size=65, source='zeros')
+    TokenData(tmp_path, 8)
+
+
+def llm_c(path, ids, magic=20240520, version=1, count=None, dtype='<u2'):
+    header = np.zeros(256, '<i4')
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
+
+
+def test_headers_of_llm_c_are_read(tmp_path):
+    ids = np.arange(1000) * 50
+    llm_c(tmp_path / 'train.bin', ids)
+    llm_c(tmp_path / 'val.bin', ids[:100])
+    data = TokenData(tmp_path, 16)
+    assert data.tokens == {'train': 1000, 'val': 100}
+    assert (data.meta['tokenizer'], data.n_vocab, data.padded_vocab_size) == ('gpt2', 50257, 50304)
+    assert data.ids('train', 0, 3).tolist() == [0, 50, 100] and data.ids('val').tolist() == ids[:100].tolist()
+    x, y = data.windows('train', [0, 983])
+    assert x[:, 0].tolist() == [0, 983 * 50] and torch.equal(y, x + 50)
+    llm_c(tmp_path / 'val.bin', ids[:100].astype('u2'))
+    write_dataset(tmp_path / 'plain', None, {'train': ids, 'val': ids[:100]}, vocab_size=50257, source='x')
+    plain = TokenData(tmp_path / 'plain', 16)
+    assert all(map(torch.equal, data.batch(1, 2, 30), plain.batch(1, 2, 30)))
+    for changes, message in (
+        (dict(count=999), 'its header says 999'),
+        (dict(version=5), 'llm.c of the unknown version 5'),
+    ):
+        llm_c(tmp_path / 'train.bin', ids, **changes)
+        with pytest.raises(UserError, match=message) as error:
+            TokenData(tmp_path, 16)
+        one_line(error)
+    for name in ('train.bin', 'val.bin'):  # Llama 3's tokens
+        llm_c(tmp_path / name, ids + 70_000, magic=20240801, version=7, dtype='<u4')
+    data = TokenData(tmp_path, 16)
+    assert data.ids('train', 0, 2).tolist() == [70_000, 70_050] and data.n_vocab == 128_256
+
+
+# ---- files that change, and where a folder is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('how', ['cut', 'shorter copy', 'longer'])
+def test_a_file_that_changes_its_size_while_it_is_read_is_one_line(how, tmp_path):
+    """A memory map would end the process with SIGBUS."""
+    data = TokenData(numbers(tmp_path, train=50_000), 16)
+    data.batch(1, 0, 8)
+    content = (tmp_path / 'train.bin').read_bytes()
+    with open(tmp_path / 'train.bin', 'r+b' if how == 'cut' else 'wb') as file:
+        if how == 'cut':
+            file.truncate(10)
+        else:
+            file.write(content[:5000] if how == 'shorter copy' else content * 2)
+    with pytest.raises(UserError, match='train.bin was replaced .* while it was read: it had 100,000 bytes'):
+        data.batch(1, 1, 8)
+    (tmp_path / 'train.bin').write_bytes(content)
+    assert torch.equal(data.batch(1, 1, 8)[0], TokenData(tmp_path, 16).batch(1, 1, 8)[0])
+
+
+def test_a_file_that_is_replaced_by_a_rename_is_read_on(tmp_path):
+    data = TokenData(numbers(tmp_path), 16)
+    before = data.batch(1, 1, 8)[0]
+    numbers(tmp_path, train=500)
+    assert torch.equal(data.batch(1, 1, 8)[0], before)
+
+
+def test_more_files_than_are_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr('core.text.dataset.MOST_OPEN', 3)
+    data = TokenData(in_several_files(tmp_path, [100] * 10), 16)
+    assert torch.equal(data.windows('train', range(984))[0][:, 0], torch.arange(984)) and len(data._open) == 3
+
+
+def test_without_preadv_the_same_is_read(tmp_path, monkeypatch):
+    data = TokenData(numbers(tmp_path), 16)
+    before = data.batch(1, 1, 8)[0]
+    monkeypatch.setattr('core.text.dataset.HAS_PREADV', False)  # as on Windows
+    assert torch.equal(data.batch(1, 1, 8)[0], before)
+
+
+def test_dataset_may_be_given_with_its_folder(char_data, monkeypatch):
+    """--dataset=data/NAME with --data_dir=data, as one types with the help of a shell."""
+    monkeypatch.chdir(char_data.parents[1])
+    assert TokenData('data/data/tiny', 8).folder == Path('data/tiny')
+    assert TokenData(char_data.parents[1] / 'data' / 'data' / 'tiny', 8).folder == char_data
+    with pytest.raises(UserError, match='there is no data set data/data/other'):
+        TokenData('data/data/other', 8)
+
+
+# ---- which data set it is --------------------------------------------------------------------------------------------
+
+
+def test_another_data_set_and_another_tokenizer_are_refused(char_data, tmp_path):
+    data = TokenData(char_data, 8)
+    check_data(data.meta, data, 'ckpt.pt')
+    check_data(None, data, 'ckpt.pt')
+    check_data({**data.meta, 'source': 'moved'}, data, 'ckpt.pt')
+    assert {'sha256 of train.bin', 'tokens of val', 'vocab_size'} <= set(flat(data.meta))
+    with pytest.raises(UserError, match='the run in ckpt.pt began with .tokens of train: 3600, recorded 1'):
+        check_data({**data.meta, 'sha256': {}, 'tokens': {'train': 1, 'val': 400}}, data, 'ckpt.pt')
+    check_tokenizer(data.meta, data, 'out')
+    with pytest.raises(UserError, match='out was trained on char tokens .2 ids., .* has char .*same tokenizer'):
+        check_tokenizer(CharTokenizer('ab').meta(), data, 'out')
+    with pytest.raises(UserError, match='trained on ids that stand for no text'):
+        check_tokenizer({'tokenizer': 'none', 'vocab_size': 3}, data, 'out')

@@ -1,4 +1,4 @@
-"""core/text/text_files.py: the text of files as a stream, cut anywhere, is their text; what the prepare scripts share."""
+"""core/text/text_files.py: the text of files as a stream, cut anywhere, is their text; the rule for reading text."""
 
 import gzip
 import hashlib
@@ -88,3 +88,40 @@ def test_a_data_set_does_not_replace_its_input(name, tmp_path):
     (tmp_path / 'link.txt').symlink_to(tmp_path / name)
     with pytest.raises(UserError, match='link.txt would be overwritten'):
         text_files.check_not_overwritten([tmp_path / 'link.txt'], tmp_path)
+
+
+@pytest.mark.parametrize(('content', 'text', 'unchanged'), [
+    (b'\xef\xbb\xbfone\r\ntwo\n', 'one\ntwo\n', '\ufeffone\r\ntwo\n'),
+    ('Stra\u00dfe'.encode(), 'Stra\u00dfe', 'Stra\u00dfe'),
+])  # fmt: skip
+def test_a_prompt_file_is_read_as_the_data_was(content, text, unchanged, tmp_path):
+    path = tmp_path / 'prompt.txt'
+    path.write_bytes(content)
+    blocks = ''.join(text_files.blocks(path, as_bytes=False))
+    assert text_files.read_text(str(path), 100) == text_files.plain_text(content) == blocks == text
+    assert text_files.read_text(str(path), 100, TOKENIZERS['bpe']) == text
+    assert text_files.read_text(str(path), 100, TOKENIZERS['byte']) == unchanged
+
+
+def test_a_prompt_file_for_bytes_need_not_be_utf8(tmp_path):
+    (tmp_path / 'prompt').write_bytes(b'caf\xe9\r\n')
+    byte = TOKENIZERS['byte']
+    assert byte().encode(text_files.read_text(str(tmp_path / 'prompt'), 100, byte)) == list(b'caf\xe9\r\n')
+    for path, most, message in (
+        (tmp_path / 'prompt', 100, 'not UTF-8 text .line 1, byte 0xe9.'),
+        (tmp_path / 'prompt', 3, 'more than 3 bytes'),
+        (tmp_path / 'nowhere', 9, 'No such file'),
+        ('a\0b', 9, "can't be read"),
+        (tmp_path, 9, "can't be read"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            text_files.read_text(str(path), most)
+        assert '\n' not in str(error.value)
+
+
+def test_a_long_text_is_sampled_evenly():
+    texts = [f'{i:05}' for i in range(1000)]
+    assert (
+        list(text_files.sample_evenly(texts, 5000, 5000)) == list(text_files.sample_evenly(texts, 5000, 10**6)) == texts
+    )
+    assert list(text_files.sample_evenly(texts, 5000, 500)) == texts[::10]

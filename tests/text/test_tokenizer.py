@@ -1,13 +1,15 @@
 """core/text/tokenizer.py: encoding and decoding, learned encodings, and the registry that everything else reads."""
 
+import json
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 
 from core.cli.errors import UserError
+from core.text.byte_pairs import learn_bpe
 from core.text.dataset import TokenData
 from core.text.tokenizer import (
     TOKENIZERS,
@@ -15,10 +17,9 @@ from core.text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    gpt2_encoding,
-    learn_bpe,
+    TableTokenizer,
+    kind_named,
     load_tokenizer,
-    sample_evenly,
     tokenizer_of,
 )
 
@@ -92,31 +93,30 @@ def test_a_byte_pair_encoding_is_learned(learned):
     assert tokenizer.decode_bytes([tokenizer.encode('\u00ff')[0]]) == b'\xc3'
     with pytest.raises(ValueError, match='outside a vocabulary of 300'):
         tokenizer.decode([300])
-    assert len(learn_bpe(['ab'], 300)) == 257  # no more pairs in this text
 
 
-def test_a_long_text_is_sampled_evenly():
-    texts = [f'{i:05}' for i in range(1000)]
-    assert list(sample_evenly(texts, 5000, 5000)) == list(sample_evenly(texts, 5000, 10**6)) == texts
-    assert list(sample_evenly(texts, 5000, 500)) == texts[::10]
+def test_a_table_of_strings_takes_the_longest_that_fits():
+    tokenizer = load_tokenizer({'tokenizer': 'table', 'strings': ['a', 'b', 'ab', None, '<pad>', 'a'], 'vocab_size': 8})
+    assert (tokenizer.n_vocab, tokenizer.padded_vocab_size) == (6, 8) and tokenizer.text_ids().tolist() == [0, 1, 2, 4]
+    assert tokenizer.encode('aab<pad>b') == [0, 2, 4, 1] and tokenizer.encode('') == []
+    assert tokenizer.decode([0, 2, 3, 4, 5]) == 'aab<pad>a' and tokenizer.decode_bytes([2]) == b'ab'
+    with pytest.raises(UserError, match="none of the 4 tokens .* begins 'c d'") as error:
+        tokenizer.encode('abc d')
+    assert_one_line(error)
+    with pytest.raises(ValueError, match='outside a vocabulary of 6'):
+        tokenizer.decode([6])
+    fast = pytest.importorskip('tokenizers') and tokenizer.fast_tokenizer()
+    assert fast.encode('aab<pad>b').ids == [0, 2, 4, 1] and tokenizer.special_token == '<pad>'
 
 
-def test_without_a_network_tiktoken_is_explained(monkeypatch):
-    tiktoken = pytest.importorskip('tiktoken')
-
-    def hang(name):
-        time.sleep(5)
-
-    def fail(name):
-        raise ConnectionError('no route')
-
-    for replacement, seconds in ((hang, 0.05), (fail, 5)):
-        monkeypatch.setattr(tiktoken, 'get_encoding', replacement)
-        with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR') as error:
-            gpt2_encoding(seconds)
-        assert_one_line(error)
-    with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR'):
-        load_tokenizer({'tokenizer': 'gpt2'})
+def test_what_earlier_versions_recorded_gives_the_same_ids():
+    """Metas and ids as version 0.1.0 wrote them."""
+    recorded = json.loads((ROOT / 'tests' / 'support' / 'forks' / 'metas_0.1.0.json').read_text())
+    assert {each['meta']['tokenizer'] for each in recorded} == {'char', 'bpe', 'byte'}
+    for each in recorded:
+        tokenizer = load_tokenizer(each['meta'])
+        assert tokenizer.encode(each['text']) == each['ids'] and tokenizer.decode(each['ids']) == each['text']
+        assert tokenizer.meta() == each['meta']
 
 
 # ---- from meta to tokenizer ------------------------------------------------------------------------------------------
@@ -134,6 +134,9 @@ def test_invalid_meta():
         {'tokenizer': 'bpe'},
         {'tokenizer': 'bpe', 'pieces': ['a']},
         {'tokenizer': 'byte', 'vocab_size': 100},
+        {'tokenizer': 'table', 'strings': ['a', 1], 'vocab_size': 2},
+        {'tokenizer': 'table', 'strings': [None], 'vocab_size': 2},
+        {'tokenizer': 'table', 'strings': ['a', 'b'], 'vocab_size': 1},
     ):
         with pytest.raises(UserError, match=f'the tokenizer {meta["tokenizer"]} has .*: prepare') as error:
             load_tokenizer(meta)
@@ -156,11 +159,12 @@ def test_a_checkpoint_without_meta_is_known_by_gpt2s_vocabulary_size():
 @pytest.fixture
 def every_tokenizer(learned):
     """One tokenizer of each kind, none of them loaded."""
-    return [CharTokenizer('abc'), ByteTokenizer(), BPETokenizer(learned), GPT2Tokenizer()]
+    return [CharTokenizer('abc'), ByteTokenizer(), BPETokenizer(learned), GPT2Tokenizer(), TableTokenizer(['a'], 1)]
 
 
 def test_meta_describes_the_tokenizer_completely(every_tokenizer):
-    assert {tokenizer.name for tokenizer in every_tokenizer} == set(TOKENIZERS)
+    assert {tokenizer.name for tokenizer in every_tokenizer} == {*TOKENIZERS, 'table'}
+    assert [kind_named(tokenizer.name) for tokenizer in every_tokenizer] == [*map(type, every_tokenizer)]
     for tokenizer in every_tokenizer:
         again = tokenizer_of(tokenizer.meta())
         assert type(again) is type(tokenizer) and again.meta() == tokenizer.meta()
@@ -170,7 +174,7 @@ def test_meta_describes_the_tokenizer_completely(every_tokenizer):
 def test_sizes_and_special_ids_are_known_without_the_vocabulary(every_tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)  # not installed
     sizes = {tokenizer.name: (tokenizer.n_vocab, tokenizer.padded_vocab_size) for tokenizer in every_tokenizer}
-    assert sizes == {'char': (3, 3), 'byte': (256, 256), 'bpe': (300, 300), 'gpt2': (50257, 50304)}
+    assert sizes == {'char': (3, 3), 'byte': (256, 256), 'bpe': (300, 300), 'gpt2': (50257, 50304), 'table': (1, 1)}
     for tokenizer in every_tokenizer:
         ids = set(tokenizer.text_ids().tolist())
         assert set(range(tokenizer.n_vocab)) - ids == ({tokenizer.end_of_text} - {None})

@@ -1,0 +1,61 @@
+"""
+How figures look: one color, line and marker for each attention wherever it is drawn, and sizes for the README's column.
+
+MHA is orange, GQA and MQA are green, MLA is blue: the smaller its latent, the lighter and the more broken the line.
+Every look differs from the others in brightness or line, so that figures can be read in grey. Importing this module
+sets matplotlib's defaults.
+"""
+
+import matplotlib
+
+WIDTH = 9  # inches: 900 pixels of the README's column, at which 10 points are 14 pixels
+GREY = '#8c8c8c'  # lines that only help to read
+
+matplotlib.rcParams.update(
+    {
+        'font.size': 10,
+        'axes.titlesize': 10,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.grid': True,
+        'axes.unicode_minus': True,
+        'grid.color': '#e6e6e6',
+        'figure.titlesize': 11,
+        'legend.fontsize': 8.5,
+        'legend.frameon': False,
+        'lines.linewidth': 1.7,
+        'lines.markersize': 4.5,
+        'figure.constrained_layout.use': True,
+    }
+)
+
+OTHERS = {
+    'MHA': dict(color='#d9722e', linestyle='-', marker='o'),
+    'GQA': dict(color='#79a86b', linestyle='--', marker='P'),
+    'MQA': dict(color='#3b7a4b', linestyle='-.', marker='s'),
+}
+# the least share of n_embd that the latent has, and how such an MLA is drawn
+LATENTS = (
+    (0.6, dict(color='#0d1b3d', linestyle=(0, (5, 1, 1, 1, 1, 1)), marker='D')),
+    (0.4, dict(color='#1f4e9e', linestyle='-', marker='^')),
+    (0.2, dict(color='#4f8fd0', linestyle='--', marker='v')),
+    (0.1, dict(color='#84b6e4', linestyle='-.', marker='X')),
+    (0.0, dict(color='#b3cfea', linestyle=':', marker='d')),
+)
+VARIANTS: tuple[dict, ...] = (
+    {},
+    dict(linestyle=(0, (1, 1)), markerfacecolor='white'),
+    dict(linestyle=(0, (6, 1.5)), markerfacecolor='white', marker='*'),
+    dict(linestyle=(0, (3, 1, 1, 1)), markerfacecolor='white', marker='p'),
+)
+
+
+def look(label: str, latent: float = 0.0, variant: int = 0) -> dict:
+    """
+    The keys with which matplotlib draws a model's line.
+
+    label: begins with MHA, GQA, MQA or MLA. latent: of MLA, n_latent / n_embd. variant: 1 to 3 for further models of
+    the same attention, which get hollow markers and a line of their own.
+    """
+    of_mla = next(look for least, look in LATENTS if latent >= least)
+    return OTHERS.get(label[:3], of_mla) | VARIANTS[variant % len(VARIANTS)]
