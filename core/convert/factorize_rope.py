@@ -1,18 +1,14 @@
 """
-From MHA or GQA with RoPE to MLA: factorize.py's algebra for keys that are rotated. Tensors in, a model out.
+From MHA or GQA with RoPE to MLA in DeepSeek's shape: one rotated key for all heads, beside keys that are not rotated.
 
-RoPE turns each key by angles that grow with its position, so no latent without a position can hold turned keys. There
-are two ways out:
+RoPE turns each key by angles that grow with its position, so no latent without a position can hold turned keys.
+factorize.py's `to_mla` leaves RoPE as it is: the latent holds keys before they are turned, and every step decompresses
+and turns them. `to_published_mla` makes a model that decodes absorbed. That gives up most rotations, so it has to be
+fine-tuned; only MQA with n_rope = d is converted exactly.
 
-- `to_rotated_mla` keeps RoPE as it is. The latent holds keys before they are turned; they are decompressed, then
-  rotated whole (shared_rope=False). It is as precise as a conversion of learned positions, and exact once n_latent
-  reaches the rank of keys and values. The cache shrinks, but every decode step decompresses all of it.
-- `to_published_mla` makes DeepSeek's shape, which decodes absorbed: one rotated key for all heads beside keys that are
-  not rotated. That gives up most rotations, so the model has to be fine-tuned.
-
-The algebra of the second. A pair of dimensions that RoPE turns with frequency f_l is one complex number, and turning it
-multiplies it by exp(i f_l t). Let q_hl be the query of head h, and k_l in C^K the keys of all K key/value heads. At
-distance s, the score of head h and a key of its group's head g is
+A pair of dimensions that RoPE turns with frequency f_l is one complex number, and turning it multiplies it by
+exp(i f_l t). Let q_hl be the query of head h, and k_l in C^K the keys of all K key/value heads. At distance s, the
+score of head h and a key of its group's head g is
 
     sum_l Re(q_hl conj(k_gl) exp(i f_l s))
 
@@ -40,51 +36,19 @@ import torch
 from torch import Tensor
 
 from core.cli.machine import to_float64
-from core.convert.factorize import Statistics, check_mha, convert_layer, factorize, like, reachable_root
+from core.convert.factorize import (
+    Statistics,
+    check_layers,
+    check_mha,
+    check_rotation,
+    factorize,
+    like,
+    reachable_root,
+)
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
 from ops import kernels
 from ops.kernels import repeat_heads
-
-
-def check_rope(model: GPT, statistics: list[Statistics] | None) -> None:
-    """ValueError unless `model` has MHA or GQA whose heads are rotated whole, and statistics of each layer."""
-    check_mha(model)
-    config = model.config
-    if config.pos != 'rope':
-        raise ValueError(f"this model has pos='{config.pos}' and no rotations; factorize.to_mla converts it")
-    if config.rope_size != config.head_size:
-        raise ValueError(
-            f'this model rotates {config.rope_size} of the {config.head_size} dimensions of each head; only one that '
-            'rotates them all can be converted'
-        )
-    if statistics is not None and len(statistics) != config.n_layer:
-        raise ValueError(f'{len(statistics)} layers of statistics for a model of {config.n_layer}')
-
-
-@torch.no_grad()
-def to_rotated_mla(
-    model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = None, balance: bool = True
-) -> MLAGPT:
-    """
-    An MLAGPT that decompresses keys and rotates them whole, as close to `model` as n_latent allows.
-
-    n_latent: 1 to n_embd, exact from min(2Kd, C) on; 0: half of n_embd, for a GQA model that rank. statistics: from
-    `collect_statistics` on the same model; None: use the weights alone. balance: weight keys and values equally. The
-    result has the model's dtype and device. ValueError for another kind of model, and for an n_latent out of range.
-    """
-    check_rope(model, statistics)
-    config = model.config
-    if config.n_kv_head and not n_latent:
-        n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
-    settings = {**asdict(config), 'n_kv_head': 0, 'n_latent': n_latent, 'shared_rope': False}
-    new = like(model, MLAGPT, MLAConfig(**settings))
-    for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
-        convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
-    return new
-
-
-# ---- the published shape ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -189,7 +153,11 @@ def to_published_mla(
     of n_embd. n_rope: even and at most the head size; 0: half of it. The cache has n_latent + n_rope numbers per token
     and layer. ValueError for another kind of model, and for sizes out of range.
     """
-    check_rope(model, statistics)
+    check_mha(model)
+    check_layers(model, statistics)
+    check_rotation(model)
+    if model.config.pos != 'rope':
+        raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
     d, blocks = model.config.head_size, model.transformer.h
     n_rope = n_rope or d // 2
     if n_rope % 2 or not 2 <= n_rope <= d:

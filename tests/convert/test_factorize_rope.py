@@ -6,15 +6,8 @@ from support import ROOT
 from support.models import assert_close
 from test_factorize import batches, logits, trained_like
 
-from core.convert.factorize import collect_statistics
-from core.convert.factorize_rope import (
-    RotatedLayer,
-    as_complex,
-    as_real,
-    collect_turn,
-    to_published_mla,
-    to_rotated_mla,
-)
+from core.convert.factorize import collect_statistics, to_mla
+from core.convert.factorize_rope import RotatedLayer, as_complex, as_real, collect_turn, to_published_mla
 from core.text.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, rope_table
 from model_mla import MLAGPT
@@ -46,23 +39,23 @@ def test_the_rank_of_keys_and_values_is_exact(shape, text, balance):
     model = rotated(shape)
     statistics = collect_statistics(model, text) if text else None
     rank = min(2 * model.config.kv_heads * d, C)
-    mla = to_rotated_mla(model, rank, statistics, balance)
+    mla = to_mla(model, rank, statistics, balance)
     assert type(mla) is MLAGPT and not mla.config.shared_rope
     assert mla.init_cache(1).bytes_per_token == 2 * rank * 8  # two layers, float64
     tolerance = 1e-12 if text is None or len(text) > 1 else 1e-10  # most directions were hardly seen in 8 tokens
     for idx in batches(2, seed=7):
         assert (logits(mla, idx) - logits(model, idx)).abs().max() < tolerance * logits(model, idx).abs().max()
-    fewer = to_rotated_mla(model, rank - 2, statistics, balance)
+    fewer = to_mla(model, rank - 2, statistics, balance)
     assert (logits(fewer, idx) - logits(model, idx)).abs().max() > 1e-5
 
 
 def test_gqa_keeps_the_size_of_its_cache_by_default_and_mha_half_of_n_embd():
     for shape, size in (('gqa', C), ('mqa', 2 * d), ('mha', C // 2)):
-        assert to_rotated_mla(rotated(shape)).config.n_latent == size
+        assert to_mla(rotated(shape)).config.n_latent == size
 
 
 def test_a_converted_model_decodes_with_its_cache_as_without():
-    for convert in (lambda m, s, t: to_rotated_mla(m, 12, s), lambda m, s, t: to_published_mla(m, s, t, 12)):
+    for convert in (lambda m, s, t: to_mla(m, 12, s), lambda m, s, t: to_published_mla(m, s, t, 12)):
         model, idx = rotated('gqa'), batches(1)[0]
         mla = convert(model, collect_statistics(model, batches()), collect_turn(model, batches()))
         cache = mla.init_cache(len(idx))
@@ -167,8 +160,8 @@ def test_text_says_which_directions_matter(trained):
     model, text, windows = trained
     statistics = collect_statistics(model, text)
     for n_latent, factor in ((8, 1.0), (16, 0.8), (32, 0.6)):
-        weights = rise(model, to_rotated_mla(model, n_latent), windows)
-        assert 0 < rise(model, to_rotated_mla(model, n_latent, statistics), windows) < factor * weights
+        weights = rise(model, to_mla(model, n_latent), windows)
+        assert 0 < rise(model, to_mla(model, n_latent, statistics), windows) < factor * weights
 
 
 def test_text_says_how_far_back_heads_look(trained):
@@ -187,11 +180,14 @@ def test_text_says_how_far_back_heads_look(trained):
 def test_what_cannot_be_converted_is_refused_in_one_line():
     statistics, turn = collect_statistics(rotated('mha'), batches()), torch.ones(d // 2).cdouble()
     refused = [
-        (lambda: to_rotated_mla(trained_like()), "this model has pos='learned' and no rotations"),
-        (lambda: to_rotated_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
-        (lambda: to_rotated_mla(to_rotated_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
-        (lambda: to_rotated_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
-        (lambda: to_rotated_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
+        (lambda: to_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
+        (lambda: to_mla(to_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
+        (lambda: to_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
+        (lambda: to_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
+        (lambda: to_published_mla(to_mla(rotated('mha')), statistics, turn), 'only a GPT with multi-head attention'),
+        (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, turn), 'rotates 4 of the 8 dimensions'),
+        (lambda: to_published_mla(trained_like(), statistics, turn), "pos='learned' and no rotations to keep"),
+        (lambda: to_published_mla(rotated('mha'), statistics[:1], turn), '1 layers of statistics'),
         (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=3), 'n_rope=3 must be an even number'),
         (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=10), 'from 2 to the head size, 8'),
         (lambda: collect_turn(rotated('mha'), []), 'there is no text'),
