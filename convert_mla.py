@@ -43,7 +43,7 @@ from core.text.dataset import TokenData
 source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
 out_dir = 'out-converted'  # receives ckpt.pt, or the picture of a sweep
 overwrite = False  # replace the checkpoint in out_dir
-n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd and n_embd - 1 are exact
+n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd is exact
 n_rope = 0  # of a model with RoPE: rotated dimensions beside the content; 0: keys are decompressed and rotated whole
 n_kv_head = 0  # convert to GQA instead, mean-pooled to this many key/value heads; 1: multi-query attention
 method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone

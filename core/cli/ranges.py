@@ -20,6 +20,11 @@ BOUNDS = {
     'n_latent': '[0, 65536]',
     'n_latent_q': '[0, 65536]',
     'n_rope': '[0, 65536]',
+    'n_nope': '[0, 65536]',
+    'n_value': '[0, 65536]',
+    'n_hidden': '[0, 1048576]',
+    'rope_theta': '(0, 1000000000000]',
+    'kv_rms': '[0, 100]',
     'n_latents': '[1, 65536]',
     'n_kv_heads': '[1, 65536]',
     'dropout': '[0, 1)',
@@ -103,9 +108,7 @@ BOUNDS = {
 }
 CHOICES = {
     'attention': ('mha', 'mla'),
-    'pos': ('learned', 'rope'),
     'optimizer': ('adamw', 'muon'),
-    'latent_init': ('fan_in', 'gpt2'),
     'weights': ('float', 'int8'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),

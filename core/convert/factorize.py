@@ -7,9 +7,9 @@ own cache size. `to_gqa` goes from MHA to fewer key/value heads; `to_mha` goes b
 
 Notable features:
 - one singular value decomposition of keys and values together, per layer
-- weighted by the covariance of the layer's inputs on real text, or, without text, by what LayerNorm implies about it
+- weighted by the covariance of the layer's inputs on real text, or, without text, by what the norm implies about it
 - the mean input takes no rank: what the latent loses of it is added to the bias
-- exact to rounding for n_latent = n_embd and n_embd - 1
+- exact to rounding for n_latent = n_embd and, where the norm is LayerNorm, n_embd - 1
 - the statistics take (C + 1) C numbers per layer, independent of the amount of text
 
 Why. Keys and values are W x + b, W = [W_K; W_V] (2C, C), x the output of ln_1, with mean m and covariance M. At rank r
@@ -20,7 +20,8 @@ left singular vectors of W M^(1/2) (Eckart and Young 1936; with M as activation 
 
 LayerNorm's output is x = g * n + beta, and the entries of n sum to 0. All x - m therefore lie in a subspace of C - 1
 dimensions, which is why n_embd - 1 is still exact. Without text, n is assumed to be white in that subspace: the
-"weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta.
+"weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta. RMSNorm takes no
+mean away: there M = G G, and all of the C dimensions count.
 
 Keys and values differ in norm, and the error of the larger would dominate. `balance` scales the keys to the energy of
 the values before the decomposition, and scales them back after it.
@@ -89,7 +90,7 @@ def collect_statistics(model: GPT, batches: Iterable[torch.Tensor]) -> list[Stat
 
     One batch at a time is in memory.
     """
-    device, blocks = model.lm_head.weight.device, model.transformer.h
+    device, blocks = model.lm_head.weight.device, layers(model)
     statistics = [Statistics.empty(model.config.n_embd, device) for _ in blocks]
     hooks = [
         block.ln_1.register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
@@ -131,7 +132,7 @@ def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
     A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
     Its columns span exactly the subspace that LayerNorm `ln` can reach. Otherwise rounding in `covariance` would act as
-    a direction of its own, and displace one that matters.
+    a direction of its own, and displace one that matters. RMSNorm can reach all C dimensions.
     """
     basis, sizes, _ = torch.linalg.svd(spread(ln))
     kept = sizes > 1e-12 * sizes[0]
@@ -178,15 +179,13 @@ def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = 
     decompressed and rotated whole (shared_rope=False), which can't be absorbed; factorize_rope.py makes a model that
     can. ValueError for an MLA model, for RoPE on a part of each head, and for an n_latent out of range.
     """
-    check_mha(model)
+    check_convertible(model, statistics)
     config = model.config
-    check_layers(model, statistics)
-    check_rotation(model)
     if config.n_kv_head and not n_latent:
         n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
     of_mla = dict(n_kv_head=0, n_latent=n_latent, n_rope=0, shared_rope=config.pos != 'rope')
     new = like(model, MLAGPT, MLAConfig(**{**asdict(config), **of_mla}))
-    for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
+    for layer, (old, block) in enumerate(zip(layers(model), layers(new), strict=True)):
         convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
     return new
 
@@ -218,15 +217,12 @@ def check_mha(model: Any) -> None:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
 
 
-def check_layers(model: GPT, statistics: list[Statistics] | None) -> None:
-    """ValueError unless there are statistics of each layer, or none."""
-    if statistics is not None and len(statistics) != model.config.n_layer:
-        raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
-
-
-def check_rotation(model: GPT) -> None:
-    """ValueError where RoPE rotates a part of each head's dimensions."""
+def check_convertible(model: GPT, statistics: list[Statistics] | None) -> None:
+    """ValueError unless `model` can become MLA, by these statistics."""
+    check_mha(model)
     config = model.config
+    if statistics is not None and len(statistics) != config.n_layer:
+        raise ValueError(f'{len(statistics)} layers of statistics for a model of {config.n_layer}')
     if config.pos == 'rope' and config.rope_size != config.head_size:
         raise ValueError(
             f'this model rotates {config.rope_size} of the {config.head_size} dimensions of each head; only a model '
@@ -243,6 +239,11 @@ def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:
             if '.attn.' not in name or '.attn.c_proj.' in name:
                 value.copy_(model.state_dict()[name])
     return new.train(model.training)
+
+
+def layers(model: Any) -> Any:
+    """The blocks of a GPT."""
+    return model.transformer.h
 
 
 def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -263,7 +264,7 @@ def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     if not 1 <= n_kv_head <= before or before % n_kv_head:
         raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
     new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
-    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+    for old, block in zip(layers(model), layers(new), strict=True):
         for name, rows in block.attn.c_attn.named_parameters():
             q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
             pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
@@ -276,7 +277,7 @@ def to_mha(model: GPT) -> GPT:
     """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
     check_mha(model)
     new = like(model, GPT, replace(model.config, n_kv_head=0))
-    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+    for old, block in zip(layers(model), layers(new), strict=True):
         for name, rows in block.attn.c_attn.named_parameters():
             rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
     return new

@@ -36,15 +36,7 @@ import torch
 from torch import Tensor
 
 from core.cli.machine import to_float64
-from core.convert.factorize import (
-    Statistics,
-    check_layers,
-    check_mha,
-    check_rotation,
-    factorize,
-    like,
-    reachable_root,
-)
+from core.convert.factorize import Statistics, check_convertible, factorize, layers, like, reachable_root
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
 from ops import kernels
@@ -69,7 +61,7 @@ def collect_turn(model: GPT, batches: Iterable[Tensor]) -> Tensor:
         seen = to_float64(pattern).cpu().to(turn.dtype) @ turn.conj()
         means.append((turn * seen).mean((0, 1, 2)))
 
-    hooks = [block.attn.register_forward_pre_hook(add) for block in model.transformer.h]
+    hooks = [block.attn.register_forward_pre_hook(add) for block in layers(model)]
     training = model.training
     model.eval()
     try:
@@ -153,23 +145,21 @@ def to_published_mla(
     of n_embd. n_rope: even and at most the head size; 0: half of it. The cache has n_latent + n_rope numbers per token
     and layer. ValueError for another kind of model, and for sizes out of range.
     """
-    check_mha(model)
-    check_layers(model, statistics)
-    check_rotation(model)
+    check_convertible(model, statistics)
     if model.config.pos != 'rope':
         raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
-    d, blocks = model.config.head_size, model.transformer.h
+    d = model.config.head_size
     n_rope = n_rope or d // 2
     if n_rope % 2 or not 2 <= n_rope <= d:
         raise ValueError(f'n_rope={n_rope} must be an even number from 2 to the head size, {d}')
-    layers = [RotatedLayer(block, own, turn) for block, own in zip(blocks, statistics, strict=True)]
+    rotated = [RotatedLayer(block, own, turn) for block, own in zip(layers(model), statistics, strict=True)]
     choices = [torch.arange(n_rope // 2) * stride for stride in range(1, d // n_rope + 1)]
-    saved = [sum(layer.saved[kept].sum().item() for layer in layers) for kept in choices]
+    saved = [sum(layer.saved[kept].sum().item() for layer in rotated) for kept in choices]
     best = saved.index(max(saved))
     settings = {**asdict(model.config), 'n_kv_head': 0, 'n_latent': n_latent, 'n_rope': n_rope}
     settings['rope_theta'] = model.config.rope_theta ** ((best + 1) * n_rope / d)
     new = like(model, MLAGPT, MLAConfig(**settings))
-    for layer, block in zip(layers, new.transformer.h, strict=True):
+    for layer, block in zip(rotated, layers(new), strict=True):
         fill(block.attn, layer, choices[best], balance)
     return new
 

@@ -1,4 +1,4 @@
-"""README.md, docs/mla.md: every command runs as it is written, one after the other, only shorter; and it stays readable."""
+"""README.md and docs/mla.md: every command runs as it is written, one after the other, only shorter; it is short."""
 
 import re
 import shlex
