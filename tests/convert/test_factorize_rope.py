@@ -50,6 +50,15 @@ def test_the_rank_of_keys_and_values_is_exact(shape, text, balance):
     assert (logits(fewer, idx) - logits(model, idx)).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize('text', [True, False])
+@pytest.mark.parametrize('changes', [dict(pos='none'), dict(norm='rms', bias=False), dict(norm='rms')], ids=str)
+def test_other_shapes_without_rotations_are_exact_at_full_rank(changes, text):
+    model = trained_like(n_embd=C, **changes)
+    mla = to_mla(model, C, collect_statistics(model, batches()) if text else None)
+    assert mla.config.shared_rope and mla.config.pos == model.config.pos
+    assert_close(logits(mla, batches()[0]), logits(model, batches()[0]))
+
+
 def test_gqa_keeps_the_size_of_its_cache_by_default_and_mha_half_of_n_embd():
     for shape, size in (('gqa', C), ('mqa', 2 * d), ('mha', C // 2)):
         assert to_mla(rotated(shape)).config.n_latent == size
