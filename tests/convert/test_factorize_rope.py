@@ -120,6 +120,34 @@ def test_frequencies_that_stay_are_those_that_matter():
         assert mla.config.rope_theta == pytest.approx(theta)
 
 
+@pytest.mark.parametrize(('turn', 'theta'), [([0, 1, 0, 0], 10000.0), ([0, 0, 1, 0], 10000.0**0.5)])
+def test_a_frequency_whose_turn_is_known_need_not_stay(turn, theta):
+    """Where all keys are equally far away, the constant turn is right: frequencies 0 and 2 stay, or 0 and 1."""
+    model = rotated('mha')
+    turn = torch.tensor(turn).to(torch.complex128)
+    assert to_published_mla(
+        model, collect_statistics(model, batches()), turn, 16, 4
+    ).config.rope_theta == pytest.approx(theta)
+
+
+def test_the_shared_key_is_that_of_the_heads_that_ask_for_it():
+    """Of two key heads one has large keys and queries of nearly 0, so the other one's scores are kept exactly."""
+    model, idx = rotated('gqa'), batches(1, seed=7)[0]
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        for rows in block.attn.c_attn.weight, block.attn.c_attn.bias:
+            rows[: 2 * d] *= 1e-8
+            rows[C : C + d] *= 100
+    mla = to_published_mla(model, collect_statistics(model, batches()), torch.zeros(d // 2).cdouble(), C, d)
+    with torch.no_grad():
+        x = block.ln_1(model.transformer.wte(idx))
+        q, k, _ = block.attn.qkv(x, model.rope)
+        exact = block.attn.scale * q @ repeat_heads(k, 4).mT
+        new = mla.transformer.h[0].attn
+        q, k, _ = new.qkv(x, mla.rope)
+    assert (new.scale * q @ k.mT - exact)[:, 2:].abs().max() < 1e-5 * exact[:, 2:].abs().max()
+
+
 def test_complex_rows_and_back():
     rows = torch.randn(3, 6, 5)
     assert torch.equal(as_real(as_complex(rows)), rows)
