@@ -388,8 +388,6 @@ if text and not os.path.isfile(text):
     raise UserError(f'{text} is missing; --text must be a text file')
 specs, folders = arguments.names(models, 'models'), arguments.names(sweep, 'sweep')
 arguments.check_folder(out_dir)
-induction.self_test()
-errors.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
 device = machine.pick_device(device)
 threads = machine.set_threads(threads)
 about = dict(command=sys.argv, config=config, torch=torch.__version__)

@@ -8,7 +8,7 @@ residual stream, and the induction head matches the current token against it.
 
 Notable features:
 - the same measurements for MHA and MLA, a few sequences at a time
-- exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (`self_test`)
+- exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (tests/analysis)
 - every score is returned per sequence, for confidence intervals over sequences (stats.bootstrap)
 
 Shapes: N sequences, B of them in a batch, T tokens, Q scored queries per sequence, L layers, H heads, C width, d head
@@ -403,36 +403,3 @@ def ablate_on_text(
             row |= {name: mine[name], f'control_{name}': float(np.mean([found[name]['mean'] for found in theirs]))}
         out.append(row)
     return out
-
-
-# ---- self-test -------------------------------------------------------------------------------------------------------
-
-
-def self_test(score: Callable[[Tensor, Repeats], dict[str, Tensor]] = pattern_scores) -> None:
-    """
-    Scores patterns with known scores: perfect heads score 1, uniform attention scores chance. RuntimeError otherwise.
-
-    Catches the known mistakes: a diagonal that is too long, a mean that includes rows without an earlier copy.
-    score: the scoring function to test.
-    """
-    for layout in (dict(bos=None), dict(bos=99), dict(bos=99, max_gap=5), dict(bos=None, copies=4)):
-        repeats = repeated_sequences(8, 12, np.arange(40), seed=1, **layout)
-        N, T = repeats.tokens.shape
-        sequence = torch.arange(N)[:, None]
-        perfect = torch.zeros(N, 3, T, T)
-        perfect[:, :, :, 0] = 1  # all other queries attend to the first token
-        perfect[sequence, 0, repeats.query] = F.one_hot(repeats.match + 1, T).float()
-        perfect[sequence, 1, repeats.query] = F.one_hot(repeats.match, T).float()
-        perfect[:, 2, 1:] = torch.eye(T)[:-1]
-        uniform = uniform_pattern(T)
-        scores = score(perfect, repeats)
-        flat = score(uniform.expand(N, 1, T, T), repeats)
-        expected = [
-            (scores['induction'][:, 0], 1.0, 'a perfect induction head'),
-            (scores['duplicate_token'][:, 1], 1.0, 'a perfect duplicate-token head'),
-            (scores['previous_token'][:, 2], 1.0, 'a perfect previous-token head'),
-            (flat['induction'], chance(repeats), 'uniform attention'),
-        ]
-        for got, wanted, name in expected:
-            if abs(got.mean().item() - wanted) > 1e-5:
-                raise RuntimeError(f'self-test: {name} scored {got.mean().item():.4f} instead of {wanted:.4f}')

@@ -112,7 +112,7 @@ class Plan:
     @property
     def counted_length(self) -> int:
         """Tokens of a sequence that is long enough for attention on a CPU to keep no patterns, as on a GPU."""
-        return EagerAttention.HEAD_SIZES * max(16, self.config.head_size) + 1
+        return EagerAttention.HEAD_SIZES * max(16, self.config.widths[0]) + 1
 
     def counted_bytes(self, n_layer: int, sequences: int, recompute: bool) -> dict[str, float]:
         """
