@@ -47,6 +47,7 @@ from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
 from core.cli.files import write_json
 from core.convert.int8 import quantize, weight_bytes
+from core.runs.models import label_of
 from core.speed import gpus, rivals, timing
 from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.speed.timing import ms_text, spread
@@ -139,7 +140,7 @@ def build_all(shares, **settings):
     heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
     models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
     models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
-    return {models.label_of(model.config): model for model in models}
+    return {label_of(model.config): model for model in models}
 
 
 def print_rows(rows, columns):
