@@ -58,6 +58,11 @@ if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:
 saved = checkpoints.load(source)
 model = models.build_model(saved)
 meta = saved.get('tokenizer') or {}
+# what neither GPT-2 nor MODEL_CODE can express otherwise
+FIXED = dict(norm=('layer',), mlp=('gelu',), n_hidden=(0, 4 * model.config.n_embd), shared_rope=(True,))
+for name, known in FIXED.items():
+    if (value := getattr(model.config, name, known[0])) not in known:
+        raise UserError(f'a model with {name}={value} is not exported; only {name}={known[-1]} is')
 
 
 # ---- weights and config ----------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def gpt2_config():
 def mla_config():
     """The config of the classes in MODEL_CODE, which auto_map names to the auto classes."""
     # in MLA all heads share one latent, and how the weights began is of no use
-    without = (*models.NOT_THE_MODEL, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
+    without = (*models.NOT_THE_MODEL, *FIXED, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
     names = [field.name for field in fields(model.config) if field.name not in without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')

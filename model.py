@@ -118,7 +118,8 @@ class GPTConfig:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be one of {', '.join(choices)}")
+                expected = ', '.join(choices[:-1])
+                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be {expected} or {choices[-1]}")
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads have equal size')
         self.n_kv_head = 0 if self.n_kv_head == self.n_head else self.n_kv_head

@@ -192,7 +192,7 @@ class MLAConfig(GPTConfig):
             self.n_rope = self.n_rope or self.head_size // 2
         super().__post_init__()
         if self.latent_init not in ('fan_in', 'gpt2'):
-            raise ValueError(f"latent_init is '{self.latent_init}'; it must be 'fan_in' or 'gpt2'")
+            raise ValueError(f"latent_init is '{self.latent_init}'; it must be fan_in or gpt2")
         if not 1 <= self.n_latent <= self.n_embd:
             raise ValueError(f'n_latent={self.n_latent} is outside 1 to n_embd={self.n_embd}; more gains nothing')
         if not 0 <= self.n_latent_q <= self.n_embd:

@@ -15,7 +15,9 @@ KEYS = {
     '[0, 4294967296]': 'vocab_size top_k',
     '[1, 1000]': 'n_layer controls',
     '[1, 65536]': 'n_head n_embd n_latents n_kv_heads sweep',
-    '[0, 65536]': 'n_kv_head n_latent n_latent_q n_rope',
+    '[0, 65536]': 'n_kv_head n_latent n_latent_q n_rope n_nope n_value',
+    '[0, 1048576]': 'n_hidden',
+    '(0, 1000000000000]': 'rope_theta',
     '[0, 1)': 'dropout beta1 beta2',
     '(0, 10]': 'init_std',
     # training, and how often something is done
@@ -36,7 +38,7 @@ KEYS = {
     '[0, 86400]': 'follow',
     # samples and measurements
     '[1, 100000]': 'num_samples ablate_sequences',
-    '[0, 100]': 'temperature',
+    '[0, 100]': 'temperature kv_rms',
     '[8, 100000]': 'sequences',
     '[4, 1000000]': 'length',
     '[100, 1000000]': 'resamples',
@@ -57,9 +59,7 @@ KEYS = {
 BOUNDS = {key: interval for interval, keys in KEYS.items() for key in keys.split()}
 CHOICES = {
     'attention': ('mha', 'mla'),
-    'pos': ('learned', 'rope'),
     'optimizer': ('adamw', 'muon'),
-    'latent_init': ('fan_in', 'gpt2'),
     'weights': ('float', 'int8'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),

@@ -89,7 +89,7 @@ def collect_statistics(model: GPT, batches: Iterable[torch.Tensor]) -> list[Stat
 
     One batch at a time is in memory.
     """
-    device, blocks = model.lm_head.weight.device, model.transformer.h
+    device, blocks = model.lm_head.weight.device, layers(model)
     statistics = [Statistics.empty(model.config.n_embd, device) for _ in blocks]
     hooks = [
         block.ln_1.register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
@@ -185,7 +185,7 @@ def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = 
     if config.n_kv_head and not n_latent:
         n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
     new = like(model, MLAGPT, MLAConfig(**{**asdict(config), 'n_kv_head': 0}, n_latent=n_latent))
-    for layer, (old, block) in enumerate(zip(model.transformer.h, new.transformer.h, strict=True)):
+    for layer, (old, block) in enumerate(zip(layers(model), layers(new), strict=True)):
         convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
     return new
 
@@ -228,6 +228,11 @@ def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:
     return new.train(model.training)
 
 
+def layers(model: Any) -> Any:
+    """The blocks of a GPT."""
+    return model.transformer.h
+
+
 def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
     q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
@@ -246,7 +251,7 @@ def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     if not 1 <= n_kv_head <= before or before % n_kv_head:
         raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
     new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
-    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+    for old, block in zip(layers(model), layers(new), strict=True):
         for name, rows in block.attn.c_attn.named_parameters():
             q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
             pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
@@ -259,7 +264,7 @@ def to_mha(model: GPT) -> GPT:
     """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
     check_mha(model)
     new = like(model, GPT, replace(model.config, n_kv_head=0))
-    for old, block in zip(model.transformer.h, new.transformer.h, strict=True):
+    for old, block in zip(layers(model), layers(new), strict=True):
         for name, rows in block.attn.c_attn.named_parameters():
             rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
     return new

@@ -27,7 +27,9 @@ RENAMED = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_lay
 DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
-def read(model_type: str, override_args: dict | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(
+    model_type: str, override_args: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
 
@@ -69,8 +71,8 @@ def read(model_type: str, override_args: dict | None = None) -> tuple[dict[str, 
     if wrong:
         raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
     state = from_gpt2(hf_model.state_dict())
-    if bad := not_finite(state):
-        raise ValueError(f"'{model_type}' holds weights that are not finite: {bad}")
+    if wrong_name := not_finite(state):
+        raise ValueError(f"'{model_type}' holds weights that are not finite: {wrong_name}")
     return {**settings, **override_args}, state
 
 

@@ -49,8 +49,8 @@ class MLAGPTConfig(PretrainedConfig):
     """
     The sizes of the model, with the names and defaults of the training project's MLAConfig.
 
-    n_latent 0 is half of n_embd; n_rope 0 with pos='rope' is half of the head size n_embd / n_head. n_nope None is what
-    n_rope leaves of the head size, n_value None is the head size.
+    n_latent 0 is half of n_embd; n_rope 0 with pos='rope' is half of the head size n_embd / n_head. n_nope 0 is what
+    n_rope leaves of the head size, as in exports that don't name it; n_value 0 is the head size.
     """
 
     model_type = 'mla_gpt'
@@ -77,8 +77,9 @@ class MLAGPTConfig(PretrainedConfig):
         n_latent_q: int = 0,
         n_rope: int = 0,
         latent_norm: bool = False,
-        n_nope: int | None = None,
-        n_value: int | None = None,
+        n_nope: int = 0,
+        n_value: int = 0,
+        rope_theta: float = 10000.0,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
@@ -94,7 +95,7 @@ class MLAGPTConfig(PretrainedConfig):
         self.n_latent, self.n_latent_q, self.latent_norm = n_latent or max(1, n_embd // 2), n_latent_q, latent_norm
         self.n_rope = n_rope or (head_size // 2 if pos == 'rope' else 0)
         self.n_nope, self.n_value = n_nope or head_size - self.n_rope, n_value or head_size
-        self.initializer_range, self.use_cache = initializer_range, use_cache
+        self.rope_theta, self.initializer_range, self.use_cache = rope_theta, initializer_range, use_cache
         kwargs |= dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
         kwargs |= dict(tie_word_embeddings=tie_word_embeddings)
         super().__init__(**kwargs)
@@ -105,7 +106,7 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rope_angles(positions, size, theta=10000.0):
+def rope_angles(positions, size, theta):
     """Cosines and sines of RoPE's angles (arXiv:2104.09864) at positions (B, T): float32, each (B, 1, T, size/2)."""
     device = positions.device
     positions = positions.cpu() if device.type == 'mps' else positions  # MPS has no float64
@@ -408,7 +409,7 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
             position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
         elif position_ids is None:
             position_ids = torch.arange(T, device=x.device)[None] + past
-        rope = rope_angles(position_ids, config.n_rope) if config.pos == 'rope' else None
+        rope = rope_angles(position_ids, config.n_rope, config.rope_theta) if config.pos == 'rope' else None
         if config.pos == 'learned':
             x = x + self.wpe(position_ids)
         x = self.drop(x)

@@ -6,6 +6,8 @@ rounded to 255 steps of their row's largest magnitude, activations to bf16 for t
 Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -47,7 +49,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: GPT) -> GPT:
+def quantize(model: Any) -> GPT:
     """Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model."""
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
@@ -58,7 +60,7 @@ def quantize(model: GPT) -> GPT:
     return model
 
 
-def weight_bytes(model: GPT, itemsize: int) -> int:
+def weight_bytes(model: Any, itemsize: int) -> int:
     """
     Bytes of the weights that a decode step reads: int8 ones as they are, others with `itemsize` bytes per number.
 

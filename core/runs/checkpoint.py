@@ -76,9 +76,7 @@ def save(path: str, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as error:
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
-            raise UserError(
-                f"{path} can't be written: {folder} was moved or removed while this run was training"
-            ) from error
+            raise UserError(f"{path} can't be written: {folder} was moved or removed during the run") from error
         raise UserError(
             f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
             'checkpoint is as it was'

@@ -5,7 +5,7 @@ import torch
 from test_factorize import C, batches, logits, trained_like
 
 from analysis import induction
-from core.convert.factorize import collect_statistics, to_gqa, to_mha, to_mla
+from core.convert.factorize import collect_statistics, per_query_head, to_gqa, to_mha, to_mla
 from model import GPT, GPTConfig
 
 
@@ -40,8 +40,9 @@ def test_repeated_heads_compute_the_same(bias, pos):
 def test_pooling_takes_the_mean_of_each_group():
     model = trained_like()
     pooled = to_gqa(model, 2)
-    w_q, w_k, w_v, _ = model.transformer.h[1].attn.head_weights()
-    p_q, p_k, p_v, _ = pooled.transformer.h[1].attn.head_weights()
+    attention, pooled_attention = model.transformer.h[1].attn, pooled.transformer.h[1].attn
+    w_q, w_k, w_v = per_query_head(attention, attention.c_attn.weight)
+    p_q, p_k, p_v = per_query_head(pooled_attention, pooled_attention.c_attn.weight)
     assert torch.equal(p_q, w_q)
     for before, after in ((w_k, p_k), (w_v, p_v)):
         for head in range(4):

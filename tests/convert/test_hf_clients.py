@@ -184,7 +184,7 @@ def test_heads_with_sizes_of_their_own_attend_by_the_formula(tmp_path):
     assert attention.c_q.out_features == 4 * 10 and attention.c_kv_up.out_features == 4 * (6 + 5)
     assert attention.c_proj.in_features == 4 * 5
     x, T = torch.randn(1, 7, 32, dtype=torch.float64), 7
-    rope = hf_modeling_mla.rope_angles(torch.arange(T)[None], 4)
+    rope = hf_modeling_mla.rope_angles(torch.arange(T)[None], 4, 10000.0)
     out, _ = attention(x, rope, None, T, None)
     q = attention.c_q(x)[0].view(T, 4, 10)
     latent, k_rope = attention.c_kv_down(x)[0].split((12, 4), dim=-1)

@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 
 from core.convert import hf_tokenizer
-from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, learn_bpe
+from core.text.byte_pairs import learn_bpe
+from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 PIECES = learn_bpe(['low lower lowest, newer newest; the lowest newest of them. '] * 20, 300)
 OURS = {'char': CharTokenizer('\n abc$\u00e9'), 'byte': ByteTokenizer(), 'bpe': BPETokenizer(PIECES)}

@@ -33,7 +33,9 @@ def write(path, iteration):
 
 def damage(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    middle = len(content) // 2
+    for place in range(middle, middle + 128):  # more than the padding between two parts of the file, which has no sum
+        content[place] ^= 4
     path.write_bytes(content)
 
 
@@ -166,3 +168,22 @@ def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
         expected = checkpoints.load(str(path))
         assert all(torch.equal(loaded['model'][name], expected['model'][name]) for name in expected['model'])
     assert loads < 40
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='Linux tells where an open folder is')
+def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, capsys):
+    folder = RunFolder(str(tmp_path / 'old'))
+    folder.acquire()
+    folder.follow()
+    assert folder.ckpt == str(tmp_path / 'old' / 'ckpt.pt')
+    (tmp_path / 'old').rename(tmp_path / 'new')
+    folder.follow()
+    assert folder.ckpt == str(tmp_path / 'new' / 'ckpt.pt')
+    assert capsys.readouterr().err == f'{tmp_path / "old"} was renamed; the run goes on in {tmp_path / "new"}\n'
+    folder.release()
+    assert not (tmp_path / 'new' / '.lock').exists()
+
+
+def test_a_folder_that_is_gone_is_said_to_be(tmp_path):
+    with pytest.raises(UserError, match='was moved or removed during the run'):
+        checkpoints.save(str(tmp_path / 'gone' / 'ckpt.pt'), {'model': {}})
