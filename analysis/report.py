@@ -8,7 +8,7 @@ lists. Tables are returned as text, figures as matplotlib Figures.
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -108,6 +108,20 @@ def spread(values: Iterable[float | None], form: str = '.3f') -> str:
         return f'{center:{form}} ± {half:{form.lstrip("+")}}'
     low, high = min(found), max(found)
     return f'{center:{form}}' + (f' [{low:{form}}, {high:{form}}]' if high > low else '')
+
+
+def cells(rows: Iterable[dict], *keys: str, form: str = '.3f') -> list[str]:
+    """Cells with the `spread` over dicts of each of their numbers `keys`."""
+    rows = list(rows)
+    return [spread((row[key] for row in rows), form) for key in keys]
+
+
+def grouped(rows: Iterable[dict], name: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+    """The rows by name(row), in their order."""
+    found: dict[Any, list[dict]] = {}
+    for row in rows:
+        found.setdefault(name(row), []).append(row)
+    return found
 
 
 def when(times: Sequence[float | None], form: str = '.0f') -> str:
