@@ -116,10 +116,9 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                expected = ', '.join(choices[:-1])
-                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be {expected} or {choices[-1]}")
+        for name, (*others, last) in CHOICES.items():
+            if getattr(self, name) not in (*others, last):
+                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be {', '.join(others)} or {last}")
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads have equal size')
         self.n_kv_head = 0 if self.n_kv_head == self.n_head else self.n_kv_head

@@ -35,7 +35,7 @@ def test_head_weights_are_what_the_heads_compute(variant):
             k_rope = attn.qkv(x, still)[1][..., attn.n_nope :]
             torch.testing.assert_close(k_rope, torch.einsum('hdc,btc->bhtd', w_k, x)[..., attn.n_nope :])
         w_qk, w_ov = circuits.circuits(attn)
-        rank = min(attn.head_size, getattr(attn, 'n_latent', 32))
+        rank = min(model.config.widths[1], getattr(attn, 'n_latent', 32))
         assert torch.linalg.matrix_rank(w_ov).tolist() == [rank] * 4
         torch.testing.assert_close(torch.einsum('hcd,hde->hce', w_o, w_v), w_ov)
         torch.testing.assert_close(w_qk[2], w_q[2].T @ w_k[2])

@@ -12,8 +12,8 @@ def written(path, iterations, every=2):
     """A log whose loss in iteration n is n + 0.5, with an evaluation at every second: the bytes of its lines."""
     log = RunLog(str(path), 0)
     for n in iterations:
-        row = dict(iter=n, tokens=64 * n, lr='0.001', loss=f'{n + 0.5:.6f}', tokens_per_s=100)
-        log.write(row | (dict(val_loss=f'{n:.6f}') if n % every == 0 else {}))
+        row = dict(iter=n, tokens=64 * n, lr=0.001, loss=n + 0.5, tokens_per_s=100)
+        log.write(row | (dict(val_loss=n) if n % every == 0 else {}))
     log.finish()
     return path.read_bytes().splitlines(keepends=True)
 
@@ -26,7 +26,7 @@ def test_a_resumed_log_keeps_each_byte_before_its_checkpoint_and_nothing_after(t
     assert path.read_bytes() == b''.join(lines[:5]), 'the heading, and iterations 0, 5, 10 and 15'
     log.write(dict(iter=20, loss=1.5))
     log.finish()
-    assert path.read_bytes() == b''.join(lines[:5]) + b'20,,,1.5,,,,,,,\r\n'
+    assert path.read_bytes() == b''.join(lines[:5]) + b'20,,,1.500000,,,,,,,\r\n'
 
 
 def test_a_log_with_other_columns_goes_on_with_ours(tmp_path):

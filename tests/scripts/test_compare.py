@@ -9,8 +9,9 @@ from support import forking
 from support.training import run
 
 from analysis import comparison
-from core.runs.checkpoint import build_model, load
+from core.runs.checkpoint import load
 from core.runs.evaluation import window_losses
+from core.runs.models import build_model
 from core.text.dataset import TokenData
 
 

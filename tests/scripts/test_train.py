@@ -15,7 +15,7 @@ from support.training import ROOT, SCRIPTS, assert_same_run, log_of, run, starte
 @pytest.mark.parametrize('curve', ['mha', 'mla', 'mla-0.1.0'])
 def test_the_golden_curve_holds(curve, data_dir, tmp_path):
     kind = curve[:3]
-    keys = dict(latent_init='gpt2', kv_lr=1.0) if curve == 'mla-0.1.0' else {}
+    keys = {'mha': {}, 'mla': dict(kv_lr=1 / 8), 'mla-0.1.0': dict(latent_init='gpt2')}[curve]
     done = run(SCRIPTS[kind], data_dir, tmp_path, fresh=kind == 'mha', **keys)
     assert done.returncode == 0, done.stderr
     rows = log_of(tmp_path)
