@@ -149,8 +149,9 @@ def describe(facts: dict) -> str:
     width = f', r={facts["model_args"]["n_latent"]}' if facts['attention'] == 'mla' else ''
     step = 'published weights' if facts['iteration'] is None else f'iteration {facts["iteration"]}'
     loss = '' if facts['val_loss'] is None else f', val loss {facts["val_loss"]:.4f}'
-    size = f'{facts["parameters"]:,} parameters, sha256 {facts["sha256"][:12]}'
-    return f'{facts["name"]}: {facts["file"]}, {facts["attention"]}{width}, {step}{loss}, {size}'
+    checksum = '' if facts['sha256'] is None else f', sha256 {facts["sha256"][:12]}'
+    what = f'{facts["attention"]}{width}, {step}{loss}, {facts["parameters"]:,} parameters{checksum}'
+    return f'{facts["name"]}: {facts["file"]}, {what}'
 
 
 SORTS = {'induction': 'induction', 'previous': 'previous_token', 'duplicate': 'duplicate_token', 'copying': 'copying'}

@@ -1,13 +1,17 @@
 """The picture of decoding times over context length."""
 
-import itertools
 import re
 from typing import Any
 
 from matplotlib.figure import Figure
 
-WARM, COLD = ('#d9722e', '#e8a56f', '#8a8a8a'), ('#0d1b3d', '#2f5aa8', '#7fb0e0')  # of different brightness each
-LINES = ('-', '--', '-.', ':')
+from analysis import style
+
+
+def look_of(name: str, n_embd: int) -> dict[str, Any]:
+    """How the line of a row is drawn."""
+    latent = re.search(r'r=(\d+)', name)
+    return style.look(name, int(latent[1]) / n_embd if latent else 0, variant=int(name.endswith('int8')))
 
 
 def in_shares(name: str, n_embd: int) -> str:
@@ -24,12 +28,8 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
     rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
     names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
-    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
-    looks = {
-        name: dict(color=next(cold if 'MLA' in name else warm), marker='os^Dv*'[n % 6], linestyle=LINES[n % 4])
-        for n, name in enumerate(names)
-    }
-    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
+    looks = {name: look_of(name, n_embd) for name in names}
+    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8))
     axes = figure.subplots(1, len(sizes) + 1)
     for name in names:
         for axis, size in zip(axes, sizes, strict=False):
@@ -49,8 +49,6 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
             axis.set_xscale('log', base=2)
         else:
             axis.set_xlim(0, None)
-        axis.grid(color='0.9')
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.suptitle(setting, fontsize='medium')
+    axes[0].legend()
+    figure.suptitle(setting)
     return figure

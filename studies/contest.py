@@ -42,6 +42,7 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from core.runs.evaluation import mean_and_stderr, window_losses
+from core.runs.resume import OLDER
 from core.text.dataset import TokenData
 from studies.arms import Arm, choose, mla
 from studies.measure import read_json, reading
@@ -159,7 +160,7 @@ def finished(item, ckpt):
         return False
     saved = checkpoints.load(ckpt, mapped=True)
     for key, value in item['keys'].items():
-        found = saved['config'].get(key, checkpoints.OLDER.get(key, value))
+        found = saved['config'].get(key, OLDER.get(key, value))
         if key not in ('resume', 'init_from', 'data_dir') and found != value:
             raise UserError(f'{item["folder"]} has {key}={found}, not {value}; choose another --out_dir')
     return saved['iter_num'] >= item['keys']['max_iters']
