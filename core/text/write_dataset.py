@@ -38,11 +38,7 @@ OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a d
 
 
 def chunks(blocks: Iterable[str], size: int = CHUNK, longest: int = LONGEST_RUN) -> Iterator[str]:
-    """
-    Join and cut a stream into pieces of about `size` characters that byte-pair encodings encode as the whole.
-
-    See cut_point for where it cuts.
-    """
+    """Cut a stream into pieces of about `size` characters at a `cut_point`: byte pairs encode as in the whole."""
     rest = ''
     for block in blocks:
         rest += block
@@ -73,9 +69,8 @@ def encode_stream(
     """
     Encode a stream of pieces on all cores: yields arrays of ids, in order, the same for any number of workers.
 
-    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: threads, 0 for all cores;
-    they suffice because tiktoken and numpy release the GIL. bar: a progress bar with update(characters). chunk:
-    characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
+    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: see `in_order`; threads
+    suffice because tiktoken and numpy release the GIL. bar: with update(characters). chunk: characters per task.
     """
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
@@ -91,11 +86,7 @@ def encode_stream(
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int = 0) -> Iterator[tuple[Task, Result]]:
-    """
-    Yields (task, work(task)) for some tasks, in order, computed by threads; reads 2 * workers tasks ahead.
-
-    workers: threads, 0 for all cores. No task may be None.
-    """
+    """Yields (task, work(task)) in order, by threads (0: all cores); reads 2 * workers tasks ahead. No task is None."""
     workers = workers or available_cores()
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
@@ -261,11 +252,7 @@ class GrowingSplit:
 
 
 def write_tokens(path: Path, arrays: Any, dtype: np.dtype, vocab_size: int) -> tuple[int, str]:
-    """
-    Write an array or an iterable of arrays to `path`; returns (tokens, sha256).
-
-    If `arrays` is a Path, the file is finished and only read. ValueError if an id exceeds the vocabulary.
-    """
+    """Write arrays to `path`, or read a finished file (a Path): (tokens, sha256). ValueError for an id too large."""
     if isinstance(arrays, Path):
         return path.stat().st_size // dtype.itemsize, files.sha256(path)
     count, checksum = 0, hashlib.sha256()
