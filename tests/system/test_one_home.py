@@ -16,7 +16,7 @@ EDITS = {
         ('        x = self.transformer.wte(idx)\n', '        x = config.embd_scale * self.transformer.wte(idx)\n'),
     ],
     'train.py': [('kv_rms = 0.0', 'embd_scale = 1.0  # factor on the token embeddings\nkv_rms = 0.0')],
-    'core/cli/ranges.py': [("    'kv_rms': ", "    'embd_scale': '(0, 100]',\n    'kv_rms': ")],
+    'core/cli/ranges.py': [("    '[0, 100]': ", "    '(0, 100]': 'embd_scale',\n    '[0, 100]': ")],
 }
 
 
