@@ -19,9 +19,6 @@ $ python bench.py --mode=sample --nanogpt=../nanoGPT --huggingface=True
 The largest batch that a training step has memory for:
 $ python bench.py --mode=memory
 
-Compare two measurements; exit code 1 if something became slower:
-$ python bench.py --mode=compare --files=before.json,after.json
-
 Weights are random: times don't depend on them. Other programs on the machine disturb the times: check the quartiles.
 """
 
@@ -50,6 +47,7 @@ from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
 from core.cli.files import write_json
 from core.convert.int8 import quantize, weight_bytes
+from core.runs.models import label_of
 from core.speed import gpus, rivals, timing
 from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.speed.timing import ms_text, spread
@@ -60,7 +58,7 @@ from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
-mode = 'sample'  # what to measure: 'train', 'memory', 'sample' or 'data'; 'compare' compares two measurements
+mode = 'sample'  # what to measure: 'train', 'memory', 'sample' or 'data'
 json = ''  # write all numbers to this file
 rounds = 9  # timed rounds, after one round of warm-up
 nanogpt = ''  # train, sample: folder of a nanoGPT checkout to compare with
@@ -94,9 +92,6 @@ most = 4096  # the largest batch to try
 # data
 text = ''  # a text file to tokenize; '': generated words
 megabytes = 64  # size of the generated words
-# compare
-files = ''  # two files written by --json
-tolerance = 1.1  # ratio of times from which something counts as slower
 # machine
 device = 'auto'
 dtype = 'auto'
@@ -145,7 +140,7 @@ def build_all(shares, **settings):
     heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
     models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
     models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
-    return {models.label_of(model.config): model for model in models}
+    return {label_of(model.config): model for model in models}
 
 
 def print_rows(rows, columns):
@@ -445,7 +440,7 @@ def bench_data():
             'seconds': lambda row: f'{row["ms"] / 1e3:.1f}',
             'tokens/s': lambda row: f'{row["tokens_per_s"]:,.0f}',
             'MB/s': lambda row: f'{row["bytes_per_s"] / 1e6:.1f}',
-            'peak MiB, all processes': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else 'n/a',
+            'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else 'n/a',
         }
         print_rows(tokenizing, columns)
         batches = measure_batches(os.path.join(folder, 'byte'))
@@ -454,33 +449,8 @@ def bench_data():
     return {'tokenizing': tokenizing, 'batches': batches}
 
 
-# ---- mode=compare ----------------------------------------------------------------------------------------------------
-
-
-def compare():
-    """Print the ratios of two measurements' times, and exit: with 1 if one exceeds `tolerance`, else with 0."""
-    paths = arguments.names(files, 'files')
-    if len(paths) != 2:
-        raise UserError(f"files is '{files}'; it must be two files written by --json: --files=before.json,after.json")
-    before, after = (timing.read_times(path) for path in paths)
-    rows = [{'name': name, 'before': before[name], 'after': after[name]} for name in before if name in after]
-    if not rows:
-        raise UserError(f'{paths[0]} and {paths[1]} have no timed row in common; compare two runs of the same mode')
-    columns = {
-        'name': lambda row: row['name'],
-        'ms before': lambda row: f'{row["before"]:.2f}',
-        'ms after': lambda row: f'{row["after"]:.2f}',
-        'after / before': lambda row: f'{row["after"] / row["before"]:.3f}',
-    }
-    print_rows(rows, columns)
-    slower = [row['name'] for row in rows if row['after'] > tolerance * row['before']]
-    if slower:
-        print(f'slower by more than {tolerance:g} times: {"; ".join(slower)}', file=sys.stderr)
-    sys.exit(1 if slower else 0)
-
-
 # ---- the measurement -------------------------------------------------------------------------------------------------
-modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample, 'data': bench_data, 'compare': compare}
+modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample, 'data': bench_data}
 if mode not in modes:
     raise UserError(f"mode is '{mode}'; it must be {', '.join(list(modes)[:-1])} or {list(modes)[-1]}")
 results = {'mode': mode, 'machine': host, 'config': config, **modes[mode]()}

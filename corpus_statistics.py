@@ -11,9 +11,8 @@ Prints a Markdown table with a row per data set, each number with its standard e
 - net gain: what induction adds for a model that knows these pairs: the mean of seen * (reliable - bigram)
 
 Where the net gain is small, expect induction heads late or never. The windows are evenly spaced over the validation
-split, as a model reads them, so one may hold the end of a document and the start of the next. With
---inside_documents=True, in bpe or gpt2, none does, which tells of long documents alone. Compare only data sets that
-have the same tokenizer, vocabulary size and block_size.
+split, as a model reads them, so one may hold the end of a document and the start of the next. Compare only data sets
+that have the same tokenizer, vocabulary size and block_size.
 """
 
 from core.cli import signals
@@ -24,20 +23,17 @@ import os
 import sys
 import time
 
-import numpy as np
 from tqdm import tqdm
 
 from analysis import bigrams, report
 from core.cli import arguments, errors
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
-from core.text.tokenizer import tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 datasets = ''  # folders in data_dir, separated by commas
 block_size = 512  # tokens in a window
 text_windows = 2000  # windows of the validation split, at most
-inside_documents = False  # bpe, gpt2: only windows that lie inside one document
 json = ''  # write the numbers to this file too
 data_dir = 'data'
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py'), encoding='utf-8').read())
@@ -56,27 +52,13 @@ def training_pairs(data):
 def opened(name):
     """The TokenData of a data set and the starts of its windows. UserError if there are fewer than two windows."""
     data = TokenData(os.path.join(data_dir, name), block_size)
-    starts = document_windows(data) if inside_documents else data.eval_windows('val', text_windows)
+    starts = data.eval_windows('val', text_windows)
     if len(starts) < 2:
         raise UserError(
             f'the standard error requires two windows of {block_size} tokens, and the validation split of '
             f'{data.folder} has {len(starts)}: use a smaller --block_size or more text'
         )
     return data, starts
-
-
-def document_windows(data):
-    """Starts of at most `text_windows` evenly chosen windows that lie inside one document each. UserError without."""
-    tokenizer = tokenizer_of(data.meta)
-    end = tokenizer.end_of_text if tokenizer else None
-    if end is None:
-        raise UserError(
-            f'the tokens of {data.folder} ({data.meta["tokenizer"]}) do not say where a document ends; use '
-            '--inside_documents=False'
-        )
-    starts = bigrams.starts_inside(np.flatnonzero(data.ids('val') == end), block_size)
-    count = min(text_windows, len(starts))
-    return starts[np.arange(count) * len(starts) // max(1, count)]
 
 
 def measure(name):

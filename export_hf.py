@@ -67,6 +67,8 @@ is_mla, label = models.attention_of(model) == 'mla', models.label_of(model.confi
 parameters, cache = model.get_num_params(non_embedding=False), model.init_cache(1).bytes_per_token
 form = published.native_form(model.config)
 misfit = form.misfit(model.config) or 'attention=mla' * (is_mla and format == 'gguf')
+if unknown := published.unknown_setting(model.config):
+    raise UserError(f'a model with {unknown} cannot be exported: no format here knows that setting')
 # what MODEL_CODE can't express otherwise
 FIXED = dict(norm=('layer',), mlp=('gelu',), n_hidden=(0, 4 * model.config.n_embd), shared_rope=(True,))
 
@@ -80,8 +82,8 @@ def mla_config():
             raise UserError(
                 f'no class has this model: {form.CLASS} has no {misfit}, and {MODEL_CODE} no {name}={value}'
             )
-    without = (*models.NOT_THE_MODEL, *FIXED, 'init_std', 'latent_init', 'kv_rms', 'n_kv_head', 'tied')
-    names = [field.name for field in fields(model.config) if field.name not in without]
+    without = {*FIXED, 'n_kv_head', 'tied'}
+    names = [field.name for field in fields(model.config) if field.name in published.KNOWN - without]
     sizes = {name: getattr(model.config, name) for name in names}
     module = MODEL_CODE.removesuffix('.py')
     classes = {

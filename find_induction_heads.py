@@ -25,7 +25,6 @@ from core.cli import signals
 signals.exit_at_once()  # for the time of the slow imports
 
 import glob
-import hashlib
 import os
 import sys
 import time
@@ -87,17 +86,14 @@ def load(spec):
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     if is_published(spec):
         model, saved = pretrained(spec)
-        facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=sha256_of_tensors(model), corpus='')
+        facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=None, corpus='')
     else:
         file = checkpoints.find(spec)
         saved = checkpoints.load(file, mapped=True)
         model = build_model(saved)
-        loss = saved.get('val_loss')
-        loss = saved.get('best_val_loss') if loss is None else loss
-        facts = dict(
-            name=name, file=file, iteration=saved.get('iter_num'), val_loss=None if loss is None else float(loss)
-        )
-        facts |= dict(sha256=files.sha256(file), corpus=saved.get('corpus', ''))
+        loss = saved.get('val_loss', saved.get('best_val_loss'))
+        facts = dict(name=name, file=file, iteration=saved.get('iter_num'), sha256=files.sha256(file))
+        facts |= dict(val_loss=None if loss is None else float(loss), corpus=saved.get('corpus', ''))
     meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
@@ -109,15 +105,6 @@ def load(spec):
         tokenizer = None
     ids, bos = drawable_ids(tokenizer, meta, model.config, dataset)
     return Loaded(model.eval().to(device), facts, ids, bos, tokenizer, dataset)
-
-
-def sha256_of_tensors(model):
-    """The SHA-256 of a model's tensors and their names, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def drawable_ids(tokenizer, meta, config, dataset):
@@ -214,7 +201,6 @@ def measure(loaded):
             out[name]['chance'] = induction.chance(other)
     sample = np.random.default_rng(seed).choice(loaded.ids, min(len(loaded.ids), 32), replace=False)
     out['copying_eigenvalues'] = circuits.copying_eigenvalues(model, loaded.ids)
-    out['copying_eigenvalues_raw'] = circuits.copying_eigenvalues(model, loaded.ids, effective=False)
     out['copying_top5'] = circuits.copying_tokens(model, sample)
     out['composition_lift'] = circuits.composition(model)
     out['in_context'], out['bigrams'] = in_context(loaded), bigrams(loaded)
@@ -386,8 +372,6 @@ if text and not os.path.isfile(text):
     raise UserError(f'{text} is missing; --text must be a text file')
 specs, folders = arguments.names(models, 'models'), arguments.names(sweep, 'sweep')
 arguments.check_folder(out_dir)
-induction.self_test()
-errors.notice('self-test passed: planted heads score 1.000, uniform attention scores chance')
 device = machine.pick_device(device)
 threads = machine.set_threads(threads)
 about = dict(command=sys.argv, config=config, torch=torch.__version__)

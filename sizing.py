@@ -12,8 +12,8 @@ $ python sizing.py --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65 --block_s
 A run of 10 billion tokens on 8 GPUs: hours, and the cost at a price per GPU and hour that you know:
 $ python sizing.py --shape=gpt2 --gpu=A100-80GB --gpus=8 --tokens=10e9 --mfu=0.35 --price=2
 
-Decoding speed and largest batch over the context, from 124M to DeepSeek-V3's shape; all numbers as JSON:
-$ python sizing.py --gpu=H200 --plot=sizing.png --json=sizing.json
+DeepSeek-V3's shape at a long context; all numbers as JSON:
+$ python sizing.py --shape=deepseek-v3 --block_size=131072 --gpu=H200 --json=sizing.json
 """
 
 from core.cli import signals
@@ -24,7 +24,7 @@ import os
 import textwrap
 from dataclasses import fields
 
-from analysis import report, speed
+from analysis import report
 from core.cli import arguments
 from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
@@ -62,32 +62,23 @@ tokens = 10_000_000_000  # of the run
 price = 0.0  # of one GPU for an hour, in any currency; 0: unknown
 # output
 json = ''  # write all numbers to this file
-plot = ''  # draw decoding speed and largest batch over context to this file
-plot_shapes = ''  # the shapes in it; '': the sizes that are given, or gpt2, 7b and deepseek-v3
-contexts = '1024,2048,4096,8192,16384,32768,65536,131072'  # and the contexts, in tokens
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 WIDTH = 100  # columns of a terminal
 
 
-def sizes_of(name):
-    """All keys, with the sizes of a named shape where they weren't given. UserError for an unknown name."""
-    if name and name not in SHAPES:
-        raise UserError(f"'{name}' is no shape; choose {', '.join(SHAPES)}")
-    return config | {key: value for key, value in SHAPES.get(name, {}).items() if key not in given}
+def plan(model_class, config_class, **own):
+    """A model of the given sizes. UserError where they don't fit together."""
+    keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
+    try:
+        return Plan(model_class, config_class(**keys | own), dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def plans_of(sizes):
-    """The models to compare at these sizes: MHA, GQA, MQA and MLA. UserError where the sizes don't fit together."""
-
-    def plan(model_class, config_class, **own):
-        keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
-        try:
-            return Plan(model_class, config_class(**keys | own), dtype)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
+def plans_to_compare():
+    """MHA, GQA, MQA and MLA of the given sizes."""
     heads, width = sizes['n_head'], sizes['n_embd']
     quarter = next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
     kv_heads = whole_numbers(sizes['n_kv_heads'], 'n_kv_heads') or [quarter, 1]
@@ -101,7 +92,7 @@ def plans_of(sizes):
 
 def training(plan):
     """Memory per GPU in bytes, largest batches, speed, hours and cost of training: a dict."""
-    T, tokens_per_s = plan.config.block_size, mfu * peak * gpus / plan.training_flops
+    tokens_per_s = mfu * peak * gpus / plan.training_flops
     states, gathered = plan.state_bytes(optimizer, share), plan.gathered_bytes if share > 1 else 0.0
     always, hours = sum(states.values()) + gathered, tokens / tokens_per_s / 3600
     found = dict(states=states, gathered=gathered, flops_per_token=plan.training_flops, tokens_per_s=tokens_per_s)
@@ -116,20 +107,20 @@ def training(plan):
     return found
 
 
-def decoding(plan, context):
-    """Decoding at a context on one GPU: memory in bytes, largest batch, speed by the roofline: a dict."""
-    largest = plan.largest_decoding_batch(room, context)
+def decoding(plan):
+    """Decoding on one GPU: memory in bytes, largest batch, speed by the roofline: a dict."""
+    largest = plan.largest_decoding_batch(room, T)
     found = {
-        'context': context,
-        'flops_per_token': plan.decoding_flops(context),
+        'context': T,
+        'flops_per_token': plan.decoding_flops(T),
         'weight_bytes': plan.weight_bytes,
         'cache_bytes_per_token': plan.cache_bytes,
-        'cache_bytes': plan.cache_bytes * context,
+        'cache_bytes': plan.cache_bytes * T,
         'step_bytes': plan.drawing_bytes,
         'largest_batch': largest,
     }
     for name, batch in (('one', min(1, largest)), ('largest', largest)):
-        seconds = plan.decoding_seconds(batch, context, peak, 1e9 * hardware.bandwidth) if batch else {}
+        seconds = plan.decoding_seconds(batch, T, peak, 1e9 * hardware.bandwidth) if batch else {}
         found[name] = {'tokens_per_s': batch / sum(seconds.values()) if batch else 0, 'seconds': seconds}
     return found
 
@@ -153,7 +144,7 @@ def bound_by(seconds):
     return most and f'{most} {seconds[most] / sum(seconds.values()):.0%}'
 
 
-def rows_of(results, T):
+def rows_of(results):
     """The table's rows, [label, cell of each model, ...]; a row without cells begins a part of the table."""
 
     def row(label, text, path, unit=1):
@@ -197,9 +188,9 @@ def rows_of(results, T):
     return [row for row in rows if row]
 
 
-def tables(results, T):
+def tables(results):
     """Markdown tables with a column per model, padded for a terminal and as many as its width demands: a str."""
-    rows, names = rows_of(results, T), ['', *(result['name'] for result in results)]
+    rows, names = rows_of(results), ['', *(result['name'] for result in results)]
     cells = max(len(cell) for row in (names, *rows) for cell in row[1:])
     columns = max(1, (WIDTH - max(len(row[0]) for row in rows) - 4) // (cells + 3))
     texts = []
@@ -237,47 +228,34 @@ DEEPSEEK = (
 )
 
 # ---- what was asked for ----------------------------------------------------------------------------------------------
-for key in ('json', 'plot'):
-    if config[key]:
-        arguments.check_file(config[key], key)
+if json:
+    arguments.check_file(json, 'json')
+if shape and shape not in SHAPES:
+    raise UserError(f"'{shape}' is no shape; choose {', '.join(SHAPES)}")
+sizes = config | {key: value for key, value in SHAPES.get(shape, {}).items() if key not in given}
 hardware = gpu_called(gpu)
 if hardware is None:
     raise UserError(f"gpu is '{gpu}'; it must be one of {', '.join(entry.name for entry in GPUS)}")
 dtype = hardware.dtype if dtype == 'auto' else dtype
 peak, room, share = hardware.flops(dtype), usable * 1e9 * hardware.memory, gpus if fsdp else 1
-sizes = sizes_of(shape)
 T = sizes['block_size']
-own = shape or given & {field.name for field in fields(MLAConfig)}
-shapes = arguments.names(plot_shapes, 'plot_shapes') or ([shape] if own else ['gpt2', '7b', 'deepseek-v3'])
-shapes, lengths = shapes if plot else [], whole_numbers(contexts, 'contexts')
-if not lengths:
-    raise UserError("contexts is ''; it must be whole numbers separated by commas, such as 1024,8192")
-shown = {name or 'these sizes': plans_of(sizes_of(name) | {'block_size': max(lengths)}) for name in shapes}
+plans = plans_to_compare()
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
-plans = plans_of(sizes)
 sizes_text = f'{sizes["n_layer"]} layers, {sizes["n_head"]} heads, C = {sizes["n_embd"]}'
 sizes_text += f', vocabulary {sizes["vocab_size"]:,}, context {T:,}; {gpus} x {hardware.name}'
 print(f'{shape + ": " if shape else ""}{sizes_text}\n')
 results = [
     {'name': plan.name, 'parameters': plan.total, 'parts': plan.parameters, 'training': training(plan)}
-    | {'decoding': decoding(plan, T)}
+    | {'decoding': decoding(plan)}
     for plan in plans
 ]
-print(tables(results, T))
+print(tables(results))
 facts = dict(gpu=hardware, tflops=peak / 1e12, dtype=dtype, usable=usable, states=STATES, mfu=mfu, gpus=gpus, T=T)
 assumptions = [text.format(**facts, price=price) for text in [*ASSUMPTIONS, *([COST] if price else [])]]
-assumptions += [DEEPSEEK] if 'deepseek-v3' in (shape, *shapes) else []
+assumptions += [DEEPSEEK] if shape == 'deepseek-v3' else []
 for line in assumptions:
     print(textwrap.fill(f'- {line}', WIDTH, subsequent_indent='  '))
-found = {'config': config | sizes, 'gpu': hardware._asdict(), 'models': results, 'assumptions': assumptions}
-if plot:
-    found['curves'] = {
-        name: {plan.name: [decoding(plan, length) for length in lengths] for plan in models}
-        for name, models in shown.items()
-    }
-    machine = f'{hardware.name} ({hardware.memory:g} GB, {hardware.bandwidth:g} GB/s), {dtype}'
-    title = f'Decoding on one {machine}, MLA absorbed: upper limits by the data sheet'
-    report.save_figure(plot, speed.limits_figure(found['curves'], lengths, title), dpi=120)
 if json:
+    found = {'config': config | sizes, 'gpu': hardware._asdict(), 'models': results, 'assumptions': assumptions}
     report.save_json(json, found)

@@ -23,6 +23,7 @@ from core.cli.errors import UserError
 from core.cli.keys import keys_of
 from core.runs import checkpoint as checkpoints
 from core.runs.models import KINDS
+from core.runs.resume import OLDER
 from core.text.dataset import TokenData
 from core.text.prompt import prompt_ids
 from core.text.tokenizer import load_tokenizer
@@ -75,7 +76,7 @@ keys = {name: {key: value for key, value in setting.items() if key not in foreig
 for name in models:
     folder = os.path.join(out_dir, name)
     if os.path.exists(os.path.join(folder, 'ckpt.pt')) and not overwrite:
-        earlier = checkpoints.OLDER | checkpoints.load(folder, mapped=True)['config']
+        earlier = OLDER | checkpoints.load(folder, mapped=True)['config']
         changed = [key for key, value in keys[name].items() if key != 'threads' and earlier.get(key) != value]
         if changed:
             raise UserError(

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from analysis.stats import ratio
 
@@ -93,19 +92,6 @@ def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: i
     of_columns = (n_seen, n_valid), (n_right, n_seen), (n_expected, n_seen), (n_right - n_expected, n_valid)
     means, errors = zip(*(ratio(*parts) for parts in of_columns), strict=True)
     return Columns(*means), Columns(*errors)
-
-
-def starts_inside(ends: ArrayLike, block_size: int) -> np.ndarray:
-    """
-    Starts of the windows of `block_size` tokens, and their next token, that lie inside one document.
-
-    ends: ascending positions of the documents' last tokens; the first document begins at 0. Windows don't overlap.
-    """
-    ends = np.asarray(ends, dtype=np.int64)
-    begins = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
-    counts = (ends - begins) // block_size
-    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # of a window in its document
-    return np.repeat(begins, counts) + number * block_size
 
 
 def with_copies(

@@ -91,20 +91,19 @@ def effective_embeddings(model: GPT, ids: np.ndarray | Tensor, batch_size: int =
 
 
 @torch.no_grad()
-def copying_eigenvalues(model: GPT, ids: np.ndarray | Tensor, effective: bool = True) -> np.ndarray:
+def copying_eigenvalues(model: GPT, ids: np.ndarray | Tensor) -> np.ndarray:
     """
     Copying score of every head: Re(sum lambda) / sum |lambda| over the eigenvalues of W_U W_OV W_E, array (L, H).
 
     Between -1 and 1; 1 is pure copying (Elhage et al. 2021). ids: token ids (n,) that W_E and W_U are restricted to.
-    effective: use `effective_embeddings` for W_E, otherwise the raw embedding. The V x V product has the nonzero
-    eigenvalues of the d_v x d_v product W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f
-    are folded in.
+    W_E are the `effective_embeddings`. The V x V product has the nonzero eigenvalues of the d_v x d_v product
+    W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f are folded in.
     """
     ids, gain = torch.as_tensor(ids, device=device_of(model)), model.transformer.ln_f.weight
     C = model.config.n_embd
     middle = torch.zeros(C, C, device=gain.device, dtype=gain.dtype)
     for chunk in ids.split(1024):
-        embedding = effective_embeddings(model, chunk) if effective else model.transformer.wte(chunk)
+        embedding = effective_embeddings(model, chunk)
         unembedding = model.lm_head.weight[chunk] * gain
         middle += F.layer_norm(embedding, (C,)).T @ (unembedding - unembedding.mean(-1, keepdim=True))
     scores = []

@@ -8,7 +8,7 @@ residual stream, and the induction head matches the current token against it.
 
 Notable features:
 - the same measurements for MHA and MLA, a few sequences at a time
-- exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (`self_test`)
+- exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (tests/analysis)
 - every score is returned per sequence, for confidence intervals over sequences (stats.bootstrap)
 
 Shapes: N sequences, B of them in a batch, T tokens, Q scored queries per sequence, L layers, H heads, C width, d head
@@ -73,13 +73,12 @@ def repeated_sequences(
     seed: int = 0,
 ) -> Repeats:
     """
-    `count` sequences [BOS] x x ..., where x is a block of `length` distinct random tokens: Repeats on the CPU.
+    `count` sequences [BOS] x x ..., where x is a block of `length` distinct random tokens of `ids`, on the CPU.
 
-    ids: token ids to draw from, without special and padding ids. bos: the id at position 0, or None. copies: number of
-    copies of x. max_gap: number of further distinct tokens; a random part of them goes between the two copies and the
-    rest before the first, so distance and positions vary (two copies only). shuffled: a control in which each later
-    copy has the same tokens in its own random order; query and match are as without it, so only heads that attend by
-    position score. Raises ValueError if there are too few ids or the arguments don't fit together.
+    bos: the id at position 0, or None. copies: of x. max_gap: number of further distinct tokens; a random part of them
+    goes between the two copies and the rest before the first, so distance and positions vary (two copies only).
+    shuffled: a control in which each later copy has its own random order; query and match are as without it, so only
+    heads that attend by position score. Raises ValueError if there are too few ids or the arguments don't fit together.
     """
     ids = np.asarray(ids)
     if length + max_gap > len(ids):
@@ -134,11 +133,7 @@ def repeat_losses(model: GPT, hidden: Tensor, repeats: Repeats) -> Tensor:
 
 
 def in_context_score(losses: np.ndarray, early: int = 50, late: int = 500) -> np.ndarray:
-    """
-    Loss at the late token minus loss at the early one, (N,); negative: context helps (arXiv:2209.11895).
-
-    losses (N, T-1): of predicting tokens 2 to T, counted from 1 like `early` and `late` (forward.text_losses).
-    """
+    """Loss at the late token minus the early one's, (N,), of forward.text_losses (N, T-1); negative: context helps."""
     return losses[:, late - 2] - losses[:, early - 2]
 
 
@@ -267,22 +262,20 @@ def ranked(scores: np.ndarray) -> Heads:
 
 def verdict(low: np.ndarray, random_null: float, shuffled_high: np.ndarray, copying: np.ndarray) -> np.ndarray:
     """
-    Which heads are induction heads: bool (L, H).
+    Which heads are induction heads: bool (L, H), from arrays (L, H).
 
-    low: lower bound of each head's induction score, on sequences that didn't select the head. random_null: the highest
-    score of any head of randomly initialized models. shuffled_high: upper bound of each head's score with a shuffled
-    second copy. copying: its eigenvalue copying score. The arrays are (L, H).
+    low: lower bound of the induction score, on sequences that didn't select the head. random_null: the highest score of
+    any untrained head. shuffled_high: upper bound of the score with a shuffled second copy. copying: by eigenvalues.
     """
     return (low > random_null) & (low > shuffled_high) & (copying > 0)
 
 
 def calls(measured: dict) -> dict[str, np.ndarray]:
     """
-    Which heads are called what, by the name of a score: {name: bool (L, H)}.
+    Which heads of a result of find_induction_heads.py are called what: {name of a score: bool (L, H)}.
 
-    measured: a result of find_induction_heads.py. An induction head is one by `verdict`. Of the other scores, the
-    interval must lie above the highest score of any head of randomly initialized models; of copying, which has no
-    interval, the score itself.
+    An induction head is one by `verdict`. Of other scores the interval, of copying the score itself, must lie above the
+    highest score of any untrained head.
     """
     found = {'induction': measured['called']}
     for name in ('previous_token', 'duplicate_token'):
@@ -345,9 +338,9 @@ def ablate_cumulatively(
     """
     How much the loss on repeated tokens rises with the first k heads of `ranking` ablated, for each k of `counts`.
 
-    Each dict has heads (k), rise, control_rise, the mean over `draws` of as many random heads of the same layers, and
-    control_heads, their actual number: below k if a layer has too few others, which makes control_rise a lower bound.
-    A single head's ablation can be compensated by other heads with the same function, hence several at once.
+    Several at once, since other heads with the same function can make up for one. Each dict has heads (k), rise, and of
+    random other heads of the same layers control_rise, a mean over `draws`, and control_heads, their number: below k
+    where a layer has too few, which makes control_rise a lower bound.
     """
     rng, base, out = np.random.default_rng(seed), ablate_together(model, repeats, []), []
     for k in counts:
@@ -363,11 +356,11 @@ def ablate_cumulatively(
 
 def bigram_losses(losses: np.ndarray, tokens: Tensor) -> dict:
     """
-    Losses (N, T-1) on tokens (N, T), where the bigram occurred earlier in the window and elsewhere: a dict of dicts.
+    Losses (N, T-1) on tokens (N, T), where the bigram occurred earlier in the window and elsewhere.
 
-    'repeated' and 'others' are mean losses, 'gain' is what repeating saves, others - repeated: each a dict of mean, low
-    and high, the 95 % interval over windows. 'share' is the share of repeated positions. The gain isn't all induction:
-    bigrams that repeat are common ones too. What it is before heads form is the measure of that.
+    Means 'repeated', 'others' and their difference 'gain', each a dict of mean, low and high (95 % over windows), and
+    the 'share' of repeated positions. The gain isn't all induction: bigrams that repeat are common ones too. What it is
+    before heads form is the measure of that.
     """
     again = repeated_pairs(tokens[:, :-1].numpy(), tokens[:, 1:].numpy())
     repeated, others = (((losses * where).sum(1, dtype=float), where.sum(1)) for where in (again, ~again))
@@ -384,9 +377,8 @@ def ablate_on_text(
     """
     What the first k heads of `ranking` are worth on windows of text (N, T), for each k of `counts`: a list of dicts.
 
-    Each has heads (k), 'repeated' and 'others' (rises of `bigram_losses` with these heads mean-ablated, dicts of mean,
-    low and high over windows), 'control_repeated' and 'control_others' (the mean rise with the same number of random
-    other heads of the same layers) and control_heads, their number, which is below k if a layer has too few others.
+    Each has heads (k), the rises of `bigram_losses` 'repeated' and 'others' with these heads mean-ablated, and as in
+    `ablate_cumulatively` 'control_repeated', 'control_others' and control_heads.
     """
     means, rng = forward.head_means(model, tokens), np.random.default_rng(seed)
     base, out = forward.text_losses(model, tokens), []
@@ -403,36 +395,3 @@ def ablate_on_text(
             row |= {name: mine[name], f'control_{name}': float(np.mean([found[name]['mean'] for found in theirs]))}
         out.append(row)
     return out
-
-
-# ---- self-test -------------------------------------------------------------------------------------------------------
-
-
-def self_test(score: Callable[[Tensor, Repeats], dict[str, Tensor]] = pattern_scores) -> None:
-    """
-    Scores patterns with known scores: perfect heads score 1, uniform attention scores chance. RuntimeError otherwise.
-
-    Catches the known mistakes: a diagonal that is too long, a mean that includes rows without an earlier copy.
-    score: the scoring function to test.
-    """
-    for layout in (dict(bos=None), dict(bos=99), dict(bos=99, max_gap=5), dict(bos=None, copies=4)):
-        repeats = repeated_sequences(8, 12, np.arange(40), seed=1, **layout)
-        N, T = repeats.tokens.shape
-        sequence = torch.arange(N)[:, None]
-        perfect = torch.zeros(N, 3, T, T)
-        perfect[:, :, :, 0] = 1  # all other queries attend to the first token
-        perfect[sequence, 0, repeats.query] = F.one_hot(repeats.match + 1, T).float()
-        perfect[sequence, 1, repeats.query] = F.one_hot(repeats.match, T).float()
-        perfect[:, 2, 1:] = torch.eye(T)[:-1]
-        uniform = uniform_pattern(T)
-        scores = score(perfect, repeats)
-        flat = score(uniform.expand(N, 1, T, T), repeats)
-        expected = [
-            (scores['induction'][:, 0], 1.0, 'a perfect induction head'),
-            (scores['duplicate_token'][:, 1], 1.0, 'a perfect duplicate-token head'),
-            (scores['previous_token'][:, 2], 1.0, 'a perfect previous-token head'),
-            (flat['induction'], chance(repeats), 'uniform attention'),
-        ]
-        for got, wanted, name in expected:
-            if abs(got.mean().item() - wanted) > 1e-5:
-                raise RuntimeError(f'self-test: {name} scored {got.mean().item():.4f} instead of {wanted:.4f}')

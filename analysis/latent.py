@@ -75,10 +75,9 @@ def overlap(first: Tensor, second: Tensor) -> Tensor:
 @torch.no_grad()
 def reading_overlaps(attn: MultiHeadLatentAttention) -> dict[str, tuple[np.ndarray, float]]:
     """
-    Overlap of the latent directions that pairs of heads read: {name: (array (H, H), chance)} for each of READINGS.
+    Overlap of the latent directions that pairs of heads read, by their up-projections: {name: (array (H, H), chance)}.
 
-    'key' and 'value' compare the up-projections of keys and of values; 'key_value'[g, h] compares head g's keys with
-    head h's values.
+    name: of READINGS; 'key_value'[g, h] compares head g's keys with head h's values.
     """
     w_k, w_v = up_weights(attn)
     pairs = dict(zip(READINGS, ((w_k, w_k), (w_v, w_v), (w_k, w_v)), strict=True))
@@ -129,9 +128,9 @@ def ablate_latent(
     """
     The loss on repeated tokens with bands of a layer's latent directions set to their mean, for keys or values only.
 
-    The directions are the latent's principal components, in bands from the largest variance down. moments: as from
-    latent_moments, which is the default. progress: called after each ablation. Returns a dict: bands (a list of
-    ranges), base (N,), the loss without ablation, keys and values (L, bands, N).
+    The directions are the latent's principal components, in bands from the largest variance down. moments: by default
+    `latent_moments`. progress: called after each ablation. Returns bands, ranges of components; base (N,), the loss
+    without ablation; keys and values (L, bands, N).
     """
     repeats = repeats.to(device_of(model))
     moments = moments or latent_moments(model, repeats)

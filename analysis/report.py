@@ -8,7 +8,7 @@ lists. Tables are returned as text, figures as matplotlib Figures.
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,6 +110,20 @@ def spread(values: Iterable[float | None], form: str = '.3f') -> str:
     return f'{center:{form}}' + (f' [{low:{form}}, {high:{form}}]' if high > low else '')
 
 
+def cells(rows: Iterable[dict], *keys: str, form: str = '.3f') -> list[str]:
+    """Cells with the `spread` over dicts of each of their numbers `keys`."""
+    rows = list(rows)
+    return [spread((row[key] for row in rows), form) for key in keys]
+
+
+def grouped(rows: Iterable[dict], name: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+    """The rows by name(row), in their order."""
+    found: dict[Any, list[dict]] = {}
+    for row in rows:
+        found.setdefault(name(row), []).append(row)
+    return found
+
+
 def when(times: Sequence[float | None], form: str = '.0f') -> str:
     """A table's cell: median and range of the times at which runs formed heads; None where one never did."""
     formed = sorted(time for time in times if time is not None)
@@ -135,8 +149,9 @@ def describe(facts: dict) -> str:
     width = f', r={facts["model_args"]["n_latent"]}' if facts['attention'] == 'mla' else ''
     step = 'published weights' if facts['iteration'] is None else f'iteration {facts["iteration"]}'
     loss = '' if facts['val_loss'] is None else f', val loss {facts["val_loss"]:.4f}'
-    size = f'{facts["parameters"]:,} parameters, sha256 {facts["sha256"][:12]}'
-    return f'{facts["name"]}: {facts["file"]}, {facts["attention"]}{width}, {step}{loss}, {size}'
+    checksum = '' if facts['sha256'] is None else f', sha256 {facts["sha256"][:12]}'
+    what = f'{facts["attention"]}{width}, {step}{loss}, {facts["parameters"]:,} parameters{checksum}'
+    return f'{facts["name"]}: {facts["file"]}, {what}'
 
 
 SORTS = {'induction': 'induction', 'previous': 'previous_token', 'duplicate': 'duplicate_token', 'copying': 'copying'}

@@ -1,14 +1,17 @@
 """The picture of decoding times over context length."""
 
-import itertools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-WARM, COLD = ('#d9722e', '#e8a56f', '#8a8a8a'), ('#0d1b3d', '#2f5aa8', '#7fb0e0')  # of different brightness each
-LINES = ('-', '--', '-.', ':')
+from analysis import style
+
+
+def look_of(name: str, n_embd: int) -> dict[str, Any]:
+    """How the line of a row is drawn."""
+    latent = re.search(r'r=(\d+)', name)
+    return style.look(name, int(latent[1]) / n_embd if latent else 0, variant=int(name.endswith('int8')))
 
 
 def in_shares(name: str, n_embd: int) -> str:
@@ -25,12 +28,8 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
     rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
     names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
-    warm, cold = itertools.cycle(WARM), itertools.cycle(COLD)
-    looks = {
-        name: dict(color=next(cold if 'MLA' in name else warm), marker='os^Dv*'[n % 6], linestyle=LINES[n % 4])
-        for n, name in enumerate(names)
-    }
-    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8), layout='constrained')
+    looks = {name: look_of(name, n_embd) for name in names}
+    figure = Figure(figsize=(4.2 * (len(sizes) + 1), 3.8))
     axes = figure.subplots(1, len(sizes) + 1)
     for name in names:
         for axis, size in zip(axes, sizes, strict=False):
@@ -50,45 +49,6 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
             axis.set_xscale('log', base=2)
         else:
             axis.set_xlim(0, None)
-        axis.grid(color='0.9')
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.suptitle(setting, fontsize='medium')
-    return figure
-
-
-def limits_figure(found: dict[str, dict[str, list[dict[str, Any]]]], lengths: Sequence[int], title: str) -> Figure:
-    """
-    What sizing.py expects of decoding, a column per shape: tokens/s of the largest batch above, that batch below.
-
-    found: {shape: {model: its numbers at each length}}. Readable in grey.
-    """
-    figure = Figure(figsize=(4.3 * len(found), 7), layout='constrained')
-    axes = figure.subplots(2, len(found), squeeze=False)
-    for (name, models), (above, below) in zip(found.items(), axes.T, strict=True):
-        for n, (label, rows) in enumerate(models.items()):
-            rows = [row for row in rows if row['largest_batch']]
-            look: dict[str, Any] = dict(
-                color=str(0.65 * n / len(models)), marker='os^Dv*PX'[n % 8], linestyle=LINES[n % 4], label=label
-            )
-            look |= dict(markersize=6, markerfacecolor='white' if n % 2 else None)
-            x = [row['context'] for row in rows]
-            above.plot(x, [row['largest']['tokens_per_s'] for row in rows], **look)
-            below.plot(x, [row['largest_batch'] for row in rows], **look)
-        above.set_title(f'{name}: tokens/s of the largest batch')
-        below.set_title(f'{name}: largest batch')
-        for axis in (above, below):
-            axis.spines[['top', 'right']].set_visible(False)
-            if not any(row['largest_batch'] for rows in models.values() for row in rows):  # a log axis needs a number
-                axis.text(0.5, 0.5, 'not one sequence fits', ha='center', transform=axis.transAxes)
-                axis.set(xticks=[], yticks=[])
-                continue
-            axis.set(xscale='log', yscale='log', xlabel='context (tokens)')
-            axis.set_xticks(lengths, [f'{n // 1024}k' if n % 1024 == 0 else str(n) for n in lengths])
-            axis.set_xticks([], minor=True)
-            axis.grid(color='0.9')
-            axis.legend(frameon=False, fontsize='small')
-    axes[0, 0].set_ylabel('tokens/s of all sequences')
-    axes[1, 0].set_ylabel('sequences')
-    figure.suptitle(title)
+    axes[0].legend()
+    figure.suptitle(setting)
     return figure

@@ -33,6 +33,7 @@ OTHERS = {
     'MHA': dict(color='#d9722e', linestyle='-', marker='o'),
     'GQA': dict(color='#79a86b', linestyle='--', marker='P'),
     'MQA': dict(color='#3b7a4b', linestyle='-.', marker='s'),
+    'Hug': dict(color=GREY, linestyle=':', marker='s'),  # Hugging Face's, where speed is compared
 }
 # the least share of n_embd that the latent has, and how such an MLA is drawn
 LATENTS = (

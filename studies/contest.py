@@ -42,6 +42,7 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from core.runs.evaluation import mean_and_stderr, window_losses
+from core.runs.resume import OLDER
 from core.text.dataset import TokenData
 from studies.arms import Arm, choose, mla
 from studies.measure import read_json, reading
@@ -94,6 +95,7 @@ CONVERTED = [Arm('GQA-2'), Arm('MQA'), HALF, mla('1/4', SLOW), mla('1/8', SLOW)]
 CONTROLS = [MHA, HALF, mla('1', SLOW)]
 STARTS = (0, 100, 500)  # iterations of MHA before a control
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+IDENTITY = ('arm', 'kind', 'rate', 'seed')  # what names a run within a study
 WINDOWS = 4000 if full else 400  # of the validation split, evenly spaced; tinyshakespeare has 1,742
 TUNING_SEED, FINAL_SEED = 1000, 2000  # where the seeds begin: the rate is chosen on others than those that are reported
 
@@ -128,27 +130,16 @@ def trained(arm, rate, seed):
     return run(arm, rate, seed, iterations, **kept)
 
 
-def identity(item):
-    """What names a run within a study."""
-    return item['arm'], item['kind'], item['rate'], item['seed']
+def lacking(items, runs):
+    """Those of the items that are not among some runs."""
+    known = {tuple(r[key] for key in IDENTITY) for r in runs}
+    return [item for item in items if tuple(item[key] for key in IDENTITY) not in known]
 
 
 def do(work, items, recorded):
-    """
-    The results of runs: as they are recorded, of the others work(run).
-
-    They are started seed by seed so that an interrupted study has whole columns.
-    """
-    known = {identity(r): r for r in recorded}
-    missing = [item for item in items if identity(item) not in known]
-    made = subprocesses.run_all(work, sorted(missing, key=lambda item: (item['seed'], item['rate'])), jobs)
-    return made + [known[identity(item)] for item in items if identity(item) in known]
-
-
-def joined(runs, others):
-    """Runs, and those of others that are not among them."""
-    known = {identity(r) for r in runs}
-    return runs + [r for r in others if identity(r) not in known]
+    """The recorded runs and, of the items that are not among them, work(item); seed by seed, for whole columns."""
+    missing = sorted(lacking(items, recorded), key=lambda item: (item['seed'], item['rate']))
+    return recorded + subprocesses.run_all(work, missing, jobs)
 
 
 def train_and_measure(item):
@@ -169,7 +160,7 @@ def finished(item, ckpt):
         return False
     saved = checkpoints.load(ckpt, mapped=True)
     for key, value in item['keys'].items():
-        found = saved['config'].get(key, checkpoints.OLDER.get(key, value))
+        found = saved['config'].get(key, OLDER.get(key, value))
         if key not in ('resume', 'init_from', 'data_dir') and found != value:
             raise UserError(f'{item["folder"]} has {key}={found}, not {value}; choose another --out_dir')
     return saved['iter_num'] >= item['keys']['max_iters']
@@ -196,25 +187,15 @@ def convert_and_tune(item):
 
 
 def read_study(path):
-    """The numbers of a study, its arms under the names that they have now. UserError if it isn't one."""
+    """The numbers of an earlier study. UserError if it isn't one."""
     with reading(path):
         numbers = read_json(path)
-        numbers['runs'] = [dict(r, arm=name_now(r), val_loss=r['val_loss']) for r in numbers['runs']]
         numbers['mha_rate'] = numbers['best_rates'].get(MHA.label)
-        numbers['setting'] = {key: numbers['setting'][key] for key in SETTING}
-        numbers['setting'] = dict(numbers['setting'], corpus=numbers['corpus'], iterations=numbers['iterations'])
-        unknown = {identity(r)[0] for r in numbers['runs']} - set(ARMS)
+        numbers['setting'] |= dict(corpus=numbers['corpus'], iterations=numbers['iterations'])
+        unknown = {r['arm'] for r in numbers['runs']} - set(ARMS)
     if unknown:
         raise UserError(f'{path} has arms that are not known here ({"; ".join(sorted(unknown))}); leave out --reuse')
     return numbers
-
-
-def name_now(recorded):
-    """The name of a recorded run's arm: before runs said their kv_lr, MLA's was 1/8 unless the name told another."""
-    name = recorded['arm']
-    if 'kv_lr' in recorded or not name.startswith('MLA'):
-        return name
-    return name.removesuffix(', kv_lr=1') if name.endswith((', kv_lr=1', ', as in 0.1.0')) else f'{name}, {SLOW}'
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -386,17 +367,17 @@ def draw_cache(study, setting_line):
 def contest(named, rates, recorded, mha_rate):
     """The Study of these arms at these learning rates, and of recorded runs; mha_rate: MHA's best one among those."""
     plans = [trained(arm, rate, TUNING_SEED + n) for arm in named for rate in rates for n in range(n_tuning)]
-    runs = joined(do(train_and_measure, plans, recorded), [r for r in recorded if r['kind'] == 'scratch'])
+    runs = do(train_and_measure, plans, [r for r in recorded if r['kind'] == 'scratch'])
     best, seeds = Study(runs, rates).best, [FINAL_SEED + n for n in range(n_final)]
     plans = [trained(arm, best[arm.label], seed) for arm in named for seed in seeds]
-    study = Study(joined(runs, do(train_and_measure, plans, recorded)), rates)
+    study = Study(do(train_and_measure, plans, runs), rates)
     if lost := [arm.label for arm in named if not set(seeds) <= set(study.losses(arm))]:
         raise UserError(f'{"; ".join(lost)} diverged with a final seed; leave its best rate out of --rates')
     # recorded conversions and controls begin from MHA models at its best rate of then
     begun = [r for r in recorded if r['kind'] != 'scratch'] if mha_rate == best.get('MHA') else []
     if conversions and {MHA, HALF} <= set(named):
-        begun = joined(converted_and_controls(named, seeds, best, begun), begun)
-    return Study(joined(study.runs, begun), rates)
+        begun = converted_and_controls(named, seeds, best, begun)
+    return Study(study.runs + begun, rates)
 
 
 def converted_and_controls(named, seeds, best, recorded):
@@ -410,10 +391,9 @@ def converted_and_controls(named, seeds, best, recorded):
             rate = best[MHA.label if arm == MHA else HALF.label]
             source = os.path.join(sources[seed]['folder'], f'ckpt_{start:06}.pt')
             early.append(run(arm, rate, seed, iterations - start, f'from{start}', source))
-    known = {identity(r) for r in recorded}
-    needed = {item['seed'] for item in starts + early if identity(item) not in known}
+    needed = {item['seed'] for item in lacking(starts + early, recorded)}
     do(train_and_measure, [sources[seed] for seed in sorted(needed)], [])  # recorded ones may be gone
-    return do(convert_and_tune, starts, recorded) + do(train_and_measure, early, recorded)
+    return do(train_and_measure, early, do(convert_and_tune, starts, recorded))
 
 
 named = choose(arms, EVERY) if arms else [] if reuse else EVERY
@@ -457,7 +437,7 @@ report.save_text(os.path.join(out_dir, f'{name}.md'), text)
 path = figure or os.path.join(out_dir, f'{name}.png')
 keep = ('arm', 'kind', 'rate', 'seed', 'val_loss', 'before', 'parameters', 'flops_per_token', 'cache_bytes_per_token')
 shown = [r for r in study.runs if r['seed'] >= FINAL_SEED or r['rate'] in grid]
-every = [{key: r[key] for key in keep if key in r} | dict(kv_lr=ARMS[r['arm']].keys(n_embd)['kv_lr']) for r in shown]
+every = [{key: r[key] for key in keep if key in r} for r in shown]
 numbers = dict(corpus=corpus, iterations=iterations, setting=setting, best_rates=study.best, runs=every)
 report.save_json(os.path.splitext(path)[0] + '.json', numbers)
 report.save_figure(path, draw_cache(study, setting_line))

@@ -27,6 +27,7 @@ import contextlib
 import glob
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -35,7 +36,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from matplotlib.figure import Figure
 
 from analysis import report
 from core.cli import arguments, errors
@@ -53,15 +53,18 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 # ----------------------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = sys.executable
 LATENTS = (32, 16) if rehearse else (384, 192)  # C/2 and C/4
 LONGEST = (2, 32) if rehearse else (64, 16384)  # a batch and a context
 AFTERWARDS = 20 if rehearse else 240  # seconds of the last part for what follows its trainings
 LEAST = 5 if rehearse else 360  # seconds without which the last part isn't worth its start
-# of the rehearsal: keys of bench.py, of trainings, and of what reads them
+# what a rehearsal sets instead: keys of bench.py, of trainings, and of what prepares their data and reads them
 SMALL_BENCH = dict(n_layer=1, n_head=4, n_embd=64, vocab_size=300, device='cpu', dtype='float32', rounds=2, threads=1)
+SMALL_BENCH |= dict(batch_size=2, block_size=32, n_kv_heads='2,1', n_latents='32,16', contexts='8,32', new_tokens=8)
+SMALL_BENCH |= dict(prompt_tokens=4, most=4, megabytes=1, compile=False)
 SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, device='cpu', threads=1, compile=False)
 SMALL_RUN |= dict(eval_interval=10, eval_iters=2, warmup_iters=2, lr_decay_iters=20, max_iters=iterations or 20)
+SMALL_RUN |= dict(keep_checkpoints=10)
+SMALL_DATA = dict(vocab_size=512, megabytes=1)
 SMALL_COMPARISON = dict(device='cpu', windows=8, batch_size=4, sample_tokens=8)
 SMALL_ANALYSIS = dict(sequences=8, length=8, controls=2, resamples=100, ablate_sequences=2, text_windows=2)
 SMALL_ANALYSIS |= dict(device='cpu', threads=1, html=False)
@@ -85,10 +88,10 @@ def path(name):
     return os.path.abspath(os.path.join(out_dir, name))
 
 
-def command(script, small, *arguments, **keys):
+def command(script, small, *configs, **keys):
     """A command; in a rehearsal with the keys `small`."""
     keys |= small if rehearse else {}
-    return [PYTHON, script, *arguments, *(f'--{key}={value}' for key, value in keys.items())]
+    return [sys.executable, script, *configs, *(f'--{key}={value}' for key, value in keys.items())]
 
 
 def bench(name, **keys):
@@ -96,90 +99,71 @@ def bench(name, **keys):
     return command('bench.py', SMALL_BENCH, **keys, json=path(f'{name}.json'))
 
 
-def pair(folders, config, **keys):
+def pair(name, *configs, **keys):
     """The commands that train MHA and MLA, each where it was stopped, and compare them."""
-    configs = [f'{config}.py', f'{config}_mla.py'] if config else ['', '']
-    thin = dict(n_latent=16) if rehearse else {}
-    mha = command('train.py', SMALL_RUN, *filter(None, configs[:1]), out_dir=folders[0], **keys, resume='auto')
-    mla = command(
-        'train_mla.py', SMALL_RUN, *filter(None, configs[1:]), out_dir=folders[1], **keys, **thin, resume='auto'
-    )
-    both = dict(runs=','.join(folders), out_dir=f'{folders[0]}-and-mla', data_dir=keys['data_dir'])
-    return [mha, mla, command('compare.py', SMALL_COMPARISON, **both)]
+    mha, mla = path(f'{name}-mha'), path(f'{name}-mla')
+    both = dict(runs=f'{mha},{mla}', out_dir=path(f'{name}-mha-and-mla'), data_dir=keys['data_dir'])
+    return [
+        command('train.py', SMALL_RUN, *configs[:1], out_dir=mha, **keys, resume='auto'),
+        command('train_mla.py', SMALL_RUN | dict(n_latent=16), *configs[1:], out_dir=mla, **keys, resume='auto'),
+        command('compare.py', SMALL_COMPARISON, **both),
+    ]
 
 
 def all_parts():
     """{name: Part}, in the order in which they run."""
-    gpu = None if rehearse else gpus.gpu_of('cuda')
     memory = 0 if rehearse else torch.cuda.get_device_properties(0).total_memory
     batch = next((size for size, least in ((32, 70e9), (16, 38e9), (8, 20e9)) if memory > least), 4)
-    where, small = ('a CPU', 'a miniature') if rehearse else (gpu.name if gpu else 'this device', '124M')
-    # of bench.py
+    gpu = None if rehearse else gpus.gpu_of('cuda')
+    where = gpu.name if gpu else 'a CPU' if rehearse else 'this device'
+    small, large = ('a miniature', 'a miniature') if rehearse else ('124M', '350M')
     theirs = dict(nanogpt=nanogpt) if nanogpt else {}
-    models = dict(n_kv_heads='2,1' if rehearse else '4,1', n_latents=','.join(map(str, LATENTS)))
-    length = dict(block_size=32 if rehearse else 1024)
-    step = dict(mode='train', batch_size=2 if rehearse else batch, **length)
-    medium = dict(
-        step, batch_size=step['batch_size'] if rehearse else max(1, batch // 2), n_layer=24, n_head=16, n_embd=1024
-    )
-    decode = dict(
-        mode='sample', **models, contexts='8,32' if rehearse else '128,1024,4096,16384', new_tokens=0, rounds=5
-    )
-    decode |= dict(uncached_tokens=0, huggingface=True, eager=True)
-    sizes = (1, 2) if rehearse else (1, 64, 8, 256) if memory > 70e9 else (1, 64, 8)  # those of the goals first
-    texts = dict(
-        mode='sample', contexts=8 if rehearse else 1024, batch_sizes=1, n_kv_heads=models['n_kv_heads'], **theirs
-    )
-    texts |= dict(new_tokens=8, prompt_tokens=4) if rehearse else dict(new_tokens=256, prompt_tokens=16)
-    most = dict(mode='memory', n_latents=models['n_latents'], **length, most=4 if rehearse else 1024)
-    tokenize = dict(mode='data', megabytes=1 if rehearse else 64, batch_size=4 if rehearse else 32)
+    latents = dict(n_latents=','.join(map(str, LATENTS)))
+    models = dict(n_kv_heads='4,1', **latents)
+    step = dict(mode='train', batch_size=batch, block_size=1024)
+    medium = dict(step, batch_size=max(1, batch // 2), n_layer=24, n_head=16, n_embd=1024)
+    decode = dict(models, mode='sample', contexts='128,1024,4096,16384', new_tokens=0, rounds=5, uncached_tokens=0)
+    decode |= dict(huggingface=True, eager=True)
+    batches = (1, 2) if rehearse else (1, 64, 8, 256) if memory > 70e9 else (1, 64, 8)  # those of the goals first
+    texts = dict(mode='sample', contexts=1024, batch_sizes=1, n_kv_heads='4,1', new_tokens=256, prompt_tokens=16)
+    largest = dict(latents, mode='memory', block_size=1024, most=1024)
     # trainings
-    data, shakespeare, code = path('data'), path('shakespeare'), path('code')
+    data = path('data')
     is_prepared = (ROOT / 'data' / 'shakespeare_char' / 'meta.json').is_file()
-    plays = str(ROOT / 'data') if is_prepared else data
-    characters = command('data/shakespeare_char/prepare.py', {}, out_dir=os.path.join(data, 'shakespeare_char'))
+    shakespeare = ['config/train_shakespeare_char.py', 'config/train_shakespeare_char_mla.py']
+    play = pair('shakespeare', *shakespeare, data_dir=ROOT / 'data' if is_prepared else data)
+    if not is_prepared:
+        play.insert(0, command('data/shakespeare_char/prepare.py', {}, out_dir=path('data/shakespeare_char')))
     text = '' if is_prepared else ', on the text that could be had (see below)'
-    sources = ','.join(['stdlib', *filter(importlib.util.find_spec, PACKAGES)])
-    prepare = dict(
-        out_dir=os.path.join(data, 'code'), packages=sources, tokenizer='bpe', vocab_size=8192, megabytes=100
-    )
     left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3)
     left |= dict(warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500)
-    left |= dict(eval_iters=2, log_interval=100, keep_checkpoints='10' if rehearse else '500,1000,2000')
-    arms = [f'{shakespeare}-mha', f'{shakespeare}-mla'], [f'{code}-mha', f'{code}-mla']
-    heads = dict(models=','.join(arms[1]), sweep=','.join(arms[1]), out_dir=path('induction'), data_dir=data)
-    compiled, plain = dict(compile=not rehearse), dict(compile=False)
-    titles = {  # and seconds, 0: whatever is left
-        'tests': ('Tests', 600),
-        'train': (f'Training steps, {small}, compiled, {where}', 480),
-        'decode': (f'Decoding steps, {small}, {where}', 420),
-        'texts': (f'Texts, {small}, {where}', 120),
-        'train_eager': (f'Training steps, {small}, not compiled, {where}', 150),
-        'memory': (f'Largest batch, {small}, not compiled, {where}', 120),
-        'profile': (f'Kernels of a training step, {small}, {where}', 300),
-        'shakespeare': (f'Shakespeare, the baby GPT at its full setting{text}', 480),
-        'train_350m': (f'Training steps, {"a miniature" if rehearse else "350M"}, not compiled, {where}', 150),
-        'data': ('The data path', 120),
-        'pair': ('A pair on source code, for the time that is left', 0),
+    left |= dict(eval_iters=2, log_interval=100, keep_checkpoints='500,1000,2000')
+    runs = f'{path("code-mha")},{path("code-mla")}'
+    heads = dict(models=runs, sweep=runs, out_dir=path('induction'), data_dir=data)
+    code = [*pair('code', **left), command('find_induction_heads.py', SMALL_ANALYSIS, **heads)]
+    if not os.path.exists(path('data/code/meta.json')):
+        sources = ','.join(['stdlib', *filter(importlib.util.find_spec, PACKAGES)])
+        prepare = dict(out_dir=path('data/code'), packages=sources, tokenizer='bpe', vocab_size=8192, megabytes=100)
+        code.insert(0, command('data/code/prepare.py', SMALL_DATA, **prepare))
+    tests = [[sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']]
+    compiled = [bench('train', **step, **models, **theirs, compile=True, rounds=5)]
+    eager = [bench('train_eager', **step, **models, **theirs, compile=False)]
+    wide = [bench('train_350m', **medium, **theirs, compile=False)]
+    decoding = [bench(f'decode-B{n}', **decode, batch_sizes=n, plot=path(f'decode-B{n}.png')) for n in batches]
+    kernels = [bench('profile', **step, **models, compile=True, rounds=1, profile=path('trace'))]
+    return {
+        'tests': Part('Tests', 600, tests),
+        'train': Part(f'Training steps, {small}, compiled, {where}', 480, compiled),
+        'decode': Part(f'Decoding steps, {small}, {where}', 420, decoding),
+        'texts': Part(f'Texts, {small}, {where}', 120, [bench('texts', **texts, **theirs, huggingface=True, rounds=5)]),
+        'train_eager': Part(f'Training steps, {small}, not compiled, {where}', 150, eager),
+        'memory': Part(f'Largest batch, {small}, not compiled, {where}', 120, [bench('memory', **largest)]),
+        'profile': Part(f'Kernels of a training step, {small}, {where}', 300, kernels),
+        'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, play),
+        'train_350m': Part(f'Training steps, {large}, not compiled, {where}', 150, wide),
+        'data': Part('The data path', 120, [bench('data', mode='data', megabytes=64, batch_size=32)]),
+        'pair': Part('A pair on source code, for the time that is left', 0, code),
     }
-    commands = {
-        'tests': [[PYTHON, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']],
-        'train': [bench('train', **step, **models, **theirs, **compiled, rounds=5)],
-        'decode': [bench(f'decode-B{n}', **decode, batch_sizes=n, plot=path(f'decode-B{n}.png')) for n in sizes],
-        'texts': [bench('texts', **texts, huggingface=True, rounds=5)],
-        'train_eager': [bench('train_eager', **step, **models, **theirs, **plain)],
-        'memory': [bench('memory', **most, **plain)],
-        'profile': [bench('profile', **step, **models, **compiled, rounds=1, profile=path('trace'))],
-        'shakespeare': pair(arms[0], 'config/train_shakespeare_char', data_dir=plays),
-        'train_350m': [bench('train_350m', **medium, **theirs, **plain)],
-        'data': [bench('data', **tokenize)],
-        'pair': [*pair(arms[1], '', **left), command('find_induction_heads.py', SMALL_ANALYSIS, **heads)],
-    }
-    if not is_prepared:
-        commands['shakespeare'].insert(0, characters)
-    if not os.path.exists(os.path.join(data, 'code', 'meta.json')):
-        commands['pair'].insert(0, command('data/code/prepare.py', dict(vocab_size=512, megabytes=1), **prepare))
-    return {name: Part(*titles[name], commands[name]) for name in titles}
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -277,42 +261,30 @@ def goals():
     """[(goal, what was measured as text, True, False or None where it wasn't)]."""
     mha, mla, theirs = (row(name, 'train', 'steps') for name in ('MHA', f'MLA, r={LATENTS[0]}', 'nanoGPT'))
     text, their_text, hf_text = (row(name, 'texts', 'texts') for name in ('MHA', 'nanoGPT', 'Hugging Face, cached'))
-    memory = ratio(mha, theirs, 'peak_bytes')
-    at_least = [
-        ('MFU of MHA at 124M, compiled: at least .5', mha.get('mfu'), 0.5),
-        ('MFU of MLA at C/2: at least .5', mla.get('mfu'), 0.5),
-        ("MHA's tokens/s over nanoGPT's: at least 1", ratio(mha, theirs, 'tokens_per_s'), 1),
-        ("tokens/s of a text over nanoGPT's: at least 5", ratio(text, their_text, 'tokens_per_s'), 5),
-        ("tokens/s of a text over Hugging Face's: at least 2", ratio(text, hf_text, 'tokens_per_s'), 2),
-    ]
-    slower = ratio(mla, mha, 'ms')
-    found = [(goal, value, value is not None and value >= least) for goal, value, least in at_least]
-    found.insert(2, ("MLA's step over MHA's: at most 1", slower, slower is not None and slower <= 1))
-    found.insert(4, ("MHA's peak memory over nanoGPT's: below 1", memory, memory is not None and memory < 1))
-    found = [(goal, f'{value:.3f}', met) if value is not None else (goal, '', None) for goal, value, met in found]
     longest = dict(zip(('batch_size', 'context'), LONGEST, strict=True))
-    mla, mha = (row(name, 'decode', 'steps', **longest) for name in (f'MLA, r={LATENTS[1]}', 'MHA'))
-    gain, only_mla = ratio(mla, mha, 'tokens_per_s'), bool(mla.get('ms') and mha.get('out_of_memory'))
-    text = f'{gain:.2f}' if gain else 'MHA out of memory' if only_mla else ''
-    goal = "MLA's tokens/s over MHA's, C/4, 16k context, batch 64: at least 4, or MHA out of memory"
-    return [*found, (goal, text, (only_mla or gain >= 4) if text else None)]
-
-
-def draw_steps(found):
-    """Tokens/s and peak memory of the training steps at 124M, as bars. found: what bench.py measured of them."""
-    rows = [(step, ', compiled' * bool(result['config']['compile'])) for result in found for step in result['steps']]
-    rows = [(step['name'] + how, step) for step, how in reversed(rows)]
-    names = [f'{name} ({len(rows) - n})' if rehearse else name for n, (name, _) in enumerate(rows)]
-    colors = ['#9a9a9a' if 'nanoGPT' in n else '#1f3b73' if 'MLA' in n else '#c4622d' for n in names]
-    figure = Figure(figsize=(11, 1.2 + 0.32 * len(rows)), layout='constrained')
-    panels = ('tokens_per_s', 1e-3, 'thousand tokens/s'), ('peak_bytes', 2**-30, 'peak memory of a step (GiB)')
-    for axes, (key, factor, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        values = [step[key] * factor for _, step in rows]
-        axes.bar_label(axes.barh(names, values, color=colors), [f'{value:.3g}' for value in values], padding=3)
-        axes.set(xlabel=label, xlim=(0, 1.15 * max(values)))
-        axes.spines[['top', 'right']].set_visible(False)
-    figure.suptitle(f'Training steps: {machine}' + ', a rehearsal in miniature' * rehearse, fontsize='medium')
-    return figure
+    small_cache, large_cache = (row(name, 'decode', 'steps', **longest) for name in (f'MLA, r={LATENTS[1]}', 'MHA'))
+    gain = ratio(small_cache, large_cache, 'tokens_per_s')
+    if small_cache.get('ms') and large_cache.get('out_of_memory'):
+        gain = math.inf
+    found = [
+        ('MFU of MHA at 124M, compiled: at least .5', mha.get('mfu'), 0.5, 1),
+        ('MFU of MLA at C/2: at least .5', mla.get('mfu'), 0.5, 1),
+        ("MLA's step over MHA's: at most 1", ratio(mla, mha, 'ms'), 0, 1),
+        ("MHA's tokens/s over nanoGPT's: at least 1", ratio(mha, theirs, 'tokens_per_s'), 1, math.inf),
+        ("MHA's peak memory over nanoGPT's: at most 1", ratio(mha, theirs, 'peak_bytes'), 0, 1),
+        ("tokens/s of a text over nanoGPT's: at least 5", ratio(text, their_text, 'tokens_per_s'), 5, math.inf),
+        ("tokens/s of a text over Hugging Face's: at least 2", ratio(text, hf_text, 'tokens_per_s'), 2, math.inf),
+        (
+            "MLA's tokens/s over MHA's, C/4, 16k context, batch 64: at least 4 (inf: MHA doesn't fit)",
+            gain,
+            4,
+            math.inf,
+        ),
+    ]
+    return [
+        (goal, '', None) if value is None else (goal, f'{value:.3f}', low <= value <= high)
+        for goal, value, low, high in found
+    ]
 
 
 def write(records, machine):
@@ -321,8 +293,6 @@ def write(records, machine):
     numbers = dict(machine=machine, rehearsed=rehearse, parts=records, results=results, goals=goals())
     report.save_json(path('gpu.json'), numbers)
     title = 'A rehearsal on a CPU: it shows that the parts run, and says nothing about speed' if rehearse else machine
-    if steps := [found for part in ('train', 'train_eager') if (found := measured(part))]:
-        report.save_figure(path('train.png'), draw_steps(steps))
     rows = [(goal, value or 'not measured', {None: '', True: 'yes', False: 'no'}[met]) for goal, value, met in goals()]
     text = f'# {title}\n\n' + report.markdown_table(('goal', 'measured', 'met'), rows)
     for name, record in records.items():

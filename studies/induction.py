@@ -4,7 +4,6 @@ The study behind RESULTS.md: does MLA form induction heads? When, how strong, in
 $ python studies/induction.py                    # short form: minutes on two cores
 $ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
 $ python studies/induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
-$ python studies/induction.py --reuse=assets/induction_study.json --convert    # with new conversions: 10 minutes
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
 writes tables.md, study.json and formation.png into out_dir. Finished runs are kept: repeat the command to continue
@@ -26,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report, stats, style
+from analysis.report import cells
 from core.cli import arguments, errors, subprocesses
 from core.cli.errors import UserError
 from studies.measure import best_heads, formed, measure, measurement, places, read_json, reading, sweep
@@ -36,7 +36,6 @@ out_dir = 'out-study'  # runs and tables
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 reuse = ''  # the study.json of an earlier study: its tables and pictures are made again, nothing is trained
-convert = False  # with reuse: train the MHA models that are converted, and convert them, all the same
 results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
 data_dir = 'data'
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
@@ -66,15 +65,11 @@ def planned():
     return runs
 
 
-def sources():
-    """The runs of two-layer MHA models, which are converted."""
-    return [run for run in planned() if (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)]
-
-
 def conversions():
-    """The conversions of these models: dicts of name, source, n_latent, seed."""
+    """The conversions of the two-layer MHA models: dicts of name, source, n_latent, seed."""
     latents = (32, 16, 8) if full else (16,)
-    found = [dict(source=run['folder'], n_latent=r, seed=run['seed']) for r in latents for run in sources()]
+    sources = [run for run in planned() if (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)]
+    found = [dict(source=run['folder'], n_latent=r, seed=run['seed']) for r in latents for run in sources]
     return [dict(run, name=f'converted-r{run["n_latent"]}-s{run["seed"]}') for run in found]
 
 
@@ -187,16 +182,7 @@ def carry(rises):
 
 def groups(outcomes, n_layer):
     """Outcomes with n_layer layers by (pos, attention and latent), in the order of `planned`."""
-    found = {}
-    for o in outcomes:
-        if o['n_layer'] == n_layer:
-            found.setdefault((o['pos'], attention_of(o)), []).append(o)
-    return found
-
-
-def cells(rows, *keys, form='.3f'):
-    """Cells with the spread of numbers over dicts."""
-    return [report.spread((row[key] for row in rows), form) for key in keys]
+    return report.grouped((o for o in outcomes if o['n_layer'] == n_layer), lambda o: (o['pos'], attention_of(o)))
 
 
 def formation(group):
@@ -345,13 +331,10 @@ if reuse:
     with reading(reuse):
         earlier = read_json(reuse)
         full, max_iters = (earlier['config'][key] for key in ('full', 'max_iters'))
-        outcomes, converted = [dict(run) for run in earlier['runs']], earlier.get('conversions', [])
+        outcomes, converted = [dict(run) for run in earlier['runs']], earlier['conversions']
 else:
     prepare_data()
     outcomes = subprocesses.run_all(train_and_measure, planned(), jobs)
-if convert or not reuse:
-    prepare_data()
-    subprocesses.run_all(train_and_measure, sources(), jobs)
     converted = subprocesses.run_all(convert_and_measure, conversions(), jobs)
 
 with reading(reuse):

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 
 from analysis import report, style
 from analysis.bigrams import with_copies
+from analysis.report import cells
 from core.cli import arguments, errors, files, subprocesses
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
@@ -171,22 +172,13 @@ def loss_of(o):
 
 def tuning(outcomes):
     """{arm: its runs on the seed that has every rate}."""
-    found = {}
-    for o in outcomes:
-        if o['share'] is None and o['seed'] == SEED:
-            found.setdefault(o['arm'], []).append(o)
-    return found
+    return report.grouped((o for o in outcomes if o['share'] is None and o['seed'] == SEED), lambda o: o['arm'])
 
 
 def by_arm(outcomes):
     """{arm: its runs of part 1 at its best rate}."""
     best = {arm: min(group, key=loss_of)['rate'] for arm, group in tuning(outcomes).items()}
     return {arm: [o for o in outcomes if (o['arm'], o['share'], o['rate']) == (arm, None, best[arm])] for arm in best}
-
-
-def cells(group, *keys):
-    """Cells with the spread of numbers over the runs of a group."""
-    return [report.spread(o[key] for o in group) for key in keys]
 
 
 def formation_table(outcomes):
@@ -228,7 +220,13 @@ def prose_table(outcomes):
     heading = ['copied tokens', UNTIL, 'best induction score', 'layer.head', 'best previous-token score', 'layer.head']
     rows = []
     for o in of_prose(outcomes):
-        row = [f'{o["share"]:.0%}', when([o]), *cells([o], 'score'), places([o], 'best'), *cells([o], 'previous')]
+        row = [
+            f'{o["share"]:.0%}',
+            when([o]),
+            *cells([o], 'score'),
+            places([o], 'best'),
+            *cells([o], 'previous'),
+        ]
         rows.append([*row, places([o], 'best_previous'), *cells([o], 'repeated', 'others')])
     return report.markdown_table([*heading, 'loss at repeated bigrams of plain prose', 'elsewhere'], rows)
 

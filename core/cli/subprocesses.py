@@ -19,11 +19,7 @@ running: set[subprocess.Popen] = set()  # the subprocesses that `call` waits for
 
 
 def call(command: list[str], **how: Any) -> int:
-    """
-    The exit code of a command that is run as a subprocess; how: further arguments of subprocess.Popen.
-
-    A signal that ends this script ends the subprocess too: it gets SIGTERM, and is waited for, since a training saves.
-    """
+    """The exit code of a command, run by Popen(**how); it gets SIGTERM when this script does, and is waited for."""
     process = subprocess.Popen(command, **how)
     running.add(process)
     try:

@@ -7,6 +7,7 @@ is refused; so is a config that asks for what model.py and model_mla.py lack.
 
 import json
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ FORMS: dict[str, tuple[type[GPT], type[GPTConfig], Any]] = {
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COPY = 'copy it again'
+# the keys of a model's shape that the forms here, GPT-2's and the exported code take into account
+KNOWN = {
+    *('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'gelu', 'norm', 'mlp', 'n_hidden'),
+    *('tied', 'pos', 'n_rope', 'rope_theta', 'n_kv_head', 'n_latent', 'n_latent_q', 'n_nope', 'n_value', 'shared_rope'),
+    'latent_norm',
+}
+OF_TRAINING = {'init_std', 'latent_init', 'kv_rms', 'flash', 'recompute'}  # of no use to a trained model
+
+
+def unknown_setting(config: GPTConfig) -> str:
+    """A setting that no form takes into account, as 'key=value'; '' where there is none."""
+    others = [field for field in fields(config) if field.name not in KNOWN | OF_TRAINING]
+    changed = (f'{f.name}={getattr(config, f.name)}' for f in others if getattr(config, f.name) != f.default)
+    return next(changed, '')
 
 
 def native_form(config: GPTConfig) -> Any:

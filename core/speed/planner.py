@@ -42,7 +42,8 @@ SHAPES['deepseek-v3'] = dict(n_layer=61, n_head=56, n_embd=7168, vocab_size=1292
 SHAPES['deepseek-v3'] |= dict(n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True)
 PARTS = {'wte': 'embedding and head', 'wpe': 'positions', 'attn': 'attention', 'mlp': 'MLP', 'ln_': 'norms'}
 FEW, MANY = 256, 512  # sequences, so many that what grows with them outweighs the rest
-OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}  # bytes per parameter: of the blocks' matrices, and of all others
+# bytes per parameter: of the blocks' matrices, of which Muon keeps one number where AdamW keeps two, and of all others
+OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -93,12 +94,7 @@ class Plan:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def state_bytes(self, optimizer: str, share: int = 1) -> dict[str, float]:
-        """
-        Memory of float32 weights and gradients and of the optimizer's states: {what: bytes}.
-
-        share: of how many GPUs each holds a part of these (FSDP). Muon keeps one number per parameter of the blocks'
-        matrices; all else is AdamW's, which keeps two.
-        """
+        """Bytes of float32 weights, gradients, optimizer states; share: of how many GPUs each holds a part (FSDP)."""
         in_blocks = self.parameters['attention'] + self.parameters['MLP']
         of_blocks, of_others = OPTIMIZERS[optimizer]
         states = of_blocks * in_blocks + of_others * (self.total - in_blocks)
@@ -112,7 +108,7 @@ class Plan:
     @property
     def counted_length(self) -> int:
         """Tokens of a sequence that is long enough for attention on a CPU to keep no patterns, as on a GPU."""
-        return EagerAttention.HEAD_SIZES * max(16, self.config.head_size) + 1
+        return EagerAttention.HEAD_SIZES * max(16, self.config.widths[0]) + 1
 
     def counted_bytes(self, n_layer: int, sequences: int, recompute: bool) -> dict[str, float]:
         """

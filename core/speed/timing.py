@@ -6,7 +6,6 @@ Measure time and memory: alternating rounds, medians and quartiles, peak memory,
 
 import contextlib
 import gc
-import json
 import math
 import os
 import platform
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 from core.cli import machine
-from core.cli.errors import UserError
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
@@ -73,6 +71,12 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {'ms': 1e3 * middle, 'ms_quartiles': [1e3 * low, 1e3 * high]}
 
 
+def ms_text(row: dict[str, Any]) -> str:
+    """A row's median and quartiles (see `spread`) as text: '12.3 (12.1 to 12.9)'."""
+    low, high = row['ms_quartiles']
+    return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'
+
+
 def profile(function: Callable[[], Any], path: str, device: str = 'cpu') -> list[tuple[str, float]]:
     """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its part)], longest first."""
     quiet_profiler()
@@ -119,22 +123,11 @@ def peak_bytes(function: Callable[[], Any], device: str = 'cpu') -> int:
 
 
 def most_memory(process: subprocess.Popen) -> int | None:
-    """
-    Wait for a subprocess.Popen. Returns the peak memory of it and its children together, in bytes, read every 50 ms.
-
-    Shared pages count once (PSS). Returns None where the system has no /proc/PID/smaps_rollup: anywhere but on Linux.
-    """
-    most: int | None = None
+    """Wait for a subprocess.Popen. Returns its peak memory in bytes, read every 50 ms; None anywhere but on Linux."""
+    most = None
     while process.poll() is None:
-        total, waiting = 0, [str(process.pid)]
-        while waiting:
-            pid = waiting.pop()
-            with contextlib.suppress(OSError, ValueError):
-                with open(f'/proc/{pid}/smaps_rollup', encoding='ascii') as file:
-                    total += next(int(line.split()[1]) << 10 for line in file if line.startswith('Pss:'))
-                with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as file:
-                    waiting += file.read().split()
-        most = max(most or 0, total) or None
+        with contextlib.suppress(OSError, StopIteration), open(f'/proc/{process.pid}/status', encoding='ascii') as file:
+            most = next(int(line.split()[1]) << 10 for line in file if line.startswith('VmHWM:'))
         time.sleep(0.05)
     return most
 
@@ -184,26 +177,3 @@ def cpu_bandwidth() -> float:
     """GB/s at which the CPU reads memory, measured: the best sum of 256 MiB of float32 by all threads."""
     numbers = torch.ones(2**26)
     return numbers.nbytes / 1e9 / min(timed(numbers.sum) for _ in range(9))
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def read_times(path: str) -> dict[str, float]:
-    """{name of a timed row: milliseconds} of a file written by bench.py --json. UserError where it can't be read."""
-    times = {}
-    try:
-        with open(path, encoding='utf-8') as file:
-            found = json.load(file)
-        for row in (row for part in found.values() if isinstance(part, list) for row in part):
-            if 'out_of_memory' not in row:
-                times[' '.join(str(row[key]) for key in ('name', 'batch_size', 'context') if key in row)] = row['ms']
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} can't be read as a measurement ({error}); name a file written by --json") from error
-    return times
-
-
-def ms_text(row: dict[str, Any]) -> str:
-    """A row's median and quartiles (see `spread`) as text: '12.3 (12.1 to 12.9)'."""
-    low, high = row['ms_quartiles']
-    return f'{row["ms"]:.1f} ({low:.1f} to {high:.1f})'

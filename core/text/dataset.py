@@ -17,8 +17,9 @@ Notable features:
 import bisect
 import itertools
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
 CHECKED_WHOLE = 1 << 26  # bytes; opening a split up to this size checks its SHA-256 and every id, otherwise a sample
 MOST_OPEN = 100  # files at a time
-HAS_PREADV = hasattr(os, 'preadv')  # not on Windows
 # what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
 IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
@@ -46,7 +46,7 @@ class TokenData:
     """
 
     def __init__(self, folder: str | os.PathLike, block_size: int) -> None:
-        self._open: dict[str, IO[bytes]] = {}
+        self._open: dict[str, BufferedReader] = {}
         self.folder = existing(Path(folder))
         self.block_size = block_size
         self.meta = read_meta(self.folder)
@@ -151,7 +151,8 @@ class TokenData:
             is_whole = os.fstat(file.fileno()).st_size == self._sizes[name]
             for number, start in enumerate(starts):
                 row = view[number * width : (number + 1) * width]
-                is_whole = is_whole and read_at(file, row, header + start * out.itemsize)
+                file.seek(header + start * out.itemsize)
+                is_whole = is_whole and file.readinto(row) == width
         except OSError as error:
             raise UserError(f"{self.folder / name} can't be read any more ({error.strerror or error})") from error
         if not is_whole:
@@ -160,12 +161,12 @@ class TokenData:
                 'bytes; put it back, and go on from the last checkpoint with --resume=yes'
             )
 
-    def _opened(self, name: str) -> IO[bytes]:
+    def _opened(self, name: str) -> BufferedReader:
         """A file of the data set, open for reading; the one opened first is closed where there are too many."""
         if name not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[name] = open(self.folder / name, 'rb', buffering=0)
+            self._open[name] = open(self.folder / name, 'rb')
         return self._open[name]
 
     def _length(self, name: str, expected: int | None, dtype: np.dtype) -> int:
@@ -252,18 +253,6 @@ class TokenData:
             f'{self.folder / name} has the id {highest}, beyond the vocabulary of {self.n_vocab:,}: it belongs to '
             f'another meta.json or has another dtype; {prepare_hint(self.folder)}'
         )
-
-
-def read_at(file: Any, view: memoryview, at: int) -> bool:
-    """Fill a view of bytes from the position `at` of an unbuffered file. False if the file ends before."""
-    if HAS_PREADV:
-        count = os.preadv(file.fileno(), [view], at)
-    else:
-        file.seek(at)
-        count = file.readinto(view)
-    if 0 < count < len(view):  # no call reads more than 2 GiB
-        return read_at(file, view[count:], at + count)
-    return count == len(view)
 
 
 def other_dtype(ids: np.ndarray) -> str | None:

@@ -3,7 +3,7 @@ Encode text on all cores, and write a data set to disk.
 
 Notable features:
 - text streams through the cores in bounded memory; the ids equal those of encoding the whole text at once
-- the files of a data set are written under temporary names and renamed when complete; a failed run changes nothing
+- the files of a data set are written into a temporary folder and moved when complete; a failed run changes nothing
 """
 
 import collections
@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,6 @@ Result = TypeVar('Result')
 CHUNK = 1 << 18  # characters that a worker encodes at a time
 LONGEST_RUN = 1 << 18  # characters; a longer run without white space is cut anywhere
 Piece = tuple[Any, bool]  # text (bytes for tokenizers that read them), and whether a document ends with it
-LEFTOVER = re.compile(r'(?:(?:train|val)[\w.]*\.bin|meta\.json|replacing)\.(\d+)\.tmp')  # the number is a process's
 OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a data set's files
 
 
@@ -38,11 +38,7 @@ OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a d
 
 
 def chunks(blocks: Iterable[str], size: int = CHUNK, longest: int = LONGEST_RUN) -> Iterator[str]:
-    """
-    Join and cut a stream into pieces of about `size` characters that byte-pair encodings encode as the whole.
-
-    See cut_point for where it cuts.
-    """
+    """Cut a stream into pieces of about `size` characters at a `cut_point`: byte pairs encode as in the whole."""
     rest = ''
     for block in blocks:
         rest += block
@@ -73,9 +69,8 @@ def encode_stream(
     """
     Encode a stream of pieces on all cores: yields arrays of ids, in order, the same for any number of workers.
 
-    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: threads, 0 for all cores;
-    they suffice because tiktoken and numpy release the GIL. bar: a progress bar with update(characters). chunk:
-    characters per task. At most 2 * workers tasks are read ahead, so memory is bounded.
+    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: see `in_order`; threads
+    suffice because tiktoken and numpy release the GIL. bar: with update(characters). chunk: characters per task.
     """
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
@@ -91,11 +86,7 @@ def encode_stream(
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int = 0) -> Iterator[tuple[Task, Result]]:
-    """
-    Yields (task, work(task)) for some tasks, in order, computed by threads; reads 2 * workers tasks ahead.
-
-    workers: threads, 0 for all cores. No task may be None.
-    """
+    """Yields (task, work(task)) in order, by threads (0: all cores); reads 2 * workers tasks ahead. No task is None."""
     workers = workers or available_cores()
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
@@ -162,68 +153,38 @@ def write_dataset(
     meta |= {'row_tokens': row_tokens} if row_tokens else {}
     meta |= {'masked': True} if masks else {}
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
-    new: dict[str, Path] = {}  # {name: the temporary file that becomes it}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        for split in SPLITS:
-            parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
-            counts = []
-            for name, part in zip(token_files(split, len(parts)), parts, strict=True):
-                new[name] = part if isinstance(part, Path) else temporary(folder / name)
-                count, meta['sha256'][name] = write_tokens(new[name], part, dtype, n_vocab)
-                counts.append(count)
-            meta['tokens'][split] = sum(counts)
-            meta |= {'shards': counts} if len(parts) > 1 else {}
-            if not sum(counts):
-                raise UserError(f'{split}.bin would be empty: the input has no text or is too short to be split')
-            if split == 'train' and sum(counts) < least:
-                raise UserError(
-                    f'train.bin would have {sum(counts)} tokens, too few for a block of {least - 1}: prepare more text'
-                )
-            if masks:
-                name = f'{split}.mask.bin'
-                new[name] = temporary(folder / name)
-                count, meta['sha256'][name] = write_tokens(new[name], masks[split], np.dtype('u1'), 2)
-                if count != sum(counts):
-                    raise ValueError(f'{name} has {count} entries for {sum(counts)} tokens')
-        new['meta.json'] = temporary(folder / 'meta.json')
-        files.write_json(new['meta.json'], meta)
-        notice_replaced(folder, meta)
-        publish(folder, new)
+        with tempfile.TemporaryDirectory(prefix='unfinished-', dir=folder) as beside:
+            new: dict[str, Path] = {}  # {name: the file that becomes it}
+            for split in SPLITS:
+                parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
+                counts = []
+                for name, part in zip(token_files(split, len(parts)), parts, strict=True):
+                    new[name] = part if isinstance(part, Path) else Path(beside, name)
+                    count, meta['sha256'][name] = write_tokens(new[name], part, dtype, n_vocab)
+                    counts.append(count)
+                total = meta['tokens'][split] = sum(counts)
+                meta |= {'shards': counts} if len(parts) > 1 else {}
+                if not total:
+                    raise UserError(f'{split}.bin would be empty: the input has no text or is too short to be split')
+                if split == 'train' and total < least:
+                    raise UserError(
+                        f'train.bin would have {total} tokens, too few for a block of {least - 1}: prepare more text'
+                    )
+                if masks:
+                    name = f'{split}.mask.bin'
+                    new[name] = Path(beside, name)
+                    count, meta['sha256'][name] = write_tokens(new[name], masks[split], np.dtype('u1'), 2)
+                    if count != total:
+                        raise ValueError(f'{name} has {count} entries for {total} tokens')
+            new['meta.json'] = Path(beside, 'meta.json')
+            files.write_json(new['meta.json'], meta)
+            notice_replaced(folder, meta)
+            publish(folder, new)
     except OSError as error:
         raise UserError(f"can't write the data set {folder}: {error.strerror or error}") from error
-    finally:
-        for path in new.values():
-            if path.name.endswith('.tmp'):  # of `temporary`; a finished file stays until it is moved
-                path.unlink(missing_ok=True)
     return meta
-
-
-def temporary(path: Path) -> Path:
-    """The temporary name of a file, different for each process: two runs at once don't overwrite each other's."""
-    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left under the names of `temporary`. Raises OSError."""
-    for path in folder.glob('*.tmp'):
-        found = LEFTOVER.fullmatch(path.name)
-        if found and not is_running(int(found[1])):
-            path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """True if a process with this number runs on this machine, or if the operating system doesn't say."""
-    if os.name == 'nt':
-        return True  # os.kill would send a signal there
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class GrowingSplit:
@@ -291,11 +252,7 @@ class GrowingSplit:
 
 
 def write_tokens(path: Path, arrays: Any, dtype: np.dtype, vocab_size: int) -> tuple[int, str]:
-    """
-    Write an array or an iterable of arrays to `path`; returns (tokens, sha256).
-
-    If `arrays` is a Path, the file is finished and only read. ValueError if an id exceeds the vocabulary.
-    """
+    """Write arrays to `path`, or read a finished file (a Path): (tokens, sha256). ValueError for an id too large."""
     if isinstance(arrays, Path):
         return path.stat().st_size // dtype.itemsize, files.sha256(path)
     count, checksum = 0, hashlib.sha256()
@@ -314,9 +271,7 @@ def write_tokens(path: Path, arrays: Any, dtype: np.dtype, vocab_size: int) -> t
 def publish(folder: Path, new: dict[str, Path]) -> None:
     """Rename the files {name: path} to their names, meta.json last. Until then it says that they are being replaced."""
     if any((folder / name).exists() for name in new):
-        marker = temporary(folder / 'replacing')
-        files.write_json(marker, {'format': FORMAT, 'replacing': True})
-        os.replace(marker, folder / 'meta.json')
+        files.write_json(folder / 'meta.json', {'format': FORMAT, 'replacing': True})
     for path in (path for split in SPLITS for path in folder.glob(f'{split}*.bin')):
         if path.name not in new and OF_A_SPLIT.fullmatch(path.name):
             path.unlink()
@@ -330,10 +285,10 @@ def notice_replaced(folder: Path, meta: Meta) -> None:
         return
     try:
         old = read_meta(folder)
+        before = f'{old["source"]} ({old["tokenizer"]})'
     except UserError:
-        old = {}
-    if (old.get('source'), old.get('tokenizer')) != (meta['source'], meta['tokenizer']):
-        before = f'{old["source"]} ({old["tokenizer"]})' if old else 'a broken data set'
+        before = 'a broken data set'
+    if before != f'{meta["source"]} ({meta["tokenizer"]})':
         notice(f'note: {shown(folder)}: replacing {before} with {meta["source"]} ({meta["tokenizer"]})')
 
 

@@ -128,16 +128,6 @@ def test_nothing_seen_is_not_a_number():
 # ---- windows inside documents ----------------------------------------------------------------------------------------
 
 
-def test_windows_inside_documents():
-    lengths = np.random.default_rng(5).integers(1, 40, 50)
-    ends = lengths.cumsum() - 1
-    document = np.repeat(np.arange(50), lengths)
-    starts = bigrams.starts_inside(ends, 8)
-    assert (np.diff(starts) >= 8).all() and (document[starts] == document[starts + 8]).all()
-    assert np.bincount(document[starts], minlength=50).tolist() == [(length - 1) // 8 for length in lengths]
-    assert bigrams.starts_inside([], 8).tolist() == [] and bigrams.starts_inside([7], 8).tolist() == []
-
-
 def test_pairs_that_occurred_before_in_the_window():
     rng = np.random.default_rng(3)
     x, y = rng.integers(0, 5, (2, 6, 30))

@@ -4,21 +4,26 @@ import numpy as np
 import pytest
 import torch
 from support.planted import BOS, IDS, L, planted, random_model, repeats, untrained
+from torch.nn import functional as F
 
 from analysis import circuits, forward, induction, stats
 
 
-def test_self_test_passes_and_notices_a_diagonal_too_long():
-    induction.self_test()
-
-    def customary(pattern, these):
-        """A mistake in published code: the mean of diagonal(-L + 1) of the whole pattern."""
-        offset = int(these.query[0, 0] - these.match[0, 0])
-        wrong = pattern.diagonal(1 - offset, 2, 3).mean(-1)
-        return dict(induction.pattern_scores(pattern, these), induction=wrong)
-
-    with pytest.raises(RuntimeError, match='self-test'):
-        induction.self_test(customary)
+@pytest.mark.parametrize('layout', [dict(), dict(bos=99), dict(bos=99, max_gap=5), dict(copies=4)])
+def test_perfect_heads_score_one_and_uniform_attention_chance(layout):
+    these = induction.repeated_sequences(8, 12, np.arange(40), seed=1, **layout)
+    N, T = these.tokens.shape
+    rows = torch.arange(N)[:, None]
+    perfect = torch.zeros(N, 3, T, T)
+    perfect[:, :, :, 0] = 1  # all other queries attend to the first token
+    perfect[rows, 0, these.query] = F.one_hot(these.match + 1, T).float()
+    perfect[rows, 1, these.query] = F.one_hot(these.match, T).float()
+    perfect[:, 2, 1:] = torch.eye(T)[:-1]
+    scores = induction.pattern_scores(perfect, these)
+    for head, name in enumerate(('induction', 'duplicate_token', 'previous_token')):
+        assert scores[name][:, head].mean().item() == pytest.approx(1, abs=1e-5), name
+    flat = induction.pattern_scores(induction.uniform_pattern(T).expand(N, 1, T, T), these)
+    assert flat['induction'].mean().item() == pytest.approx(induction.chance(these), abs=1e-5)
 
 
 # ---- sequences -------------------------------------------------------------------------------------------------------

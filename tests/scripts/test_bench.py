@@ -89,8 +89,6 @@ def test_a_model_whose_cache_does_not_fit_is_named_and_the_others_are_timed(tmp_
     assert lacking == {('MHA', 2, 16)}
     assert len(rows) == 8 and sum(row.get('ms', 0) > 0 for row in rows) == 7
     assert done.stdout.count(' out of memory |') == 1
-    again = forking.run('bench.py', ['--mode=compare', f'--files={tmp_path}/a.json,{tmp_path}/a.json'])
-    assert again.returncode == 0 and again.stdout.count('1.000') == 7
 
 
 def test_the_largest_batch_is_found(tmp_path):
@@ -124,22 +122,6 @@ def test_tokenizing_and_batches_are_timed(tmp_path):
     assert list(timed(tmp_path / 'a.json', 'batches')) == ['batch, ours', 'batch, row by row']
 
 
-def test_two_measurements_are_compared_as_ratios(tmp_path):
-    def write(name, *times):
-        steps = [{'name': name, 'ms': ms} for name, ms in zip('abc', times, strict=False)]
-        (tmp_path / name).write_text(json.dumps({'mode': 'train', 'config': {'a': 1}, 'steps': steps}))
-        return str(tmp_path / name)
-
-    before, after = write('before', 10, 20, 30), write('after', 10.5, 40)
-    done = forking.run('bench.py', ['--mode=compare', f'--files={before},{after}'])
-    assert done.returncode == 1
-    table = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines()]
-    assert ['a', '10.00', '10.50', '1.050'] in table and ['b', '20.00', '40.00', '2.000'] in table
-    assert done.stderr.strip().endswith('slower by more than 1.1 times: b')
-    done = forking.run('bench.py', ['--mode=compare', f'--files={before},{after}', '--tolerance=2.5'])
-    assert done.returncode == 0 and 'slower' not in done.stderr
-
-
 @pytest.mark.parametrize(
     'arguments, expected',
     [
@@ -150,8 +132,6 @@ def test_two_measurements_are_compared_as_ratios(tmp_path):
         (['--mode=train', '--without=magic'], "without is 'magic'; it must be a list of memory, fused, loss"),
         (['--mode=train', '--nanogpt=nowhere'], "nanoGPT can't be measured"),
         (['--mode=data', '--text=nowhere.txt'], 'nowhere.txt is missing'),
-        (['--mode=compare', '--files=one.json'], 'two files'),
-        (['--mode=compare', '--files=one.json,two.json'], "one.json can't be read"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, expected):

@@ -61,14 +61,6 @@ def test_at_most_so_many_windows(data, tmp_path):
     assert '| random | byte, 256 ids | 7 |' in done.stdout
 
 
-def test_windows_inside_documents_are_copies_alone(data):
-    """Each document of 21 tokens has room for one window of 16 and its last target: 6 of 16 positions are copies."""
-    done = measure(data, 'documents', '--inside_documents=True')
-    assert '| documents | bpe, 257 ids | 100 | 0.375 ± 0.000 | 1.000 ± 0.000 |' in done.stdout, done.stderr
-    crossing = measure(data, 'documents')
-    assert '| 131 |' in crossing.stdout and ' 1.000 ' not in crossing.stdout
-
-
 def test_masked_targets_do_not_count(data):
     done = measure(data, 'rows', block_size=19)
     assert '| rows | none, 10 ids | 40 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.000 ± 0.000 |' in done.stdout
@@ -81,8 +73,6 @@ def test_masked_targets_do_not_count(data):
         ('random,nowhere', [], 'there is no data set .*nowhere'),
         ('rows', [], 'use --block_size=19'),
         ('random', ['--block_size=15000'], 'requires two windows of 15000 tokens, and .* has 1'),
-        ('random', ['--inside_documents=True'], 'do not say where a document ends'),
-        ('documents', ['--inside_documents=True', '--block_size=30'], 'two windows of 30 tokens, and .* has 0'),
         ('random', ['--json=/nowhere/out.json'], "can't be used"),
     ],
 )

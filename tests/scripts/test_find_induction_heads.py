@@ -37,7 +37,6 @@ def test_planted_heads_are_found_in_both_models(tmp_path):
     out = tmp_path / 'found'
     done = find(f'--models={folders[0]},{folders[1]}', f'--out_dir={out}')
     assert done.returncode == 0, done.stderr
-    assert 'self-test passed' in done.stderr
     for kind, folder in zip(('mha', 'mla'), folders, strict=True):
         digest = hashlib.sha256((folder / 'ckpt.pt').read_bytes()).hexdigest()
         assert f'out-{kind}: 1 of 4 heads are induction heads' in done.stdout

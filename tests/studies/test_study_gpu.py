@@ -35,7 +35,7 @@ def test_every_part_runs_once(tmp_path):
     assert all(f'\n`{name}`: done' in report for name in PARTS) and 'rehearsal' in report.splitlines()[0]
     steps = {row['name'] for row in written['results']['decode']['steps']}
     assert steps == {'MHA', 'GQA-2', 'MQA', 'MLA, r=32', 'MLA, r=16', 'Hugging Face'}
-    for picture in ('train.png', 'decode-B1.png', 'decode-B2.png'):
+    for picture in ('decode-B1.png', 'decode-B2.png'):
         assert (out / picture).read_bytes().startswith(b'\x89PNG')
     for file in ('shakespeare-mla/ckpt.pt', 'code-mla/ckpt.pt', 'trace-MHA.json', 'induction/formation.json'):
         assert (out / file).exists(), file

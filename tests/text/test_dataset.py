@@ -409,13 +409,6 @@ def test_more_files_than_are_kept_open(tmp_path, monkeypatch):
     assert torch.equal(data.windows('train', range(984))[0][:, 0], torch.arange(984)) and len(data._open) == 3
 
 
-def test_without_preadv_the_same_is_read(tmp_path, monkeypatch):
-    data = TokenData(numbers(tmp_path), 16)
-    before = data.batch(1, 1, 8)[0]
-    monkeypatch.setattr('core.text.dataset.HAS_PREADV', False)  # as on Windows
-    assert torch.equal(data.batch(1, 1, 8)[0], before)
-
-
 def test_dataset_may_be_given_with_its_folder(char_data, monkeypatch):
     """--dataset=data/NAME with --data_dir=data, as one types with the help of a shell."""
     monkeypatch.chdir(char_data.parents[1])

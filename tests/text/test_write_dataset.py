@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -165,16 +163,3 @@ def test_a_notice_says_which_corpus_is_replaced(char_data, capsys):
     assert 'replacing a test text (char) with file a.txt (byte)' in capsys.readouterr().err
     write_dataset(char_data, ByteTokenizer(), splits, source='file a.txt')
     assert capsys.readouterr().err == ''
-
-
-@pytest.mark.skipif(os.name == 'nt', reason='whether a process runs is not asked there')
-def test_what_a_killed_run_left_is_removed(tmp_path):
-    """The files of a process that is gone; those of a running one and all others stay."""
-    ended = subprocess.Popen([sys.executable, '-c', ''])
-    ended.wait()
-    left = [f'{name}.{ended.pid}.tmp' for name in ('train.bin', 'val.mask.bin', 'train_00003.bin', 'meta.json')]
-    kept = [f'train.bin.{os.getppid()}.tmp', 'train.bin.notes.tmp', f'other.bin.{ended.pid}.tmp', 'notes.tmp']
-    for name in left + kept:
-        (tmp_path / name).write_bytes(b'half a file')
-    write_dataset(tmp_path, ByteTokenizer(), {'train': np.arange(100), 'val': np.arange(100)}, source='a test')
-    assert set(files_of(tmp_path)) == {'train.bin', 'val.bin', 'meta.json', *kept}
