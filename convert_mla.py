@@ -9,13 +9,18 @@ To grouped-query attention, or from it: a GQA model is an MLA model of the same 
 $ python convert_mla.py --source=out-shakespeare-cpu --out_dir=out-gqa --n_kv_head=2
 $ python convert_mla.py --source=out-gqa --out_dir=out-gqa-mla
 
+A model with RoPE keeps it: keys are decompressed and rotated whole. In DeepSeek's shape, one rotated key for all heads
+beside content keys, it decodes absorbed, but it loses more and has to be fine-tuned:
+$ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-mla --n_latent=128
+$ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-published --n_latent=128 --n_rope=32
+
 Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=out-converted/conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
-The algebra is in core/convert/factorize.py. Fine-tuning recovers most of the loss:
+The algebra is in core/convert/factorize.py and factorize_rope.py. Fine-tuning recovers most of the loss:
 $ python train_mla.py --init_from=out-converted
 """
 
@@ -28,16 +33,18 @@ import os
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
 from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
+from core.convert.factorize_rope import collect_turn, to_published_mla
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import resume as resuming
 from core.text.dataset import TokenData
 
 # ----------------------------------------------------------------------------------------------------------------------
-source = 'out'  # a checkpoint or its folder, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a Hugging Face folder
+source = 'out'  # a checkpoint or its folder, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
 out_dir = 'out-converted'  # receives ckpt.pt, or the picture of a sweep
 overwrite = False  # replace the checkpoint in out_dir
-n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd and n_embd - 1 are exact
+n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size. n_embd is exact
+n_rope = 0  # of a model with RoPE: rotated dimensions beside the content; 0: keys are decompressed and rotated whole
 n_kv_head = 0  # convert to GQA instead, mean-pooled to this many key/value heads; 1: multi-query attention
 method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone
 balance = True  # weight keys and values equally, whichever has the larger norm
@@ -55,8 +62,12 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 sizes = arguments.whole_numbers(sweep, 'sweep') or [n_latent]
-if n_kv_head and (sweep or n_latent):
-    raise UserError('n_kv_head converts to grouped-query attention, which has no latent; leave out sweep and n_latent')
+if n_kv_head and (sweep or n_latent or n_rope):
+    raise UserError(
+        'n_kv_head converts to grouped-query attention, without a latent; leave out sweep, n_latent, n_rope'
+    )
+if n_rope and method == 'weights':
+    raise UserError('n_rope needs text, which says how far back the heads look; leave out method=weights')
 target = os.path.join(out_dir, 'ckpt.pt')
 arguments.check_folder(out_dir)
 if json:
@@ -136,11 +147,15 @@ bytes_before = model.init_cache(1, dtype=machine.DTYPES[dtype]).bytes_per_token
 methods = {'data' if method == 'data' else 'weights': (method == 'data', balance)}
 if sweep:
     methods = {'weights': (False, True), 'data, not balanced': (True, False), 'data': (True, True)}
+if n_rope:
+    methods.pop('weights', None)
 if n_kv_head:
     methods = {'mean-pooled': (False, False)}
-statistics = None
+statistics = turn = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
+if n_rope and model.config.pos == 'rope':
+    turn = collect_turn(model, training_text(data, windows(statistics_tokens), batch_size))
 
 about = f'; losses on {data.corpus}' if data else ''
 errors.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
@@ -153,6 +168,8 @@ for size in sizes:
         try:
             if n_kv_head:
                 converted = to_gqa(model, n_kv_head)
+            elif n_rope:
+                converted = to_published_mla(model, statistics, turn, size, n_rope, balanced)
             else:
                 converted = to_mla(model, size, statistics if weighted else None, balanced)
         except ValueError as error:

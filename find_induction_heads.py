@@ -9,11 +9,11 @@ Which heads do it on a text of your own, and which heads attend to the previous 
 $ python find_induction_heads.py --models=out-shakespeare --text=notes.txt
 $ python find_induction_heads.py --models=out-shakespeare --sort=previous
 
-A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl) or a Hugging Face folder. It reads a
-block of random tokens twice; an induction head attends from a token's second occurrence to the token that followed its
-first. Heads are ranked on one half of the sequences and reported on the other, with 95 % intervals over sequences. A
-head counts as an induction head (*) if its interval is above two controls, random initialization (the highest score of
-any head) and a shuffled second copy, and if it copies.
+A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
+(docs/serving.md). It reads a block of random tokens twice; an induction head attends from a token's second occurrence
+to the token that followed its first. Heads are ranked on one half of the sequences and reported on the other, with 95 %
+intervals over sequences. A head counts as an induction head (*) if its interval is above two controls, random
+initialization (the highest score of any head) and a shuffled second copy, and if it copies.
 
 Prints a table and writes into out_dir: induction.json (all numbers), induction_heads.png (heat maps) and patterns.html
 (a page to browse every head's pattern). --sweep computes the same scores for all checkpoints (ckpt*.pt) of each folder
@@ -37,9 +37,8 @@ from tqdm import tqdm
 from analysis import circuits, forward, induction, latent, report, stats
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
-from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
-from core.runs.models import attention_of, build_model, model_args, pretrained
+from core.runs.models import attention_of, build_model, is_published, model_args, pretrained
 from core.text.dataset import TokenData
 from core.text.tokenizer import Tokenizer, tokenizer_of
 from model import GPT
@@ -85,8 +84,7 @@ class Loaded:
 def load(spec):
     """The Loaded model that `spec` names. UserError if it doesn't exist or was never trained."""
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
-    published = spec in GPT2_SIZES or os.path.isfile(os.path.join(spec, 'config.json'))
-    if published and not os.path.isfile(os.path.join(spec, 'ckpt.pt')):
+    if is_published(spec):
         model, saved = pretrained(spec)
         facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=None, corpus='')
     else:

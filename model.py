@@ -113,9 +113,9 @@ class GPTConfig:
     recompute: bool = False  # keep only each block's input for the backward pass: less memory, slower
 
     def __post_init__(self) -> None:
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {least}')
         for name, (*others, last) in CHOICES.items():
             if getattr(self, name) not in (*others, last):
                 raise ValueError(f"{name} is '{getattr(self, name)}'; it must be {', '.join(others)} or {last}")
@@ -128,10 +128,9 @@ class GPTConfig:
             raise ValueError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         if self.n_rope and self.pos != 'rope':
             raise ValueError(f"n_rope={self.n_rope} needs pos='rope'")
-        if self.pos == 'rope' and (self.rope_size % 2 or not 0 < self.rope_size <= self.widths[0]):
-            raise ValueError(
-                f'RoPE rotates pairs of dimensions, {self.widths[0]} at most; it was given {self.rope_size}'
-            )
+        size, most = self.rope_size, self.widths[0]
+        if self.pos == 'rope' and (size % 2 or not 0 < size <= most):
+            raise ValueError(f'RoPE rotates pairs of at most {most} dimensions, but was given {size}; make it even')
 
     @property
     def head_size(self) -> int:
@@ -139,7 +138,6 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        """K, the number of key/value heads."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -158,6 +156,7 @@ class GPTConfig:
         return self.n_hidden or (4 * self.n_embd if self.mlp == 'gelu' else -(-self.n_embd // 3) * 8)
 
 
+LEAST = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_hidden=0, rope_theta=1, kv_rms=0)
 CHOICES = {
     'gelu': ('exact', 'tanh'),
     'norm': ('layer', 'rms'),

@@ -183,7 +183,7 @@ class MLAConfig(GPTConfig):
     def __post_init__(self) -> None:
         if self.n_kv_head:
             raise ValueError(f'n_kv_head={self.n_kv_head} belongs to MHA: in MLA all heads share one latent already')
-        if self.n_embd % max(1, self.n_head) == 0:
+        if self.n_head > 0 and self.n_embd % self.n_head == 0:
             self.n_nope, self.n_value = self.n_nope or self.head_size, self.n_value or self.head_size
         self.n_latent = self.n_latent or max(1, self.n_embd // 2)
         if not self.shared_rope and (self.pos != 'rope' or self.n_rope):

@@ -5,7 +5,7 @@ From the last checkpoint in out_dir, MHA or MLA (the checkpoint records which):
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 $ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 --num_samples=1 > text.txt
 
-From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a Hugging Face folder:
+From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), a Hugging Face folder or a GGUF file:
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
 
@@ -29,10 +29,10 @@ from core.runs import evaluation, models
 from core.text.dataset import TokenData
 from core.text.meta import meta_of_dataset
 from core.text.prompt import prompt_ids, prompt_text
-from core.text.tokenizer import GPT2Tokenizer, load_tokenizer
+from core.text.tokenizer import NO_TEXT, GPT2Tokenizer, IdTokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name ('gpt2-xl'), or a Hugging Face folder
+init_from = 'resume'  # 'resume' (the checkpoint in out_dir), 'gpt2-xl', a Hugging Face folder or a GGUF file
 out_dir = 'out'  # a folder with ckpt.pt, or a checkpoint file; ignored unless init_from is 'resume'
 data_dir = 'data'  # where the meta.pkl of a nanoGPT checkpoint is, which doesn't hold its own characters
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
@@ -74,7 +74,11 @@ else:
     meta = checkpoint['tokenizer']
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
-tokenizer = load_tokenizer(meta)
+if meta.get('tokenizer') == NO_TEXT:
+    tokenizer = IdTokenizer(model.config.vocab_size)
+    errors.notice("the model's tokenizer is none of ours: prompt and samples are its ids, as in --start='1 2 3'")
+else:
+    tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
     raise UserError(
         f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '

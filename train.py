@@ -43,7 +43,7 @@ from ops import optimizers
 # ----------------------------------------------------------------------------------------------------------------------
 # output
 out_dir = 'out'
-init_from = 'scratch'  # or a checkpoint, 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a Hugging Face folder
+init_from = 'scratch'  # or a checkpoint, 'gpt2' (-medium, -large, -xl), a Hugging Face folder, a GGUF file
 resume = 'no'  # 'yes': continue the run in out_dir; 'auto': where there is one, otherwise start from init_from
 overwrite = False  # discard the run that out_dir holds, and start a new one
 eval_interval = 2000  # iterations between evaluations

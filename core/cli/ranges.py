@@ -17,7 +17,7 @@ KEYS = {
     '[1, 65536]': 'n_head n_embd n_latents n_kv_heads sweep',
     '[0, 65536]': 'n_kv_head n_latent n_latent_q n_rope n_nope n_value',
     '[0, 1048576]': 'n_hidden',
-    '(0, 1000000000000]': 'rope_theta',
+    '[1, 1000000000000]': 'rope_theta statistics_tokens',
     '[0, 1)': 'dropout beta1 beta2',
     '(0, 10]': 'init_std',
     # training, and how often something is done
@@ -45,7 +45,6 @@ KEYS = {
     '[2, 1000000]': 'text_windows',
     '[2, 1000000000]': 'windows',
     '[2, 1000000000000]': 'eval_tokens',
-    '[1, 1000000000000]': 'statistics_tokens',
     '[0, 16777216]': 'new_tokens',
     '[0.01, 1]': 'usable',
     '[0.001, 1]': 'mfu',
@@ -66,6 +65,7 @@ CHOICES = {
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
     'method': ('data', 'weights'),
     'documents': ('file', 'line'),
+    'format': ('hf', 'gguf'),
 }
 TEXTS = ('start', 'stop')  # may contain any character; all other strings are names, paths or lists of them
 

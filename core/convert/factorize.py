@@ -7,9 +7,9 @@ own cache size. `to_gqa` goes from MHA to fewer key/value heads; `to_mha` goes b
 
 Notable features:
 - one singular value decomposition of keys and values together, per layer
-- weighted by the covariance of the layer's inputs on real text, or, without text, by what LayerNorm implies about it
+- weighted by the covariance of the layer's inputs on real text, or, without text, by what the norm implies about it
 - the mean input takes no rank: what the latent loses of it is added to the bias
-- exact to rounding for n_latent = n_embd and n_embd - 1
+- exact to rounding for n_latent = n_embd and, where the norm is LayerNorm, n_embd - 1
 - the statistics take (C + 1) C numbers per layer, independent of the amount of text
 
 Why. Keys and values are W x + b, W = [W_K; W_V] (2C, C), x the output of ln_1, with mean m and covariance M. At rank r
@@ -20,7 +20,8 @@ left singular vectors of W M^(1/2) (Eckart and Young 1936; with M as activation 
 
 LayerNorm's output is x = g * n + beta, and the entries of n sum to 0. All x - m therefore lie in a subspace of C - 1
 dimensions, which is why n_embd - 1 is still exact. Without text, n is assumed to be white in that subspace: the
-"weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta.
+"weights-only" conversion is the same formula with M = G (I - 1 1^T / C) G, G = diag(g), and m = beta. RMSNorm takes no
+mean away: there M = G G, and all of the C dimensions count.
 
 Keys and values differ in norm, and the error of the larger would dominate. `balance` scales the keys to the energy of
 the values before the decomposition, and scales them back after it.
@@ -107,11 +108,16 @@ def collect_statistics(model: GPT, batches: Iterable[torch.Tensor]) -> list[Stat
     return statistics
 
 
-def norm_moments(ln: torch.nn.LayerNorm, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(ln: Any) -> torch.Tensor:
+    """The matrix (C, C) by which a norm's output spreads white input: its gains, and for LayerNorm less the mean."""
+    gain = torch.diag(to_float64(ln.weight.detach()).cpu())
+    return gain - gain.mean(1, keepdim=True) if isinstance(ln, torch.nn.LayerNorm) else gain
+
+
+def norm_moments(ln: Any, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
-    gain = to_float64(ln.weight.detach()).cpu()
-    mean = torch.zeros_like(gain) if ln.bias is None else to_float64(ln.bias.detach()).cpu()
-    covariance = torch.diag(gain**2) - torch.outer(gain, gain) / len(gain)
+    bias, covariance = getattr(ln, 'bias', None), spread(ln) @ spread(ln).t()  # RMSNorm has no bias
+    mean = torch.zeros_like(covariance[0]) if bias is None else to_float64(bias.detach()).cpu()
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
@@ -121,15 +127,14 @@ def root(matrix: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
 
 
-def reachable_root(ln: torch.nn.LayerNorm, covariance: torch.Tensor) -> torch.Tensor:
+def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
     """
     A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
     Its columns span exactly the subspace that LayerNorm `ln` can reach. Otherwise rounding in `covariance` would act as
-    a direction of its own, and displace one that matters.
+    a direction of its own, and displace one that matters. RMSNorm can reach all C dimensions.
     """
-    gain = to_float64(ln.weight.detach()).cpu()
-    basis, sizes, _ = torch.linalg.svd(torch.diag(gain) - gain[:, None] / len(gain))
+    basis, sizes, _ = torch.linalg.svd(spread(ln))
     kept = sizes > 1e-12 * sizes[0]
     basis, sizes = basis[:, kept], sizes[kept]
     inner = basis.t() @ covariance @ basis
@@ -153,8 +158,8 @@ def factorize(
     """
     norm = torch.linalg.matrix_norm
     ratio = (norm(w_v @ half) / norm(w_k @ half)).item() if balance else 1.0
-    if not 0 < ratio < float('inf'):
-        ratio = 1.0  # keys or values are all zero: nothing to balance
+    if not 1e-8 < ratio < 1e8:
+        ratio = 1.0  # keys or values are zero, but for rounding: nothing to balance
     w = torch.cat((w_k * ratio, w_v))
     up = torch.linalg.svd(w @ half).U[:, :n_latent]
     down = up.t() @ w
@@ -166,25 +171,20 @@ def factorize(
 @torch.no_grad()
 def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = None, balance: bool = True) -> MLAGPT:
     """
-    An MLAGPT that approximates `model` (a GPT with learned positions) as closely as n_latent allows.
+    An MLAGPT that approximates `model` as closely as n_latent allows.
 
     n_latent: 1 to n_embd; 0: half of n_embd, for a GQA model the size of its cache. statistics: from
     `collect_statistics` on the same model; None: use the weights alone. balance: weight keys and values equally. The
-    result has the model's dtype and device. Raises ValueError for an MLA model, for RoPE, and for an n_latent out of
-    range.
+    result has the model's dtype and device. With RoPE the latent holds keys that aren't rotated yet: they are
+    decompressed and rotated whole (shared_rope=False), which can't be absorbed; factorize_rope.py makes a model that
+    can. ValueError for an MLA model, for RoPE on a part of each head, and for an n_latent out of range.
     """
-    check_mha(model)
-    if model.config.pos != 'learned':
-        raise ValueError(
-            'this model has RoPE, which rotates each key by its position, so no position-free latent can represent its '
-            "keys; train the MHA model with pos='learned' to convert it"
-        )
-    if statistics is not None and len(statistics) != model.config.n_layer:
-        raise ValueError(f'{len(statistics)} layers of statistics for a model of {model.config.n_layer}')
+    check_convertible(model, statistics)
     config = model.config
     if config.n_kv_head and not n_latent:
         n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
-    new = like(model, MLAGPT, MLAConfig(**{**asdict(config), 'n_kv_head': 0}, n_latent=n_latent))
+    of_mla = dict(n_kv_head=0, n_latent=n_latent, n_rope=0, shared_rope=config.pos != 'rope')
+    new = like(model, MLAGPT, MLAConfig(**{**asdict(config), **of_mla}))
     for layer, (old, block) in enumerate(zip(layers(model), layers(new), strict=True)):
         convert_layer(old, block.attn, statistics[layer] if statistics else None, balance)
     return new
@@ -215,6 +215,19 @@ def check_mha(model: Any) -> None:
     """ValueError unless `model` is a GPT with multi-head or grouped-query attention."""
     if type(model) is not GPT:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
+
+
+def check_convertible(model: GPT, statistics: list[Statistics] | None) -> None:
+    """ValueError unless `model` can become MLA, by these statistics."""
+    check_mha(model)
+    config = model.config
+    if statistics is not None and len(statistics) != config.n_layer:
+        raise ValueError(f'{len(statistics)} layers of statistics for a model of {config.n_layer}')
+    if config.pos == 'rope' and config.rope_size != config.head_size:
+        raise ValueError(
+            f'this model rotates {config.rope_size} of the {config.head_size} dimensions of each head; only a model '
+            'that rotates all of them can be converted to MLA'
+        )
 
 
 def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:

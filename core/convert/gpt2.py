@@ -56,7 +56,8 @@ def read(
     except Exception as error:  # a damaged file raises almost anything
         raise unreadable(error) from error
     if hf_config.model_type != 'gpt2':
-        raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; only GPT-2 models can be loaded")
+        known = 'only GPT-2, Llama and dense DeepSeek-V3 can be loaded'
+        raise ValueError(f"'{model_type}' holds a {hf_config.model_type} model; {known}")
     settings = settings_of(hf_config)
     for name, value in settings.items():
         if found := ranges.problem(name, value):
@@ -79,11 +80,9 @@ def read(
 def settings_of(hf_config: Any) -> dict[str, Any]:
     """GPTConfig's keyword arguments for a transformers GPT2Config. ValueError where GPTConfig can't express it."""
     expected = dict(
-        n_inner=(None, 4 * hf_config.n_embd),
         layer_norm_epsilon=(1e-5,),
         scale_attn_weights=(True,),
         scale_attn_by_inverse_layer_idx=(False,),
-        tie_word_embeddings=(True,),
     )
     for name, values in expected.items():
         if getattr(hf_config, name) not in values:
@@ -91,14 +90,24 @@ def settings_of(hf_config: Any) -> dict[str, Any]:
     gelu = next((ours for ours, theirs in GELUS.items() if hf_config.activation_function in theirs), None)
     if gelu is None:
         raise ValueError(f"this GPT-2 uses '{hf_config.activation_function}'; only GELU is supported")
-    return {ours: getattr(hf_config, theirs) for ours, theirs in RENAMED.items()} | {'bias': True, 'gelu': gelu}
+    n_hidden = 0 if hf_config.n_inner in (None, 4 * hf_config.n_embd) else hf_config.n_inner
+    further = {'bias': True, 'gelu': gelu, 'n_hidden': n_hidden, 'tied': bool(hf_config.tie_word_embeddings)}
+    return {ours: getattr(hf_config, theirs) for ours, theirs in RENAMED.items()} | further
+
+
+def misfit(config: Any) -> str:
+    """The setting that keeps a model from being a GPT2LMHeadModel, as 'key=value'; '' where it is one."""
+    needed = {'norm': 'layer', 'mlp': 'gelu', 'pos': 'learned'}
+    wrong = (f'{key}={getattr(config, key)}' for key, value in needed.items() if getattr(config, key) != value)
+    return next(wrong, '')
 
 
 def hf_settings(config: Any) -> dict[str, Any]:
-    """What a transformers GPT2Config needs to be the model of a GPTConfig."""
+    """The config.json of a GPT2LMHeadModel that is the model of a GPTConfig; `misfit` must be ''."""
     sizes = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
     dropout = dict.fromkeys(DROPOUTS, config.dropout)
-    return {**sizes, **dropout, 'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5}
+    further = {'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5, 'n_inner': config.hidden_size}
+    return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **sizes, **dropout, **further}
 
 
 def from_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -101,12 +101,12 @@ class MLAGPTConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def upcast(x):
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype of its softmax: float32 for half precision, unchanged for float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rope_angles(positions, size, theta):
+def rope_angles(positions: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of RoPE's angles (arXiv:2104.09864) at positions (B, T): float32, each (B, 1, T, size/2)."""
     device = positions.device
     positions = positions.cpu() if device.type == 'mps' else positions  # MPS has no float64
@@ -115,14 +115,14 @@ def rope_angles(positions, size, theta):
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def rotate(x, rope):
+def rotate(x: torch.Tensor, rope: Any) -> torch.Tensor:
     """Rotate each pair (x[2i], x[2i+1]) of x (B, H, T, size) by its position's angle, in at least float32."""
     cos, sin = rope
     even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def visible_keys(mask, past, T, S, device):
+def visible_keys(mask: Any, past: int, T: int, S: int, device: torch.device) -> torch.Tensor | None:
     """
     The S keys that T queries after `past` tokens attend to: bool, (B or 1, 1, T, S). None for plain causal attention.
 
@@ -144,7 +144,7 @@ def visible_keys(mask, past, T, S, device):
     return visible | (key == query) & ~visible.any(dim=-1, keepdim=True)
 
 
-def packed_documents(position_ids):
+def packed_documents(position_ids: Any) -> torch.Tensor | None:
     """
     What tokens of documents packed into one row attend to: bool (B, 1, T, T). None where each row is one document.
 
@@ -156,7 +156,7 @@ def packed_documents(position_ids):
     return (document[:, :, None] == document[:, None]).tril()[:, None]
 
 
-def check_cached_latents(cache, config):
+def check_cached_latents(cache: Any, config: Any) -> None:
     """ValueError where a cache doesn't hold latents, which prefix tuning, for one, fills with keys and values."""
     keys = cache.layers[0].keys
     if keys is not None and keys.dim() == 4 and (keys.size(1), keys.size(3)) != (1, config.n_latent):
@@ -166,7 +166,14 @@ def check_cached_latents(cache, config):
         )
 
 
-def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: Any,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """
     Mean cross-entropy in nats of the next tokens, a scalar; transformers' own loss rounds float64 to float32.
 
@@ -180,14 +187,23 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, s
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum') / num_items_in_batch
 
 
-def softmax_of_visible(scores, visible, dtype):
+def softmax_of_visible(scores: torch.Tensor, visible: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Attention weights (B, H, T, S) in `dtype`: the softmax of scores over the visible keys (bool, or None: all)."""
     if visible is not None:
         scores = scores.masked_fill(~visible, float('-inf'))
     return upcast(scores).softmax(dim=-1).to(dtype)
 
 
-def eager_attention(module, q, k, v, visible, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by its formula, as transformers calls it: the output (B, T, H, n_value), the weights (B, H, T, S)."""
     if visible is None and q.size(2) > 1:
         visible = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
@@ -195,7 +211,7 @@ def eager_attention(module, q, k, v, visible, scaling, dropout=0.0, **kwargs):
     return (F.dropout(weights, dropout, module.training) @ v).transpose(1, 2), weights
 
 
-def is_plain(linear):
+def is_plain(linear: nn.Module) -> bool:
     """
     True where calling `linear` is known to be F.linear of its weight and bias, so that these may be used instead.
 
@@ -237,7 +253,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(self.value_rows, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project(self, x, rope):
+    def project(self, x: torch.Tensor, rope: Any) -> tuple[torch.Tensor, ...]:
         """Queries (B, H, T, n_nope + R), latents (B, 1, T, r), shared position keys (B, 1, T, R) of x (B, T, C)."""
         c_q = self.q_norm(self.c_q_down(x)) if hasattr(self, 'c_q_down') else x
         q = self.c_q(c_q).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -247,7 +263,9 @@ class Attention(nn.Module):
             q, k_rope = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1), rotate(k_rope, rope)
         return q, self.kv_norm(latent), k_rope
 
-    def decompressed(self, q, latent, k_rope, visible):
+    def decompressed(
+        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, visible: torch.Tensor | None
+    ) -> Any:
         """Attention over keys and values made from the latents (B, 1, S, r): (B, T, H, n_value), weights or None."""
         k, v = self.c_kv_up(latent.squeeze(1)).split((self.key_rows, self.value_rows), dim=-1)
         k = k.unflatten(-1, (self.n_head, self.n_nope)).transpose(1, 2)
@@ -256,7 +274,9 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, k, v, visible, dropout=self.dropout if self.training else 0.0, scaling=self.scale)
 
-    def absorbed(self, q, latent, k_rope, visible):
+    def absorbed(
+        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, visible: torch.Tensor | None
+    ) -> Any:
         """The same in latent space, without keys and values: cheaper for few queries (see `absorbs`)."""
         w_k, w_v = self.c_kv_up.weight.split((self.key_rows, self.value_rows))
         w_k, w_v = w_k.unflatten(0, (self.n_head, self.n_nope)), w_v.unflatten(0, (self.n_head, self.n_value))
@@ -268,7 +288,7 @@ class Attention(nn.Module):
             y = y + self.c_kv_up.bias[self.key_rows :].unflatten(0, (self.n_head, self.n_value))[:, None]
         return y.transpose(1, 2), weights
 
-    def absorbs(self, T, visible):
+    def absorbs(self, T: int, visible: torch.Tensor | None) -> bool:
         """True where T queries over cached latents cost less in latent space, and give the same there."""
         r, kv = self.n_latent, self.n_nope + self.n_value
         pays = T * (2 * r - kv) < r * kv  # otherwise computing all keys and values takes fewer operations
@@ -276,7 +296,7 @@ class Attention(nn.Module):
         own = self.config._attn_implementation in ('eager', 'sdpa')  # another function is to be called
         return pays and causal and own and not self.training and is_plain(self.c_kv_up)
 
-    def forward(self, x, rope, visible, S, cache):
+    def forward(self, x: torch.Tensor, rope: Any, visible: torch.Tensor | None, S: int, cache: Any) -> Any:
         """
         x (B, T, C) -> (B, T, C), and the weights (B, H, T, S) where they are computed, else None.
 
@@ -301,7 +321,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
@@ -315,7 +335,7 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, visible, S, cache):
+    def forward(self, x: torch.Tensor, rope: Any, visible: torch.Tensor | None, S: int, cache: Any) -> Any:
         y, weights = self.attn(self.ln_1(x), rope, visible, S, cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), weights
@@ -481,7 +501,7 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
         )
 
     @property
-    def init_continuous_batching(self):
+    def init_continuous_batching(self) -> None:  # type: ignore[override]
         """Not there: `transformers serve` asks by hasattr, and then generates one request at a time."""
         raise AttributeError
 

@@ -61,7 +61,7 @@ def read(folder: str, vocab_size: int) -> dict[str, Any]:
         raise ValueError(f"the tokenizer in {folder} can't be read ({error}); copy it again") from error
 
 
-def read_files(folder):
+def read_files(folder: str) -> tuple[Any, list, dict] | None:
     """A folder's vocabulary {piece: id}, merges and tokenizer.json ({} in the older form of two files), or None."""
 
     def path(name):
@@ -82,12 +82,14 @@ def read_files(folder):
     return None
 
 
-def meta_of(vocab, merges, whole):
+def meta_of(vocab: Any, merges: list, whole: dict) -> Any:
     """The meta of a tokenizer (see `read`)."""
-    pieces, letters = sorted(vocab, key=vocab.get), byte_letters()
+    if not isinstance(vocab, dict):  # SentencePiece's pieces with their scores
+        return {'tokenizer': NO_TEXT, 'vocab_size': len(vocab)}
+    pieces, letters = sorted(vocab, key=lambda piece: vocab[piece]), byte_letters()
     kind, splits = whole.get('model', {}).get('type', 'BPE'), whole.get('pre_tokenizer') or {}
     in_bytes = not whole or (splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space'))
-    ours = None
+    ours: Tokenizer | None = None
     if [vocab[piece] for piece in pieces] != list(range(len(pieces))) or whole.get('normalizer'):
         pass
     elif kind == 'WordLevel' and splits.get('pattern') == {'Regex': r'[\s\S]'}:
@@ -99,7 +101,7 @@ def meta_of(vocab, merges, whole):
     return ours.meta() if ours else {'tokenizer': NO_TEXT, 'vocab_size': len(pieces)}
 
 
-def byte_pairs(pieces, merges, letters):
+def byte_pairs(pieces: list[str], merges: list, letters: list[str]) -> Tokenizer | None:
     """The tokenizer of a byte-pair encoding over words, or None if it isn't merged by the ranks of its pieces."""
     if hashlib.sha256('\n'.join(map(' '.join, merges)).encode()).hexdigest() == GPT2_MERGES:
         return GPT2Tokenizer()

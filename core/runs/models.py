@@ -12,7 +12,7 @@ import torch
 
 from core.cli import ranges
 from core.cli.errors import UserError
-from core.convert import hf_tokenizer
+from core.convert import hf_tokenizer, published
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
 from model import GPT, GPTConfig
@@ -200,22 +200,35 @@ def build_model(checkpoint: dict, **overrides: Any) -> GPT:
     return model
 
 
+def is_published(source: str) -> bool:
+    """True where `pretrained` would read `source` and it is no checkpoint."""
+    if os.path.isfile(source):
+        return published.form_of(source) == 'gguf'
+    if os.path.isfile(os.path.join(source, 'ckpt.pt')):
+        return False
+    return source in GPT2_SIZES or os.path.isfile(os.path.join(source, 'config.json'))
+
+
 def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT, dict]:
     """
     The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
 
-    source: a checkpoint file, a folder with one, one of GPT-2's names, or a Hugging Face folder with a GPT-2 (for the
-    last two the dict holds only `tokenizer` and `corpus`). overrides: as for `build_model`. UserError where nothing can
-    be loaded.
+    source: a checkpoint file, a folder with one, one of GPT-2's names, a Hugging Face folder with a GPT-2, a Llama or
+    a dense DeepSeek-V3, or a GGUF file with a Llama (for all but the first two the dict holds only `tokenizer` and
+    `corpus`). overrides: as for `build_model`. UserError where nothing can be loaded.
     """
-    if os.path.isfile(source) or os.path.isfile(os.path.join(source, 'ckpt.pt')):
+    if not is_published(source):
+        if not os.path.exists(source):
+            known = f'no checkpoint, no GGUF file, no folder and none of {", ".join(GPT2_SIZES)}'
+            raise UserError(f"'{source}' is {known}; name one of them")
         checkpoint = checkpoints.load(source)
         return build_model(checkpoint, dropout=dropout, **overrides), checkpoint
-    if source not in GPT2_SIZES and not os.path.isdir(source):
-        raise UserError(f"'{source}' is no checkpoint, no folder and none of {', '.join(GPT2_SIZES)}; name one of them")
     try:
-        model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
-        meta = hf_tokenizer.read(source, model.config.vocab_size)
+        if published.form_of(source):
+            model, meta = published.read(source, dropout=dropout, **overrides)
+        else:
+            model = GPT.from_pretrained(source, dict(dropout=dropout, **overrides))
+            meta = hf_tokenizer.read(source, model.config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from error
     return model, {'tokenizer': meta, 'corpus': f'{source}, as published'}

@@ -17,6 +17,7 @@ import torch
 from core.cli import errors
 from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
+from core.convert.factorize_rope import collect_turn, to_published_mla
 from core.runs import models
 from core.runs.folder import RunFolder
 from core.text.dataset import TokenData, check_data, check_tokenizer
@@ -188,8 +189,8 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
     """
     The model that `init_from` names, the data, and the keys that the model decides.
 
-    With attention='mla' an MHA model is converted, weighted by what its attention reads in the data. UserError, or
-    ValueError from a conversion.
+    With attention='mla' an MHA model is converted, weighted by what its attention reads in the data: one with RoPE to
+    keys that are rotated whole, or, given n_rope, to a shared rotated key. UserError, or ValueError from a conversion.
     """
     source = keys['init_from']
     model, saved = models.pretrained(source, **how(keys))
@@ -209,8 +210,13 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
         raise UserError(f'{source} holds a model with MLA, which cannot be converted back to MHA; use train_mla.py')
     if (kind, keys['attention']) == ('mha', 'mla'):
         count = max(keys['batch_size'], 65536 // keys['block_size'])
-        text = training_text(data, count, keys['batch_size'])
-        model = to_mla(model, keys['n_latent'], collect_statistics(model.to(device), text))
+        text = list(training_text(data, count, keys['batch_size']))
+        statistics = collect_statistics(model.to(device), text)
+        if keys['n_rope'] and model.config.pos == 'rope':
+            turn = collect_turn(model, text)
+            model = to_published_mla(model, statistics, turn, keys['n_latent'], keys['n_rope'])
+        else:
+            model = to_mla(model, keys['n_latent'], statistics)
     shape = {'block_size': keys['block_size']}  # a pretrained model can be shortened
     for key in set(shape_keys(type(model.config), keys)) - {'block_size'}:
         shape[key] = getattr(model.config, key)

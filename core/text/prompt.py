@@ -8,6 +8,8 @@ from core.text.tokenizer import Tokenizer
 
 def prompt_text(start: str, tokenizer: Tokenizer) -> str:
     """The text of a prompt: of a file for 'FILE:name', otherwise `start`. UserError where a file can't be read."""
+    if start == 'FILE:':
+        raise UserError("start='FILE:' names no file and can't be read; name a text file")
     if start.startswith('FILE:'):
         return read_text(start[5:], 1 << 26, tokenizer)
     if '\\n' in start:

@@ -229,6 +229,28 @@ class TableTokenizer(Tokenizer):
         return word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
 
 
+class IdTokenizer(Tokenizer):
+    """The ids themselves, as numbers with spaces between them: for a model whose tokens stand for no text here."""
+
+    name = 'ids'
+
+    def __init__(self, n_vocab: int) -> None:
+        self.n_vocab = n_vocab
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The numbers in a text. UserError for other words, and for an id outside the vocabulary."""
+        for word in text.split():
+            if not (word.isascii() and word.isdigit() and int(word[:20]) < self.n_vocab):
+                raise UserError(f'{word!r} is no id: this model reads and writes numbers from 0 to {self.n_vocab - 1}')
+        return np.array([int(word) for word in text.split()], dtype=np.int64)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return ''.join(f'{i} ' for i in checked_ids(ids, self.n_vocab)).encode()
+
+    def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
+        raise UserError('tokens that stand for no text have no tokenizer that could be exported')
+
+
 class ByteTokenizer(Tokenizer):
     """One id per byte of the UTF-8 text: 256 ids, enough for any text."""
 

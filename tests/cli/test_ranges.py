@@ -70,4 +70,4 @@ def test_the_command_line_and_the_models_say_the_same(config_class):
             with pytest.raises(ValueError, match=field.name):
                 config_class(**{**LEAST, 'n_embd': 4, field.name: f'not {choice}'})
             checked.add(field.name)
-    assert {'block_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'dropout', 'pos'} <= checked
+    assert {'block_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'dropout'} <= checked

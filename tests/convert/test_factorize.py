@@ -199,8 +199,6 @@ def test_the_cache_of_a_converted_model():
 
 
 def test_what_cannot_be_converted_says_so():
-    with pytest.raises(ValueError, match="pos='learned'"):
-        to_mla(GPT(GPTConfig(**SIZES, pos='rope')), 8)
     with pytest.raises(ValueError, match='not MLAGPT'):
         to_mla(MLAGPT(MLAConfig(**SIZES)), 8)
     with pytest.raises(ValueError, match='outside 1 to n_embd=24'):

@@ -93,10 +93,8 @@ def test_the_exact_gelu_is_visibly_not_gpt2(gpt2):
 @pytest.mark.parametrize(
     'changes, named',
     [
-        (dict(n_inner=96), 'n_inner'),
         (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'),
         (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx'),
-        (dict(tie_word_embeddings=False), 'tie_word_embeddings'),
         (dict(activation_function='relu'), 'relu'),
     ],
 )
@@ -104,6 +102,15 @@ def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, changes, named
     random_gpt2(**changes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=named):
         GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('changes', [dict(n_inner=50), dict(tie_word_embeddings=False)], ids=str)
+def test_a_gpt2_with_another_hidden_size_or_a_head_of_its_own_is_read(tmp_path, changes):
+    theirs = random_gpt2(**changes)
+    theirs.save_pretrained(tmp_path)
+    idx = torch.arange(24)[None]
+    with torch.no_grad():
+        close(GPT.from_pretrained(str(tmp_path)).eval()(idx, idx)[0], theirs(idx).logits)
 
 
 def test_missing_tensors_are_named_not_made_up(tmp_path):

@@ -19,7 +19,9 @@ SIZES = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8, bias=Tr
 def saved(tmp_path, model, **extra):
     path = str(tmp_path / 'ckpt.pt')
     optimizer = adamw(param_groups(model.named_parameters(), 0.1), 1e-3, (0.9, 0.95), 'cpu')
-    checkpoints.save(path, models.contents(model, {'dataset': 'x'}, optimizer=optimizer.state_dict(), iter_num=7, **extra))
+    checkpoints.save(
+        path, models.contents(model, {'dataset': 'x'}, optimizer=optimizer.state_dict(), iter_num=7, **extra)
+    )
     return path
 
 

@@ -161,10 +161,34 @@ def test_mistakes_get_a_line_and_write_nothing(monkeypatch, tmp_path, flags, com
     assert not (tmp_path / 'mla').exists()
 
 
-def test_rope_is_refused(monkeypatch, tmp_path):
+def test_rope_stays_whole_or_becomes_one_shared_key(monkeypatch, tmp_path):
+    save_model(tmp_path / 'mha', pos='rope', norm='rms', bias=False)
+    report = tmp_path / 'out.json'
+    whole = models.build_model(
+        checkpoints.load(str(convert(monkeypatch, tmp_path, '--n_latent=16', f'--json={report}')))
+    )
+    before, after = json.loads(report.read_text())['rows']
+    assert not whole.config.shared_rope and abs(after['rise']) < 1e-5
+    assert (before['cache_bytes_per_token'], after['cache_bytes_per_token']) == (2 * 2 * C * 4, 2 * 16 * 4)
+    flags = ['--n_latent=6', '--n_rope=4', '--overwrite=True', f'--json={report}']
+    convert(monkeypatch, tmp_path, *flags)
+    shared = models.build_model(checkpoints.load(str(tmp_path / 'mla')))
+    row = json.loads(report.read_text())['rows'][1]
+    assert shared.config.n_rope == 4 and row['cache_bytes_per_token'] == 2 * (6 + 4) * 4
+    convert(monkeypatch, tmp_path, '--sweep=16,8', '--n_rope=4', f'--json={report}')
+    rows = json.loads(report.read_text())['rows'][1:]
+    assert [row['method'] for row in rows] == 2 * ['data, not balanced', 'data']
+
+
+def test_a_shared_rotated_key_needs_rope_and_text(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="pos='learned' and no rotations"):
+        convert(monkeypatch, tmp_path, '--n_rope=4')
     save_model(tmp_path / 'mha', pos='rope')
-    with pytest.raises(UserError, match='RoPE'):
-        convert(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match='n_rope needs text'):
+        convert(monkeypatch, tmp_path, '--n_rope=4', '--method=weights')
+    with pytest.raises(UserError, match='leave out sweep, n_latent, n_rope'):
+        convert(monkeypatch, tmp_path, '--n_rope=4', '--n_kv_head=1')
+    assert not (tmp_path / 'mla').exists()
 
 
 def test_text_in_other_tokens_is_refused(monkeypatch, tmp_path):

@@ -68,3 +68,22 @@ def test_mha_becomes_mla_on_the_way(prepared, tmp_path):
         refused = train(script, folder, f'--init_from={tmp_path}', f'--out_dir={tmp_path / "no"}', *flags)
         assert refused.returncode == 2 and complaint in refused.stderr and 'Traceback' not in refused.stderr
         assert not (tmp_path / 'no').exists()
+
+
+@pytest.mark.parametrize('flags', [['--n_latent=16'], ['--n_latent=5', '--n_rope=4']], ids=['whole keys', 'shared key'])
+def test_a_model_with_rope_becomes_mla_on_the_way(prepared, tmp_path, flags):
+    folder, _ = prepared
+    torch.manual_seed(0)
+    sizes = dict(block_size=16, vocab_size=10, n_layer=2, n_head=2, n_embd=16, bias=False)
+    model = GPT(GPTConfig(**sizes, pos='rope', norm='rms', mlp='swiglu'))
+    (tmp_path / 'rope').mkdir()
+    checkpoints.save(str(tmp_path / 'rope' / 'ckpt.pt'), models.contents(model, {}))
+    out = tmp_path / 'out'
+    done = train('train_mla.py', folder, f'--init_from={tmp_path / "rope"}', f'--out_dir={out}', *flags)
+    assert done.returncode == 0, done.stderr
+    saved = models.build_model(checkpoints.load(str(out))).eval()
+    if len(flags) == 1:
+        idx = torch.arange(10)[None]
+        with torch.no_grad():
+            assert (saved(idx, idx)[0] - model.eval()(idx, idx)[0]).abs().max() < 1e-4
+    assert (saved.config.shared_rope, saved.config.n_rope) == (len(flags) == 2, 4 * (len(flags) == 2))

@@ -41,7 +41,9 @@ def save(path, model, tokenizer, **more):
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
     config = dict(SMALL, dataset='tiny')
-    checkpoints.save(str(path), models.contents(model, config, optimizer=optimizer.state_dict(), tokenizer=tokenizer, **more))
+    checkpoints.save(
+        str(path), models.contents(model, config, optimizer=optimizer.state_dict(), tokenizer=tokenizer, **more)
+    )
 
 
 def make_place(folder):

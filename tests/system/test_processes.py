@@ -24,7 +24,8 @@ from support.training import (
 )
 
 from core.cli.errors import UserError
-from core.runs.checkpoint import build_model, load
+from core.runs.checkpoint import load
+from core.runs.models import build_model
 from core.runs.processes import Processes, place_in_environment
 
 pytestmark = pytest.mark.slow

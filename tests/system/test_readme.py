@@ -1,4 +1,4 @@
-"""README.md: every command runs as it is written, one after the other, only shorter; and it stays readable."""
+"""README.md and docs/mla.md: every command runs as it is written, one after the other, only shorter; it is short."""
 
 import re
 import shlex
@@ -30,8 +30,9 @@ NOT_HERE = ('make ', 'python3 -m venv', 'pip ')  # install, or run what these te
 
 
 def commands():
-    """The README's shell commands in order."""
-    blocks = re.findall(r'```sh\n(.*?)```', TEXT, flags=re.DOTALL)
+    """The shell commands of README.md and docs/mla.md in order."""
+    text = TEXT + (ROOT / 'docs' / 'mla.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     return [line.split('  #')[0].strip() for line in lines if line.strip()]
 
@@ -89,7 +90,7 @@ def test_it_can_be_read_in_five_minutes():
 
 PAGES = (
     *('README.md', 'BENCHMARKS.md', 'RESULTS.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'docs/cluster.md'),
-    *('docs/troubleshooting.md', 'config/README.md', 'data/README.md', 'tests/README.md'),
+    *('docs/troubleshooting.md', 'docs/mla.md', 'config/README.md', 'data/README.md', 'tests/README.md'),
 )
 
 

@@ -17,6 +17,7 @@ from core.text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    IdTokenizer,
     TableTokenizer,
     kind_named,
     load_tokenizer,
@@ -147,6 +148,17 @@ def test_tokens_that_stand_for_no_text():
     assert tokenizer_of({'tokenizer': 'none', 'vocab_size': 8}) is None
     with pytest.raises(UserError, match='stand for no text'):
         load_tokenizer({'tokenizer': 'none', 'vocab_size': 8})
+
+
+def test_ids_are_their_own_text():
+    tokenizer = IdTokenizer(12)
+    assert tokenizer.encode(' 3 11\n0') == [3, 11, 0] and tokenizer.encode('') == []
+    assert tokenizer.decode([3, 11]) == '3 11 ' and tokenizer.encode(tokenizer.decode(range(12))) == [*range(12)]
+    for text in ('12', '-1', '1.0', 'a', '\u0661', '9' * 5000):
+        with pytest.raises(UserError, match='numbers from 0 to 11'):
+            tokenizer.encode(text)
+    with pytest.raises(ValueError, match='outside a vocabulary of 12'):
+        tokenizer.decode([12])
 
 
 def test_a_checkpoint_without_meta_is_known_by_gpt2s_vocabulary_size():

@@ -1,0 +1,228 @@
+"""
+GGUF files of Llama's shape, in both directions: llama.cpp's keys and names of tensors, and those of LlamaForCausalLM.
+
+Quantized tensors are read as the float32 numbers that they stand for. In a Llama's file RoPE's pairs are neighbors, as
+in model.py: llama.cpp's converter permutes the rows that Hugging Face's files have.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.convert import hf_tokenizer, llama
+from core.text.tokenizer import NO_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from model import GPTConfig
+
+ARCHITECTURE = 'llama'
+# names of tensors there and in LlamaForCausalLM
+WHOLE = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
+BLOCK = {
+    'attn_norm': 'input_layernorm',
+    'attn_q': 'self_attn.q_proj',
+    'attn_k': 'self_attn.k_proj',
+    'attn_v': 'self_attn.v_proj',
+    'attn_output': 'self_attn.o_proj',
+    'ffn_norm': 'post_attention_layernorm',
+    'ffn_gate': 'mlp.gate_proj',
+    'ffn_up': 'mlp.up_proj',
+    'ffn_down': 'mlp.down_proj',
+}
+# keys of the model's sizes, without the prefix 'llama.', and those of GPTConfig
+SIZES = {
+    'block_count': 'n_layer',
+    'context_length': 'block_size',
+    'embedding_length': 'n_embd',
+    'feed_forward_length': 'n_hidden',
+    'attention.head_count': 'n_head',
+    'attention.head_count_kv': 'n_kv_head',
+}
+EPS, THETA = 'attention.layer_norm_rms_epsilon', 'rope.freq_base'
+NEUTRAL = {  # further keys that a Llama's file may have, and the value that asks for nothing which GPTConfig lacks
+    'expert_count': 0,
+    'expert_used_count': 0,
+    'attention.causal': True,
+    'rope.scaling.type': 'none',
+    'rope.scaling.factor': 1,
+}
+WIDTHS = ('rope.dimension_count', 'attention.key_length', 'attention.value_length')  # all the head size
+NORMAL, UNUSED, BYTE = 1, 5, 6  # types of tokens
+SPACE = '\u2581'  # SentencePiece's
+SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the first; the second described the converter
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(file: str) -> tuple[dict[str, Any], float, dict[str, Tensor], dict[str, Any]]:
+    """
+    Keyword arguments of a GPTConfig, the norms' eps, tensors by LlamaForCausalLM's names, in float32, and the meta of
+    the tokenizer.
+
+    ValueError names what in the file is damaged, or what it needs that GPTConfig can't express.
+    """
+    gguf = import_gguf()
+    try:
+        reader = gguf.GGUFReader(file)
+        keys = {name: field.contents() for name, field in reader.fields.items()}
+        names = {tensor.name: their_name(tensor.name) for tensor in reader.tensors}
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f'it is damaged ({error}); copy it again') from error
+    settings, eps = settings_of(keys)
+    if 'rope_freqs.weight' in names:
+        raise ValueError('it has scaled RoPE (rope_freqs.weight); only plain RoPE is supported')
+    tensors: dict[str, Tensor] = {}
+    for tensor in reader.tensors:
+        name = names[tensor.name]
+        if name in tensors:
+            raise ValueError(f'it holds {name} twice; copy it again')
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(f"its {tensor.name} is {tensor.tensor_type.name}, which gguf can't dequantize") from error
+        tensors[name] = torch.tensor(values, dtype=torch.float32)
+    embedding = tensors.get('model.embed_tokens.weight')
+    settings['vocab_size'] = 0 if embedding is None else len(embedding)
+    settings['tied'] = 'lm_head.weight' not in tensors
+    return settings, eps, tensors, tokenizer_meta(keys, settings['vocab_size'])
+
+
+def tokenizer_meta(keys: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The meta of our tokenizer that encodes as a file's does; one that is none of ours stands for no text here."""
+    kind, pre = keys.get('tokenizer.ggml.model'), keys.get('tokenizer.ggml.pre')
+    types = keys.get('tokenizer.ggml.token_type', [])
+    pieces = [
+        piece for piece, type in zip(keys.get('tokenizer.ggml.tokens', []), types, strict=False) if type != UNUSED
+    ]
+    ours: Tokenizer | None = None
+    if kind == 'gpt2' and pre == 'gpt-2':
+        merges = [tuple(pair.split(' ')) for pair in keys.get('tokenizer.ggml.merges', [])]
+        return hf_tokenizer.meta_of({piece: i for i, piece in enumerate(pieces)}, merges, {})
+    if kind == 'llama' and keys.get('tokenizer.ggml.add_space_prefix') is False:
+        chars = [piece.replace(SPACE, ' ') for piece in pieces]
+        if chars == byte_pieces():
+            ours = ByteTokenizer()
+        elif len(set(chars)) == len(chars) and all(len(char) == 1 for char in chars):
+            ours = CharTokenizer(''.join(chars))
+    return ours.meta() if ours else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
+
+
+def byte_pieces() -> list[str]:
+    """SentencePiece's names of the 256 bytes; a space is written as itself."""
+    return [f'<0x{i:02X}>' if i != ord(' ') else ' ' for i in range(256)]
+
+
+def import_gguf() -> Any:
+    """The package gguf. ValueError where it is missing."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError('GGUF files require gguf: pip install gguf') from error
+    return gguf
+
+
+def settings_of(keys: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """GPTConfig's keyword arguments, but for the vocabulary, and the norms' eps, from a file's keys. ValueError."""
+    if keys.get('general.architecture') != ARCHITECTURE:
+        raise ValueError(f"it holds a {keys.get('general.architecture')} model; only Llama's shape is supported")
+    if keys.get('split.count', 1) > 1:
+        raise ValueError("it is one of several parts; join them with llama.cpp's llama-gguf-split --merge")
+    own = {name.removeprefix('llama.'): value for name, value in keys.items() if name.startswith('llama.')}
+    own = {'attention.head_count_kv': own.get('attention.head_count'), **own}
+    if missing := [name for name in (*SIZES, EPS) if own.get(name) is None]:
+        raise ValueError(f'it lacks the key llama.{missing[0]}; copy it again')
+    sizes = {ours: own[name] for name, ours in SIZES.items()}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f'its {name} is {str(value)[:60]}; it must be one number for all layers, at least 1')
+    head_size = sizes['n_embd'] // sizes['n_head']
+    allowed = NEUTRAL | dict.fromkeys(WIDTHS, head_size)
+    for name in own.keys() - SIZES.keys() - {EPS, THETA, *SAYS_NOTHING}:
+        if name not in allowed or own[name] != allowed[name]:
+            only = f'; only {allowed[name]} is supported' if name in allowed else ', which is not supported'
+            raise ValueError(f'it has llama.{name}={str(own[name])[:60]}{only}')
+    if not own[EPS] > 0:
+        raise ValueError(f'its {EPS} is {own[EPS]}; it must be above 0')
+    eps = round(own[EPS], 10)  # float32's neighbor of 1e-5 stands for 1e-5
+    form = dict(pos='rope', norm='rms', mlp='swiglu', bias=False, rope_theta=float(own.get(THETA, 10000.0)))
+    return {**sizes, **form}, eps
+
+
+def their_name(name: str) -> str:
+    """LlamaForCausalLM's name of a tensor; one that it doesn't have stays as it is."""
+    parts = name.split('.')
+    if len(parts) == 2 and parts[0] in WHOLE:
+        return f'{WHOLE[parts[0]]}.{parts[1]}'
+    if len(parts) == 4 and parts[0] == 'blk' and parts[2] in BLOCK:
+        return f'model.layers.{parts[1]}.{BLOCK[parts[2]]}.{parts[3]}'
+    return name
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(file: str, config: GPTConfig, state: dict[str, Tensor], tokenizer: Tokenizer | None, name: str) -> None:
+    """
+    Write a model whose core.convert.llama.misfit is '' as a float32 GGUF file that llama.cpp runs.
+
+    tokenizer: a loaded one; None: the ids stand for no text. name: the model's, for people. ValueError without the
+    package gguf; OSError.
+    """
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for key, ours in SIZES.items():
+        value = {'n_hidden': config.hidden_size, 'n_kv_head': config.kv_heads}.get(ours, getattr(config, ours))
+        writer.add_uint32(f'llama.{key}', value)
+    for key in WIDTHS:
+        writer.add_uint32(f'llama.{key}', config.head_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_float32(f'llama.{EPS}', llama.EPS)
+    writer.add_float32(f'llama.{THETA}', config.rope_theta)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    for theirs, tensor in llama.to_hf(state, config, halves=False).items():
+        writer.add_tensor(own_name(theirs), tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def own_name(name: str) -> str:
+    """The opposite of `their_name`."""
+    if name.startswith('model.layers.'):
+        _, _, layer, part = name.removesuffix('.weight').split('.', 3)
+        return f'blk.{layer}.{next(ours for ours, theirs in BLOCK.items() if theirs == part)}.weight'
+    return f'{next(ours for ours, theirs in WHOLE.items() if theirs == name.removesuffix(".weight"))}.weight'
+
+
+def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """
+    Add a tokenizer in one of llama.cpp's two forms: byte-pair encoding over GPT-2's words, or SentencePiece's pieces.
+
+    Characters and bytes are pieces of which no two can be merged.
+    """
+    if tokenizer is None:
+        writer.add_tokenizer_model('no_vocab')
+        return
+    if isinstance(tokenizer, BytePairTokenizer):
+        whole = json.loads(tokenizer.fast_tokenizer().to_str())['model']
+        pieces, special = sorted(whole['vocab'], key=whole['vocab'].get), tokenizer.end_of_text
+        writer.add_tokenizer_model('gpt2')
+        writer.add_tokenizer_pre('gpt-2')
+        writer.add_token_merges([' '.join(pair) for pair in whole['merges']])
+    else:
+        in_bytes = isinstance(tokenizer, ByteTokenizer)
+        chars = byte_pieces() if in_bytes else [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
+        pieces, special = [char.replace(' ', SPACE) for char in chars], tokenizer.encode(tokenizer.special_token)[0]
+        writer.add_tokenizer_model('llama')
+        writer.add_token_scores([0.0] * vocab_size)
+        writer.add_add_space_prefix(False)
+    padding = vocab_size - len(pieces)  # rows of the embedding that no text uses
+    writer.add_token_list([*pieces, *(f'[unused {i}]' for i in range(padding))])
+    writer.add_token_types([*(BYTE if piece.startswith('<0x') else NORMAL for piece in pieces), *[UNUSED] * padding])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(special)
+    writer.add_add_bos_token(False)

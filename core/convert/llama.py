@@ -1,0 +1,228 @@
+"""
+Llama's form, in both directions: GPTConfig and tensors of model.py, and those of transformers' LlamaForCausalLM.
+
+The model is the same where it has RMSNorm, SwiGLU, RoPE over the whole head and no biases. Two things differ:
+
+- Llama keeps q, k and v, and gate and up, as matrices of their own.
+- RoPE rotates pairs of dimensions. Ours are neighbors, (x[2i], x[2i+1]), as in Su et al. 2021; transformers' Llama
+  pairs x[i] with x[i + d/2]. The rows of W_Q and W_K are permuted within each head, which changes no score. Llama's
+  GGUF files hold neighbors, as we do.
+
+Our norms have eps = 1e-5. A model of another eps is expressed exactly in a residual stream that is s times as large:
+g s x / sqrt(s^2 m + 1e-5) = g x / sqrt(m + 1e-5 / s^2), so s = sqrt(1e-5 / eps); see `with_our_eps`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPTConfig
+
+CLASS = 'LlamaForCausalLM'
+EPS = 1e-5  # of the RMSNorm of model.py
+# tensors that are the same in both, by their names there and here
+SAME = {
+    'input_layernorm': 'ln_1',
+    'post_attention_layernorm': 'ln_2',
+    'self_attn.o_proj': 'attn.c_proj',
+    'mlp.down_proj': 'mlp.c_proj',
+}
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def misfit(config: GPTConfig) -> str:
+    """The setting that keeps a model from being a LlamaForCausalLM, as 'key=value'; '' where it is one."""
+    whole_head = config.n_rope in (0, config.head_size)
+    return block_misfit(config) or ('' if whole_head else f'n_rope={config.n_rope}')
+
+
+def block_misfit(config: GPTConfig) -> str:
+    """The same for what all of today's models share: the norm, the MLP, positions and biases."""
+    needed = {'norm': 'rms', 'mlp': 'swiglu', 'pos': 'rope', 'bias': False}
+    wrong = (f'{key}={getattr(config, key)}' for key, value in needed.items() if getattr(config, key) != value)
+    return next(wrong, '')
+
+
+def hf_settings(config: GPTConfig) -> dict[str, Any]:
+    """The config.json of a LlamaForCausalLM that is the model of a GPTConfig; `misfit` must be ''."""
+    heads = {'num_key_value_heads': config.kv_heads, 'head_dim': config.head_size, 'mlp_bias': False}
+    return {'model_type': 'llama', 'architectures': [CLASS], **heads, **block_settings(config)}
+
+
+def block_settings(config: GPTConfig) -> dict[str, Any]:
+    """What all of today's models have in their config.json."""
+    return {
+        'vocab_size': config.vocab_size,
+        'hidden_size': config.n_embd,
+        'intermediate_size': config.hidden_size,
+        'num_hidden_layers': config.n_layer,
+        'num_attention_heads': config.n_head,
+        'max_position_embeddings': config.block_size,
+        'rms_norm_eps': EPS,
+        'hidden_act': 'silu',
+        'attention_bias': False,
+        'rope_theta': float(config.rope_theta),  # read by transformers 4, vLLM and SGLang; 5 reads the next
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': float(config.rope_theta)},
+        'tie_word_embeddings': config.tied,
+    }
+
+
+def settings_of(hf_config: Any) -> dict[str, Any]:
+    """GPTConfig's keyword arguments for a transformers LlamaConfig. ValueError names what GPTConfig can't express."""
+    settings = block_settings_of(hf_config)
+    require(hf_config, 'mlp_bias', False, None)
+    require(hf_config, 'head_dim', settings['n_embd'] // settings['n_head'], None)
+    return {**settings, 'n_kv_head': hf_config.num_key_value_heads}
+
+
+def block_settings_of(hf_config: Any) -> dict[str, Any]:
+    """The keyword arguments that do not depend on the attention."""
+    require(hf_config, 'hidden_act', 'silu', 'swish')
+    for key in ('attention_bias', 'sliding_window', 'quantization_config'):
+        require(hf_config, key, False, None)
+    rope = hf_config.rope_parameters
+    if rope['rope_type'] != 'default' or rope.get('partial_rotary_factor') not in (None, 1):
+        told = ', '.join(f'{key}={value}' for key, value in rope.items())
+        raise ValueError(f'it has scaled or partial RoPE ({told}); only plain RoPE over the whole head is supported')
+    if not hf_config.rms_norm_eps > 0:
+        raise ValueError(f'its rms_norm_eps is {hf_config.rms_norm_eps}; it must be above 0')
+    return {
+        'block_size': hf_config.max_position_embeddings,
+        'vocab_size': hf_config.vocab_size,
+        'n_layer': hf_config.num_hidden_layers,
+        'n_head': hf_config.num_attention_heads,
+        'n_embd': hf_config.hidden_size,
+        'n_hidden': hf_config.intermediate_size,
+        'rope_theta': float(rope['rope_theta']),
+        'tied': bool(hf_config.tie_word_embeddings),
+        **dict(pos='rope', norm='rms', mlp='swiglu', bias=False),
+    }
+
+
+def require(hf_config: Any, key: str, *values: Any) -> None:
+    """ValueError unless a config's `key` has one of `values`, or is absent."""
+    value = getattr(hf_config, key, values[0])
+    if value not in values:
+        told = str(value) if len(str(value)) <= 60 else f'{str(value)[:57]}...'
+        raise ValueError(f'it has {key}={told}; only {values[0]} is supported')
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of the LlamaForCausalLM that is the model of a GPTConfig."""
+    C, kv = config.n_embd, config.kv_heads * config.head_size
+    attention: dict[str, tuple[int, ...]] = {'q_proj': (C, C), 'k_proj': (kv, C), 'v_proj': (kv, C), 'o_proj': (C, C)}
+    return model_shapes(config, attention)
+
+
+def model_shapes(config: GPTConfig, attention: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a whole model, given those of one layer's attention."""
+    C, hidden = config.n_embd, config.hidden_size
+    block: dict[str, tuple[int, ...]] = {
+        'input_layernorm': (C,),
+        'post_attention_layernorm': (C,),
+        **{f'self_attn.{name}': shape for name, shape in attention.items()},
+        'mlp.gate_proj': (hidden, C),
+        'mlp.up_proj': (hidden, C),
+        'mlp.down_proj': (C, hidden),
+    }
+    whole = {'model.embed_tokens.weight': (config.vocab_size, C), 'model.norm.weight': (C,)}
+    if not config.tied:
+        whole['lm_head.weight'] = (config.vocab_size, C)
+    for layer in range(config.n_layer):
+        whole |= {f'model.layers.{layer}.{name}.weight': shape for name, shape in block.items()}
+    return whole
+
+
+def from_hf(tensors: dict[str, Tensor], config: GPTConfig, halves: bool = True) -> dict[str, Tensor]:
+    """
+    The state of a GPT from the tensors of a LlamaForCausalLM, which must be those of `shapes`.
+
+    halves: RoPE pairs x[i] with x[i + d/2]; False: neighbors, as in GGUF files.
+    """
+    state = blocks_from(tensors, config)
+    for layer in range(config.n_layer):
+        q, k, v = (tensors[f'model.layers.{layer}.self_attn.{part}_proj.weight'] for part in 'qkv')
+        if halves:
+            q, k = to_neighbors(q, config.n_head), to_neighbors(k, config.kv_heads)
+        state[f'transformer.h.{layer}.attn.c_attn.weight'] = torch.cat((q, k, v))
+    return state
+
+
+def to_hf(state: dict[str, Tensor], config: GPTConfig, halves: bool = True) -> dict[str, Tensor]:
+    """The tensors of a LlamaForCausalLM from the state of a GPT whose `misfit` is ''; halves: see `from_hf`."""
+    tensors = blocks_to(state, config)
+    kv = config.kv_heads * config.head_size
+    for layer in range(config.n_layer):
+        q, k, v = state[f'transformer.h.{layer}.attn.c_attn.weight'].split((config.n_embd, kv, kv))
+        if halves:
+            q, k = to_halves(q, config.n_head), to_halves(k, config.kv_heads)
+        for part, weight in zip('qkv', (q, k, v), strict=True):
+            tensors[f'model.layers.{layer}.self_attn.{part}_proj.weight'] = weight.contiguous()
+    return tensors
+
+
+def blocks_from(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The state of a GPT without its queries, keys and values."""
+    state = {
+        'transformer.wte.weight': tensors['model.embed_tokens.weight'],
+        'transformer.ln_f.weight': tensors['model.norm.weight'],
+        'lm_head.weight': tensors['model.embed_tokens.weight' if config.tied else 'lm_head.weight'],
+    }
+    for layer in range(config.n_layer):
+        theirs, ours = f'model.layers.{layer}', f'transformer.h.{layer}'
+        state |= {f'{ours}.{here}.weight': tensors[f'{theirs}.{there}.weight'] for there, here in SAME.items()}
+        gate, up = (tensors[f'{theirs}.mlp.{part}_proj.weight'] for part in ('gate', 'up'))
+        state[f'{ours}.mlp.c_fc.weight'] = torch.cat((gate, up))
+    return state
+
+
+def blocks_to(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The opposite of `blocks_from`."""
+    tensors = {
+        'model.embed_tokens.weight': state['transformer.wte.weight'],
+        'model.norm.weight': state['transformer.ln_f.weight'],
+    }
+    if not config.tied:
+        tensors['lm_head.weight'] = state['lm_head.weight']
+    for layer in range(config.n_layer):
+        theirs, ours = f'model.layers.{layer}', f'transformer.h.{layer}'
+        tensors |= {f'{theirs}.{there}.weight': state[f'{ours}.{here}.weight'] for there, here in SAME.items()}
+        gate, up = state[f'{ours}.mlp.c_fc.weight'].chunk(2)
+        tensors[f'{theirs}.mlp.gate_proj.weight'] = gate.contiguous()
+        tensors[f'{theirs}.mlp.up_proj.weight'] = up.contiguous()
+    return tensors
+
+
+def to_neighbors(rows: Tensor, heads: int) -> Tensor:
+    """The rows (heads * d, ...) of a projection whose pairs are (i, i + d/2), with pairs (2i, 2i + 1) instead."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def to_halves(rows: Tensor, heads: int) -> Tensor:
+    """The opposite of `to_neighbors`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def with_our_eps(state: dict[str, Tensor], config: GPTConfig, eps: float) -> dict[str, Tensor]:
+    """
+    The state of a GPT whose eps is 1e-5 and whose logits are those of `state` with `eps`.
+
+    What writes to the residual stream is scaled by s (see the top of this file); a tied head, which is the embedding
+    too, has the factor taken out by the last norm's gain.
+    """
+    if eps == EPS:
+        return state
+    scale = math.sqrt(EPS / eps)
+    writes = ('wte.weight', 'c_proj.weight')
+    scaled = {name: value * scale if name.endswith(writes) else value for name, value in state.items()}
+    if config.tied:
+        scaled['lm_head.weight'] = scaled['transformer.wte.weight']
+        scaled['transformer.ln_f.weight'] = scaled['transformer.ln_f.weight'] / scale
+    return scaled

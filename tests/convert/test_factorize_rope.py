@@ -1,0 +1,236 @@
+"""MHA and GQA with RoPE as MLA: exact where it must be, and closer with text than without it."""
+
+import inspect
+
+import pytest
+import torch
+from support.models import assert_close
+from test_factorize import batches, logits, trained_like
+
+from core.convert.factorize import collect_statistics, to_mla
+from core.convert.factorize_rope import RotatedLayer, as_complex, as_real, collect_turn, to_published_mla
+from core.text.tokenizer import CharTokenizer
+from model import GPT, GPTConfig, rope_table
+from model_mla import MLAGPT
+from ops.kernels import repeat_heads
+
+C, d = 32, 8
+SHAPES = {
+    'mha': dict(bias=True),
+    'mha-rms': dict(bias=False, norm='rms'),
+    'gqa': dict(bias=True, n_kv_head=2),
+    'gqa-modern': dict(bias=False, n_kv_head=2, norm='rms', mlp='swiglu', tied=False, rope_theta=500.0),
+    'mqa': dict(bias=True, n_kv_head=1),
+    'mqa-rms': dict(bias=False, n_kv_head=1, norm='rms'),
+}
+
+
+def rotated(shape, **changes):
+    return trained_like(**{'n_embd': C, 'pos': 'rope', **SHAPES[shape], **changes})
+
+
+# ---- keys that are decompressed and rotated whole --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('text', [None, [torch.arange(8)[None]], batches()], ids=['weights', '8 tokens', '512 tokens'])
+@pytest.mark.parametrize('balance', [True, False])
+def test_the_rank_of_keys_and_values_is_exact(shape, text, balance):
+    """On text that the statistics were not made from, with the cache of the original for GQA and half of it for MHA."""
+    model = rotated(shape)
+    statistics = collect_statistics(model, text) if text else None
+    rank = min(2 * model.config.kv_heads * d, C)
+    mla = to_mla(model, rank, statistics, balance)
+    assert type(mla) is MLAGPT and not mla.config.shared_rope
+    assert mla.init_cache(1).bytes_per_token == 2 * rank * 8  # two layers, float64
+    tolerance = 1e-12 if text is None or len(text) > 1 else 1e-10  # most directions were hardly seen in 8 tokens
+    for idx in batches(2, seed=7):
+        assert (logits(mla, idx) - logits(model, idx)).abs().max() < tolerance * logits(model, idx).abs().max()
+    fewer = to_mla(model, rank - 2, statistics, balance)
+    assert (logits(fewer, idx) - logits(model, idx)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize('text', [True, False])
+@pytest.mark.parametrize('changes', [dict(pos='none'), dict(norm='rms', bias=False), dict(norm='rms')], ids=str)
+def test_other_shapes_without_rotations_are_exact_at_full_rank(changes, text):
+    model = trained_like(n_embd=C, **changes)
+    mla = to_mla(model, C, collect_statistics(model, batches()) if text else None)
+    assert mla.config.shared_rope and mla.config.pos == model.config.pos
+    assert_close(logits(mla, batches()[0]), logits(model, batches()[0]))
+
+
+def test_gqa_keeps_the_size_of_its_cache_by_default_and_mha_half_of_n_embd():
+    for shape, size in (('gqa', C), ('mqa', 2 * d), ('mha', C // 2)):
+        assert to_mla(rotated(shape)).config.n_latent == size
+
+
+def test_a_converted_model_decodes_with_its_cache_as_without():
+    for convert in (lambda m, s, t: to_mla(m, 12, s), lambda m, s, t: to_published_mla(m, s, t, 12)):
+        model, idx = rotated('gqa'), batches(1)[0]
+        mla = convert(model, collect_statistics(model, batches()), collect_turn(model, batches()))
+        cache = mla.init_cache(len(idx))
+        with torch.no_grad():
+            steps = [mla(idx[:, i : i + 1], cache=cache)[0] for i in range(idx.size(1))]
+        assert_close(torch.cat(steps, dim=1), logits(mla, idx))
+
+
+# ---- one rotated key for all heads beside content keys ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('shape', ['mqa', 'mqa-rms'])
+def test_mqa_is_the_published_shape_exactly(shape):
+    """Its one key becomes the shared one, whole; the latent holds nothing but its d values."""
+    model = rotated(shape)
+    mla = to_published_mla(model, collect_statistics(model, batches()), collect_turn(model, batches()), d, d)
+    assert mla.init_cache(1).bytes_per_token == model.init_cache(1).bytes_per_token
+    for idx in batches(2, seed=7):
+        assert (logits(mla, idx) - logits(model, idx)).abs().max() < 1e-10 * logits(model, idx).abs().max()
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('n_rope', [d, d // 2, 2])
+def test_scores_are_exact_at_the_distance_that_content_keys_are_turned_for(shape, n_rope):
+    """What stays rotated is right at any distance, and the rest at this one; the latent loses nothing at n_embd."""
+    model, distance, idx = rotated(shape), 3, batches(1, seed=7)[0]
+    turn = torch.complex(*rope_table(d, 16, model.config.rope_theta).double()[:, distance])
+    mla = to_published_mla(model, collect_statistics(model, batches()), turn, C, n_rope)
+    with torch.no_grad():
+        x = model.transformer.h[0].ln_1(model.transformer.wte(idx))
+        scores = []
+        for attention, rope in ((model.transformer.h[0].attn, model.rope), (mla.transformer.h[0].attn, mla.rope)):
+            q, k, _ = attention.qkv(x, rope)
+            pairs = attention.scale * q @ repeat_heads(k, 4).mT
+            scores.append(pairs)
+    exact, approximate = (s.diagonal(-distance, dim1=-2, dim2=-1) for s in scores)
+    assert (approximate - exact).abs().max() < 1e-6 * exact.abs().max()  # angles are float32
+    if model.config.kv_heads > 1:
+        exact, approximate = (s.diagonal(-distance - 2, dim1=-2, dim2=-1) for s in scores)
+        assert (approximate - exact).abs().max() > 1e-3 * exact.abs().max()
+
+
+def test_frequencies_that_stay_are_those_that_matter():
+    """Keys and queries that use the slow frequencies alone need every second one; fast ones need the first half."""
+    for used, theta in ((slice(0, 4), 10000.0**0.5), (slice(4, 8), 10000.0)):
+        model = rotated('mha', n_embd=32)
+        with torch.no_grad():
+            for block in model.transformer.h:
+                for part in block.attn.c_attn.weight[:64].unflatten(0, (8, 8)), block.attn.c_attn.bias[:64].view(8, 8):
+                    part[:, used.start : used.stop] *= 100
+        mla = to_published_mla(model, collect_statistics(model, batches()), torch.zeros(4).cdouble(), 16, 4)
+        assert mla.config.rope_theta == pytest.approx(theta)
+
+
+@pytest.mark.parametrize(('turn', 'theta'), [([0, 1, 0, 0], 10000.0), ([0, 0, 1, 0], 10000.0**0.5)])
+def test_a_frequency_whose_turn_is_known_need_not_stay(turn, theta):
+    """Where all keys are equally far away, the constant turn is right: frequencies 0 and 2 stay, or 0 and 1."""
+    model = rotated('mha')
+    turn = torch.tensor(turn).to(torch.complex128)
+    assert to_published_mla(
+        model, collect_statistics(model, batches()), turn, 16, 4
+    ).config.rope_theta == pytest.approx(theta)
+
+
+def test_the_shared_key_is_that_of_the_heads_that_ask_for_it():
+    """Of two key heads one has large keys and queries of nearly 0, so the other one's scores are kept exactly."""
+    model, idx = rotated('gqa'), batches(1, seed=7)[0]
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        for rows in block.attn.c_attn.weight, block.attn.c_attn.bias:
+            rows[: 2 * d] *= 1e-8
+            rows[C : C + d] *= 100
+    mla = to_published_mla(model, collect_statistics(model, batches()), torch.zeros(d // 2).cdouble(), C, d)
+    with torch.no_grad():
+        x = block.ln_1(model.transformer.wte(idx))
+        q, k, _ = block.attn.qkv(x, model.rope)
+        exact = block.attn.scale * q @ repeat_heads(k, 4).mT
+        new = mla.transformer.h[0].attn
+        q, k, _ = new.qkv(x, mla.rope)
+    assert (new.scale * q @ k.mT - exact)[:, 2:].abs().max() < 1e-5 * exact[:, 2:].abs().max()
+
+
+def test_complex_rows_and_back():
+    rows = torch.randn(3, 6, 5)
+    assert torch.equal(as_real(as_complex(rows)), rows)
+
+
+def test_the_turn_is_the_mean_over_the_distances_that_are_attended_to():
+    """Heads that attend evenly: the mean over all pairs of a query and a key that it sees."""
+    model = rotated('gqa')
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:C] = 0
+            block.attn.c_attn.bias[:C] = 0
+    angles = torch.arange(16)[:, None] - torch.arange(16)
+    for i, frequency in enumerate(10000.0 ** (-torch.arange(0, d, 2) / d)):
+        even = torch.stack([torch.exp(1j * frequency * angles[t, : t + 1]).mean() for t in range(16)]).mean()
+        assert abs(collect_turn(model, batches())[i] - even) < 1e-5
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def trained():
+    """A GPT with RoPE after 150 steps on a page of PyTorch's source; half of it for statistics, half for losses."""
+    text = inspect.getsource(torch.nn.functional)[:20000]
+    tokenizer = CharTokenizer.learn(text)
+    ids = torch.tensor(tokenizer.encode(text))
+    sizes = dict(block_size=32, n_layer=2, n_head=4, n_embd=64, bias=False, pos='rope', norm='rms', mlp='swiglu')
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        rows = ids[torch.randint(len(ids) - 33, (16, 1), generator=generator) + torch.arange(33)]
+        optimizer.zero_grad()
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        optimizer.step()
+    windows = ids[: len(ids) // 33 * 33].view(-1, 33)
+    return model.double().eval(), [windows[::2, :-1]], windows[1::2]
+
+
+def rise(model, mla, windows):
+    """How much the loss rises."""
+    with torch.no_grad():
+        return (mla(windows[:, :-1], windows[:, 1:])[1] - model(windows[:, :-1], windows[:, 1:])[1]).item()
+
+
+def test_text_says_which_directions_matter(trained):
+    model, text, windows = trained
+    statistics = collect_statistics(model, text)
+    for n_latent in (16, 32):
+        weights = rise(model, to_mla(model, n_latent), windows)
+        assert 0 < rise(model, to_mla(model, n_latent, statistics), windows) < 0.9 * weights
+
+
+def test_text_says_how_far_back_heads_look(trained):
+    """Content keys turned by the mean of what is attended to lose less than keys that aren't turned at all."""
+    model, text, windows = trained
+    statistics, turn = collect_statistics(model, text), collect_turn(model, text)
+    measured, none = (rise(model, to_published_mla(model, statistics, t, 64, 16), windows) for t in (turn, turn**0))
+    assert 0 < measured < 0.9 * none
+    layer = RotatedLayer(model.transformer.h[0], statistics[0], turn)
+    assert (layer.saved > 0).all()
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_converted_is_refused_in_one_line():
+    statistics, turn = collect_statistics(rotated('mha'), batches()), torch.ones(d // 2).cdouble()
+    refused = [
+        (lambda: to_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
+        (lambda: to_mla(to_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
+        (lambda: to_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
+        (lambda: to_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
+        (lambda: to_published_mla(to_mla(rotated('mha')), statistics, turn), 'only a GPT with multi-head attention'),
+        (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, turn), 'rotates 4 of the 8 dimensions'),
+        (lambda: to_published_mla(trained_like(), statistics, turn), "pos='learned' and no rotations to keep"),
+        (lambda: to_published_mla(rotated('mha'), statistics[:1], turn), '1 layers of statistics'),
+        (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=3), 'n_rope=3 must be an even number'),
+        (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=10), 'from 2 to the head size, 8'),
+        (lambda: collect_turn(rotated('mha'), []), 'there is no text'),
+    ]
+    for convert, message in refused:
+        with pytest.raises(ValueError, match=message) as error:
+            convert()
+        assert '\n' not in str(error.value)

@@ -1,0 +1,165 @@
+"""GGUF files of Llama's shape: written here and read back, read by transformers, and run by llama.cpp where it is."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support.native import BLOCK, IDX, VOCAB, logit_difference, our_llama, their_llama
+from transformers import LlamaForCausalLM
+
+from core.cli.errors import UserError
+from core.convert import gguf_file
+from core.runs import models
+from core.text.byte_pairs import learn_bpe
+from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+
+CHARS = "\n $abcdefghijklmnopqrstuvwxyz.,;:!?\u00e9-'"
+TOKENIZERS = {
+    'none': None,
+    'char': CharTokenizer(CHARS[:VOCAB]),
+    'byte': ByteTokenizer(),
+    'bpe': BPETokenizer(learn_bpe(['the thing that they think is there, and a banana is a banana'] * 3, 290)),
+}
+
+
+def model_for(tokenizer, **changes):
+    return our_llama(vocab_size=tokenizer.n_vocab if tokenizer else VOCAB, n_head=6, n_kv_head=2, n_embd=60, **changes)
+
+
+def written(file, model, tokenizer=None):
+    gguf_file.write(str(file), model.config, model.state_dict(), tokenizer, 'tiny')
+    return str(file)
+
+
+def same_tensors(a, b):
+    return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_a_file_written_here_is_the_model_again(name, tmp_path):
+    tokenizer = TOKENIZERS[name]
+    model = model_for(tokenizer, tied=name == 'char')
+    again, saved = models.pretrained(written(tmp_path / 'model.gguf', model, tokenizer))
+    assert again.config == model.config and same_tensors(model, again)
+    assert saved['tokenizer'] == (tokenizer.meta() if tokenizer else {'tokenizer': 'none', 'vocab_size': VOCAB})
+
+
+def test_a_vocabulary_that_is_padded_for_the_model_keeps_its_tokenizer(tmp_path):
+    tokenizer = TOKENIZERS['bpe']
+    model = our_llama(vocab_size=tokenizer.n_vocab + 22)
+    again, saved = models.pretrained(written(tmp_path / 'model.gguf', model, tokenizer))
+    assert again.config.vocab_size == tokenizer.n_vocab + 22 and saved['tokenizer'] == tokenizer.meta()
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_transformers_reads_the_file_as_our_model(tied, tmp_path):
+    pytest.importorskip('accelerate')
+    model = model_for(TOKENIZERS['bpe'], tied=tied, rope_theta=500.0)
+    written(tmp_path / 'model.gguf', model, TOKENIZERS['bpe'])
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file='model.gguf', dtype=torch.float32).eval()
+    assert logit_difference(model, theirs) < 1e-5
+
+
+def foreign(file, keys=(), tensors=(), arch='llama', quantized=None, without=()):
+    """A GGUF file of a Llama of transformers, as a converter writes it, with further keys and tensors."""
+    theirs = their_llama(intermediate_size=64, hidden_size=64, num_attention_heads=4, rms_norm_eps=1e-6)
+    config, state = theirs.config, theirs.state_dict()
+    writer = gguf.GGUFWriter(str(file), arch)
+    sizes = {'block_count': 3, 'context_length': BLOCK, 'embedding_length': 64, 'feed_forward_length': 64,
+             'attention.head_count': 4, 'attention.head_count_kv': 2, 'rope.dimension_count': 16}  # fmt: skip
+    for key, value in sizes.items():
+        if key not in without:
+            writer.add_uint32(f'{arch}.{key}', value)
+    writer.add_float32(f'{arch}.attention.layer_norm_rms_epsilon', config.rms_norm_eps)
+    for key, value in keys:
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    for name, tensor in state.items():
+        for part, heads in (('q_proj', 4), ('k_proj', 2)):
+            if part in name:
+                tensor = tensor.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(tensor.shape)
+        values = tensor.numpy()
+        if quantized and tensor.dim() == 2:
+            packed = gguf.quants.quantize(values, quantized)
+            writer.add_tensor(gguf_file.own_name(name), packed, raw_dtype=quantized)
+            state[name] = torch.tensor(gguf.quants.dequantize(packed, quantized))
+        else:
+            writer.add_tensor(gguf_file.own_name(name), values)
+    for name, values in tensors:
+        writer.add_tensor(name, values)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    quantities = {name: value for name, value in state.items() if quantized and value.dim() == 2}
+    for name in quantities:  # back from what the numbers stand for
+        for part, heads in (('q_proj', 4), ('k_proj', 2)):
+            if part in name:
+                state[name] = state[name].reshape(heads, -1, 2, 64).swapaxes(1, 2).reshape(state[name].shape)
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize('kind', [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1,
+                                  gguf.GGMLQuantizationType.BF16], ids=str)  # fmt: skip
+def test_a_file_of_another_maker_gives_its_logits(kind, tmp_path):
+    theirs = foreign(tmp_path / 'model.gguf', quantized=kind)
+    ours, saved = models.pretrained(str(tmp_path / 'model.gguf'))
+    assert ours.config.rope_theta == 10000 and saved['tokenizer']['tokenizer'] == 'none'
+    assert logit_difference(ours.eval(), theirs) < 1e-5
+
+
+REFUSED = {
+    'scaled RoPE': (dict(keys=[('llama.rope.scaling.type', 'linear')]), 'llama.rope.scaling.type=linear; only none'),
+    "Llama 3.1's RoPE": (dict(tensors=[('rope_freqs.weight', np.ones(8, np.float32))]), 'scaled RoPE .rope_freqs'),
+    'experts': (dict(keys=[('llama.expert_count', 8)]), 'llama.expert_count=8; only 0'),
+    'wider heads': (dict(keys=[('llama.attention.key_length', 32)]), 'llama.attention.key_length=32; only 16'),
+    'a key that nobody knows': (dict(keys=[('llama.logit_scale', 2)]), 'llama.logit_scale=2, which is not supported'),
+    'another architecture': (dict(arch='qwen2'), 'it holds a qwen2 model'),
+    'a bias': (dict(tensors=[('blk.0.attn_q.bias', np.ones(64, np.float32))]), 'model lacks: .*layers.0.*q_proj.bias'),
+    'a missing size': (dict(without=['feed_forward_length']), 'it lacks the key llama.feed_forward_length'),
+    'a part of a model': (dict(keys=[('split.count', 2)]), 'one of several parts'),
+    'a name of the other form': (
+        dict(tensors=[('model.norm.weight', np.ones(64, np.float32))]), 'it holds model.norm.weight twice'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_a_file_needs_and_we_lack_is_refused_by_name(name, tmp_path):
+    changes, message = REFUSED[name]
+    foreign(tmp_path / 'model.gguf', **changes)
+    with pytest.raises(UserError, match=message) as error:
+        models.pretrained(str(tmp_path / 'model.gguf'))
+    assert '\n' not in str(error.value)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    file = tmp_path / 'model.gguf'
+    foreign(file)
+    whole = file.read_bytes()
+    for length in (4, 100, len(whole) // 2):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="model.gguf' can't be loaded"):
+            models.pretrained(str(file))
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_llama_cpp_continues_a_text_greedily_as_we_do(name, tmp_path):
+    llama_cpp = pytest.importorskip('llama_cpp')
+    tokenizer = TOKENIZERS[name]
+    model = model_for(tokenizer, tied=name == 'byte', rope_theta=500.0)
+    file = written(tmp_path / 'model.gguf', model, tokenizer)
+    exact = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, logits_all=True)  # not float16
+    theirs = llama_cpp.Llama(file, n_ctx=BLOCK, verbose=False, n_threads=1, **exact)
+    prompt = IDX[0, :9].tolist()
+    if tokenizer:
+        text = 'the banana'
+        prompt = tokenizer.encode(text)
+        assert theirs.tokenize(text.encode(), add_bos=False) == prompt
+        assert theirs.detokenize(prompt).decode() == text
+    theirs.eval(prompt)
+    logits = model(torch.tensor([prompt]), torch.tensor([prompt]))[0][0].detach()
+    assert np.abs(np.array(theirs.scores[: len(prompt)]) - logits.numpy()).max() < 1e-5
+    ids = list(prompt)
+    while len(ids) < 30:
+        ids.append(int(np.argmax(theirs.scores[len(ids) - 1])))
+        theirs.eval(ids[-1:])
+    assert ids == model.generate(torch.tensor([prompt]), 30 - len(prompt), temperature=0)[0].tolist()
