@@ -141,11 +141,6 @@ def copying_tokens(model: GPT, ids: np.ndarray | Tensor, top: int = 5, max_logit
 # ---- composition -----------------------------------------------------------------------------------------------------
 
 
-def frobenius(middle: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Squared norms ||A^T M B||^2 from M (..., a, b) and the Gram matrices left = A A^T, right = B B^T."""
-    return ((left @ middle @ right) * middle).sum((-2, -1))
-
-
 @torch.no_grad()
 def composition(model: GPT) -> dict[str, np.ndarray]:
     """
@@ -173,6 +168,7 @@ def composition(model: GPT) -> dict[str, np.ndarray]:
                 # (W_2 W_O1)^T of all pairs in one product: (H2 d2, C) (C, H1 d1) -> (H1, H2, d1, d2)
                 product = weights[kind].flatten(0, 1) @ earlier['o'].transpose(0, 1).flatten(1)
                 middle = product.view(H, -1, H, product.size(1) // H).permute(2, 0, 3, 1)
-                squared = frobenius(middle, earlier_grams['v'][:, None], grams[other][None])
+                # |A^T M B|^2 from M and the Gram matrices A A^T and B B^T
+                squared = (earlier_grams['v'][:, None] @ middle @ grams[other][None] * middle).sum((-2, -1))
                 lift[kind][first, :, second] = (C * squared / (ov1[:, None] * norm[None]).clamp_min(1e-30)).cpu()
     return lift

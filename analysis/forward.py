@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, Block
+from model import GPT
 from ops.kernels import attention_pattern, fast_attention, repeat_heads
 
 Edit = Callable[[int, Tensor], Tensor]  # (layer, the heads' outputs) -> what takes their place
@@ -84,14 +84,10 @@ def run(
             pattern = attention_pattern(q, k, attn.scale)
             visit(layer, Attention(q, k, v, pattern, normed))
             z = pattern @ v
-        x = finish_block(block, x, z if edit is None else edit(layer, z))
+        z = z if edit is None else edit(layer, z)
+        x = x + attn.c_proj(z.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.ln_2(x))
     return model.transformer.ln_f(x)
-
-
-def finish_block(block: Block, x: Tensor, z: Tensor) -> Tensor:
-    """The output (B, T, C) of a block from its input x (B, T, C) and its heads' outputs z (B, H, T, d_v)."""
-    x = x + block.attn.c_proj(z.transpose(1, 2).flatten(2))
-    return x + block.mlp(block.ln_2(x))
 
 
 @torch.no_grad()

@@ -55,18 +55,13 @@ def effective_rank(covariance: Tensor) -> float:
 # ---- subspaces that heads read ---------------------------------------------------------------------------------------
 
 
-def row_space(weights: Tensor) -> Tensor:
-    """Orthonormal bases (H, min(a, r), r) of the row spaces of weights (H, a, r), float64."""
-    return torch.linalg.qr(to_float64(weights).mT)[0].mT
-
-
 def overlap(first: Tensor, second: Tensor) -> Tensor:
     """
     |Q1^T Q2|^2 / min(rank) between each row space of first (G, a, r) and each of second (H, b, r): (G, H), 0 to 1.
 
     1 means that one contains the other. For two random subspaces of the latent the expectation is max(a, b) / r.
     """
-    bases = [row_space(weights) for weights in (first, second)]
+    bases = [torch.linalg.qr(to_float64(weights).mT)[0].mT for weights in (first, second)]  # orthonormal rows
     product = bases[0].flatten(0, 1) @ bases[1].flatten(0, 1).T
     (G, a, _), (H, b, _) = (basis.shape for basis in bases)
     return product.view(G, a, H, b).square().sum((1, 3)) / min(a, b)

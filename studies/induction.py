@@ -121,13 +121,6 @@ def convert_and_measure(run):
     return out
 
 
-def prepare_data():
-    """Make data_dir/repeats if it is missing."""
-    folder = os.path.join(data_dir, 'repeats')
-    if not os.path.exists(os.path.join(folder, 'train.bin')):
-        subprocesses.run_script('data/repeats/prepare.py', [dict(folder=folder)], out_dir)
-
-
 # ---- outcomes --------------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +326,9 @@ if reuse:
         full, max_iters = (earlier['config'][key] for key in ('full', 'max_iters'))
         outcomes, converted = [dict(run) for run in earlier['runs']], earlier['conversions']
 else:
-    prepare_data()
+    repeats = os.path.join(data_dir, 'repeats')
+    if not os.path.exists(os.path.join(repeats, 'train.bin')):
+        subprocesses.run_script('data/repeats/prepare.py', [dict(folder=repeats)], out_dir)
     outcomes = subprocesses.run_all(train_and_measure, planned(), jobs)
     converted = subprocesses.run_all(convert_and_measure, conversions(), jobs)
 

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,18 +54,6 @@ def nanogpt_model(folder: str, ours: GPT, prompt: torch.Tensor) -> torch.nn.Modu
     ours: a GPT in eval mode; prompt: token ids (B, T) for the comparison of logits. UserError where `folder` has no
     model.py, and where the logits differ.
     """
-    module = nanogpt_module(folder)
-    settings = {name: getattr(ours.config, name) for name in NANOGPT_ARGS}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
-        theirs = module.GPT(module.GPTConfig(**settings))
-    theirs.load_state_dict(ours.state_dict())
-    theirs = theirs.eval().to(prompt.device)
-    check_logits(theirs, ours, prompt, 'nanoGPT')
-    return theirs
-
-
-def nanogpt_module(folder: str) -> ModuleType:
-    """The model.py in the folder of a nanoGPT checkout, imported as `nanogpt_model`. UserError if it is missing."""
     file = os.path.join(folder, 'model.py')
     if not os.path.isfile(file):
         raise UserError(f'{file} is missing; --nanogpt must be the folder of a nanoGPT checkout')
@@ -74,7 +61,13 @@ def nanogpt_module(folder: str) -> ModuleType:
     assert spec and spec.loader  # for a file that exists
     module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    settings = {name: getattr(ours.config, name) for name in NANOGPT_ARGS}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        theirs = module.GPT(module.GPTConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    theirs = theirs.eval().to(prompt.device)
+    check_logits(theirs, ours, prompt, 'nanoGPT')
+    return theirs
 
 
 def nanogpt_batch(tokens: np.ndarray, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

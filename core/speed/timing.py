@@ -19,6 +19,8 @@ import torch
 
 from core.cli import machine
 
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # no log messages of PyTorch's profiler
+
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +81,6 @@ def ms_text(row: dict[str, Any]) -> str:
 
 def profile(function: Callable[[], Any], path: str, device: str = 'cpu') -> list[tuple[str, float]]:
     """Write a trace of one call to `path`, for chrome://tracing. Returns [(operation, its part)], longest first."""
-    quiet_profiler()
     with torch.profiler.profile(acc_events=True) as trace:  # of the CPU and the GPU; it warns without acc_events
         function()
         synchronize(device)
@@ -95,11 +96,6 @@ def profile(function: Callable[[], Any], path: str, device: str = 'cpu') -> list
     return [(name, time / total) for name, time in sorted(times.items(), key=lambda item: -item[1])]
 
 
-def quiet_profiler() -> None:
-    """Turn off the log messages of PyTorch's profiler."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +106,6 @@ def peak_bytes(function: Callable[[], Any], device: str = 'cpu') -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    quiet_profiler()
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         function()

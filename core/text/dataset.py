@@ -90,7 +90,9 @@ class TokenData:
         """
         key = np.array([seed % 2**64, n % 2**64], dtype=np.uint64)
         draws = np.random.Philox(key=key).random_raw(size)
-        starts = draws % np.uint64(self._number_of_windows('train'))
+        tokens = self.tokens['train']
+        count = tokens // self.row_tokens if self.row_tokens else tokens - self.block_size
+        starts = draws % np.uint64(count)
         return self.windows('train', starts[rows].astype(np.int64) * (self.row_tokens or 1))
 
     def eval_windows(self, split: str, count: int) -> np.ndarray:
@@ -127,11 +129,6 @@ class TokenData:
         found = np.empty((self.tokens[split] if stop is None else stop) - start, dtype=self.dtype)
         self._read(split, start, found)
         return found
-
-    def _number_of_windows(self, split: str) -> int:
-        if self.row_tokens:
-            return self.tokens[split] // self.row_tokens
-        return self.tokens[split] - self.block_size
 
     def _read(self, split: str, start: int, out: np.ndarray) -> None:
         """Fill an array (n,) with the tokens of a split from `start` on, which may lie in several files."""

@@ -116,7 +116,10 @@ def opened(files, commit):
             stream = datasets.load_dataset(of, streaming=True, **more)
         else:
             stream = datasets.load_dataset(hub, subset or None, split=split, revision=commit, streaming=True)
-        columns = stream.column_names or first_columns(stream)
+        columns = stream.column_names
+        if not columns:  # JSON does not say before the first document
+            with reading(stream, 1) as rows:
+                columns = [*next(rows, {})]
     except UserError:
         raise
     except Exception as error:
@@ -129,12 +132,6 @@ def opened(files, commit):
             f"the documents of {input or hub} have no column '{column}', only {known}; choose one with --column"
         )
     return stream.select_columns([column])
-
-
-def first_columns(stream):
-    """The columns of the first document, a list of str; JSON does not say before."""
-    with reading(stream, 1) as rows:
-        return [*next(rows, {})]
 
 
 @contextlib.contextmanager
