@@ -222,7 +222,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. A subclass that names another `attention` class changes nothing else."""
+    """The whole model. A subclass that names another `attention` class changes that and its initial values."""
 
     attention: Any = CausalSelfAttention
 
@@ -230,12 +230,12 @@ class GPT(nn.Module):
         """seed: initial values are a function of it and each parameter's name, on every device and rank."""
         super().__init__()
         self.config: Any = config
-        parts: dict[str, nn.Module] = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        modules: dict[str, nn.Module] = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.pos == 'learned':
-            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
-        parts['drop'], parts['ln_f'] = Dropout(config.dropout), make_norm(config)
-        self.transformer: Any = nn.ModuleDict(parts)
+            modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        modules['h'] = nn.ModuleList(Block(config, layer, self.attention) for layer in range(config.n_layer))
+        modules['drop'], modules['ln_f'] = Dropout(config.dropout), make_norm(config)
+        self.transformer: Any = nn.ModuleDict(modules)
         self.lm_head: Any = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.transformer['wte'].weight = self.lm_head.weight  # arXiv:1608.05859
@@ -352,11 +352,7 @@ class GPT(nn.Module):
             device = weight.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shapes = self.attention.cache_shapes(self.config)
-        layers = [
-            tuple(weight.new_zeros(batch_size, *shape[:-1], max_tokens, shape[-1], dtype=dtype) for shape in shapes)
-            for _ in range(self.config.n_layer)
-        ]
-        return Cache(layers, max_tokens)
+        return Cache.allocate(self.config.n_layer, shapes, batch_size, max_tokens, dtype, weight.device)
 
     def set_context(self, block_size: int) -> None:
         """Let the model read up to `block_size` tokens: fewer, or, without learned positions, more than in training."""

@@ -13,13 +13,14 @@ of r numbers, shared by all heads, and computes keys and values from it. Only th
     d_v     n_value          dimensions of each value
     r_q     n_latent_q       size of the queries' own latent c_q (0: queries are computed from x directly)
     W_D     c_kv_down        down-projection, C -> r (+ R for the shared position key)
-    W_K,W_V c_kv_up          up-projection, r -> keys and values of all heads
+    W_K,W_V c_kv_up          up-projection, r -> keys and values of all heads; W_U where both are meant
     W_Q     c_q              query projection
     W_O     c_proj           output projection
 
 Equation numbers are those of DeepSeek-V2 (arXiv:2405.04434, section 2.1); its h_t is our x. With n_rope = 0 (the
 default) positions are learned embeddings, as in GPT-2, or there are none, and equations 14 to 17 drop out. By default
-d_nope = d_v = d.
+d_nope = d_v = d. With shared_rope=False there is no shared position key: every head's keys are decompressed and then
+rotated whole, as converting a trained model with RoPE needs; that can't be absorbed.
 
 Why the latent is enough to decode. For head h, with keys k_j = W_K c_j + b_K and values v_j = W_V c_j + b_V:
 
@@ -31,7 +32,7 @@ sum of latents is projected out once (W_V). This is "absorbed" attention; no key
 stays 1/sqrt(d_nope + R), since the scores are the same numbers. For a long prompt it is cheaper to compute all keys and
 values ("decompressed"); `absorbing_pays` has the rule.
 
-Multiply-adds per token and layer at context T, and cached numbers per token and layer:
+Multiply-adds per layer to decode one token behind a context of T, and cached numbers per token and layer:
 
                              multiply-adds              cached
     MHA                      4C^2 + 2TC                 2C
@@ -142,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
             w_k, w_v, b_v = self.up_weights()
             q_nope, q_rope = q.split((self.n_nope, self.n_rope), dim=-1)
             q = torch.cat((kernels.per_head(q_nope, w_k), q_rope), dim=-1)  # (B, H, T, r + R): W_K^T q
-            k = v = latent.unsqueeze(1).to(q.dtype)
+            k = v = latent.unsqueeze(1).to(q.dtype)  # v's last R numbers, of the position key, are cut off below
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
             y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the same as below, faster
@@ -178,7 +179,7 @@ class MLAConfig(GPTConfig):
     n_value: int = 0  # d_v; 0: the head size
     shared_rope: bool = True  # one rotated key for all heads; False: keys are decompressed and then rotated whole
     latent_norm: bool = False  # RMSNorm on the latents, as in DeepSeek-V2
-    latent_init: str = 'fan_in'  # initial values of what the latents are computed from; 'gpt2': 0.02, see init_std
+    latent_init: str = 'fan_in'  # initial values of what the latents are computed from; 'gpt2': init_std
 
     def __post_init__(self) -> None:
         if self.n_kv_head:
@@ -233,7 +234,7 @@ class MLAGPT(GPT):
         As in GPT, except for the two factors of keys and values, W_U W_D, and those of compressed queries.
 
         With latent_init='fan_in' (std(W_D) = 1/sqrt(C)) the latent starts at rms 1 and keys and values at 1/2; one
-        step of Adam then moves keys about as far as in MHA. With 'gpt2' (std(W_D) = 0.02) they start as in MHA, and
+        step of Adam then moves keys about as far as in MHA. With 'gpt2' (std(W_D) = init_std) they start as in MHA, and
         W_U hardly learns at first. docs/mla.md has the derivation. kv_rms sets what keys and values start with.
         """
         config, owner = self.config, name.split('.')[-2]
@@ -250,5 +251,5 @@ class MLAGPT(GPT):
             return 0.5 / math.sqrt(rank) if rank else super().init_std(name)
         if not rank:
             return super().init_std(name)
-        # keys, values and queries start with MHA's variance; a normed latent has mean square 1, a plain one 0.02^2 C
-        return 0.02 * math.sqrt(config.n_embd / rank) if config.latent_norm else 1 / math.sqrt(rank)
+        # keys, values and queries start with MHA's variance; the latent's mean square is 1 if normed, else init_std^2 C
+        return config.init_std * math.sqrt(config.n_embd / rank) if config.latent_norm else 1 / math.sqrt(rank)

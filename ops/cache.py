@@ -21,6 +21,21 @@ class Cache:
         self.max_tokens = max_tokens
         self.length = 0
 
+    @classmethod
+    def allocate(
+        cls,
+        n_layer: int,
+        shapes: tuple[tuple[int, ...], ...],
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Cache:
+        """An empty cache. shapes: of what each layer caches of one token of one sequence."""
+        sizes = [(batch_size, *shape[:-1], max_tokens, shape[-1]) for shape in shapes]
+        layers = [tuple(torch.zeros(size, dtype=dtype, device=device) for size in sizes) for _ in range(n_layer)]
+        return cls(layers, max_tokens)
+
     @property
     def batch_size(self) -> int:
         return self.layers[0][0].size(0)

@@ -26,13 +26,11 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError, printable
-from core.text.meta import HEADER_BYTES, SPLITS, existing, prepare_hint, read_header, read_meta, token_files
+from core.text.meta import HEADER_BYTES, SPLITS, existing, flat, prepare_hint, read_header, read_meta, token_files
 from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
 CHECKED_WHOLE = 1 << 26  # bytes; opening a split up to this size checks its SHA-256 and every id, otherwise a sample
 MOST_OPEN = 100  # files at a time
-# what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
-IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
 class TokenData:
@@ -262,14 +260,6 @@ def other_dtype(ids: np.ndarray) -> str | None:
 
 
 # ---- which data set it is --------------------------------------------------------------------------------------------
-
-
-def flat(meta: Meta) -> Meta:
-    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
-    entries = {key: meta[key] for key in IDENTITY if key in meta}
-    nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
-    files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
-    return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries
 
 
 def check_data(then: Meta | None, data: TokenData, path: str) -> None:

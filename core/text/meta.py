@@ -26,6 +26,8 @@ HEADERS: dict[tuple[int, int], Meta] = {
     (20240801, 7): {'dtype': 'uint32', 'tokenizer': NO_TEXT, 'vocab_size': 128_256},  # Llama 3's tokens
 }
 HEADER_BYTES = 256 * 4
+# what makes two data sets the same: their files, or, where a checkpoint of version 0.1.0 has no checksums, their sizes
+IDENTITY = ('sha256', 'tokens', 'vocab_size')
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -240,3 +242,11 @@ def read_meta_pickle(folder: Path) -> Meta:
         described = TableTokenizer(strings, size).meta()
     source = f"{folder.name} (nanoGPT's format)"
     return {'format': FORMAT, **described, 'dtype': token_dtype(size).name, 'tokens': {}, 'source': source}
+
+
+def flat(meta: Meta) -> Meta:
+    """What identifies the data set of a meta: {'sha256 of train.bin': ..., 'tokens of train': ..., ...}."""
+    entries = {key: meta[key] for key in IDENTITY if key in meta}
+    nested = {key: entries.pop(key) for key in list(entries) if isinstance(entries[key], dict)}
+    files = {f'{key} of {part}': value for key, parts in nested.items() for part, value in parts.items()}
+    return {name: value for name, value in files.items() if name != 'sha256 of input'} | entries

@@ -12,7 +12,8 @@ import torch
 from support.preparing import nanogpt_folder
 
 from core.cli.errors import UserError
-from core.text.dataset import TokenData, check_data, check_tokenizer, flat
+from core.text.dataset import TokenData, check_data, check_tokenizer
+from core.text.meta import flat
 from core.text.tokenizer import BPETokenizer, CharTokenizer
 from core.text.write_dataset import write_dataset
 

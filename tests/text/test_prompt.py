@@ -25,13 +25,13 @@ def test_an_empty_prompt_is_refused():
 def test_a_file_s_byte_order_mark_and_line_ends_are_those_of_the_training_text(tmp_path):
     path = tmp_path / 'prompt.txt'
     path.write_bytes('\ufefffirst\r\nsecond\rthird\n'.encode())
-    assert prompt_text(f'FILE:{path}') == 'first\nsecond\nthird\n'
+    assert prompt_text(f'FILE:{path}', CharTokenizer('a')) == 'first\nsecond\nthird\n'
 
 
 def test_a_newline_that_the_shell_left_as_two_characters_is_noticed(capsys):
-    assert prompt_text('a\nb') == 'a\nb'
+    assert prompt_text('a\nb', CharTokenizer('a')) == 'a\nb'
     assert capsys.readouterr().err == ''
-    assert prompt_text(r'a\nb') == r'a\nb'  # as nanoGPT takes it
+    assert prompt_text(r'a\nb', CharTokenizer('a')) == r'a\nb'  # as nanoGPT takes it
     assert (
         capsys.readouterr().err == "start holds a backslash and an n; a newline is written --start=$'\\n' in a shell\n"
     )
