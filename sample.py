@@ -42,6 +42,7 @@ temperature = 0.8  # 1: the model's own distribution; below 1: sharper; 0: greed
 top_k = 200  # draw from the top_k most likely tokens; 0: from all
 top_p = 1.0  # draw from the smallest set of tokens with this total probability; 1: from all
 stop = ''  # a token that ends a sample, for example '<|endoftext|>' or '.'; empty: none
+context = 0  # tokens that the model sees at most; 0: as in training, more only without learned positions
 use_cache = True  # False: recompute the whole context for each token, as nanoGPT does
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -72,6 +73,11 @@ if init_from == 'resume':
 else:
     model, checkpoint = models.pretrained(init_from)
     meta = checkpoint['tokenizer']
+if context:
+    try:
+        model.set_context(context)
+    except ValueError as error:
+        raise UserError(f'context={context} is too much: {error}') from error
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
 if meta.get('tokenizer') == NO_TEXT:

@@ -132,8 +132,7 @@ def keys():
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
 processes, place, cores, compiles = start(device, backend, threads, compile)
-kind = place.split(':')[0]
-micro_steps = processes.share_of(gradient_accumulation_steps, 'gradient_accumulation_steps')
+kind, micro_steps = place.split(':')[0], processes.share_of(gradient_accumulation_steps, 'gradient_accumulation_steps')
 rows_per_iter = gradient_accumulation_steps * batch_size
 
 # ---- data and model --------------------------------------------------------------------------------------------------
@@ -300,7 +299,8 @@ while True:
         if saves:
             save(best=improved)
         elif saved_iter != iter_num:
-            notice(f'iteration {iter_num} of {max_iters} is not saved, since it is no improvement')
+            reason = 'it is no improvement' if iter_num else 'nothing was trained'
+            notice(f'iteration {iter_num} is not saved: {reason}')
         break
 
     for group in optim.param_groups:

@@ -45,7 +45,7 @@ KEYS = {
     '[2, 1000000]': 'text_windows',
     '[2, 1000000000]': 'windows',
     '[2, 1000000000000]': 'eval_tokens',
-    '[0, 16777216]': 'new_tokens',
+    '[0, 16777216]': 'new_tokens context',
     '[0.01, 1]': 'usable',
     '[0.001, 1]': 'mfu',
     # data

@@ -80,6 +80,8 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> 
     config_class = models.KINDS[kind][1]
     shape = models.model_config(saved)
     for key in shape_keys(config_class, keys):
+        if key == 'block_size' and key in given and keys['eval_only'] and shape.pos != 'learned':
+            continue  # without learned positions a model can be evaluated on longer windows
         if key in given and models.changed(shape, key, keys[key]):
             raise unchangeable(key, keys[key], getattr(shape, key), path, keys)
         keys[key] = getattr(shape, key)
@@ -159,7 +161,7 @@ def trained_model(
         shape: dict[str, Any] = {}
     else:
         model, data, shape = pretrained_model(keys, given, device)
-    if (keys | shape)['block_size'] < model.config.block_size:
+    if (keys | shape)['block_size'] != model.config.block_size:
         model.set_context((keys | shape)['block_size'])
     if data.n_vocab > model.config.vocab_size:
         raise UserError(

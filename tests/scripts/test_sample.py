@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, forking
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
@@ -325,3 +325,25 @@ def test_from_the_shell(tmp_path):
     head = f'"{sys.executable}" sample.py --out_dir="{tmp_path}" --max_new_tokens=300 | head -c 5'
     early = subprocess.run(head, shell=True, **run)
     assert len(early.stdout) == 5 and 'Traceback' not in early.stderr and 'BrokenPipe' not in early.stderr
+
+
+def test_a_context_beyond_the_training_length(data_dir, tmp_path):
+    """Without learned positions a model reads longer texts when asked; with them the limit is named."""
+    from support.training import run as train
+
+    for pos in ('rope', 'learned'):
+        assert train('train.py', data_dir, tmp_path / pos, pos=pos, max_iters=1).returncode == 0
+    keys = ['--device=cpu', '--num_samples=1', '--max_new_tokens=40', '--start=abc', '--temperature=0', '--context=64']
+    longer = forking.run('sample.py', [f'--out_dir={tmp_path / "rope"}', *keys])
+    assert longer.returncode == 0, longer.stderr
+    window = forking.run('sample.py', [f'--out_dir={tmp_path / "rope"}', *keys[:-1]])
+    assert window.returncode == 0 and window.stdout[:10] == longer.stdout[:10]
+    refused = forking.run('sample.py', [f'--out_dir={tmp_path / "learned"}', *keys])
+    assert (
+        refused.returncode == 2
+        and 'context=64 is too much: block_size=64 is more than the 16 learned' in refused.stderr
+    )
+    keys = dict(resume='yes', eval_only=True, block_size=40, eval_iters=1)
+    assert 'val loss' in train('train.py', data_dir, tmp_path / 'rope', **keys).stdout
+    stopped = train('train.py', data_dir, tmp_path / 'learned', **keys)
+    assert stopped.returncode == 2 and 'block_size=40 cannot be applied' in stopped.stderr

@@ -26,7 +26,7 @@ SHORT = {
     'data/code/prepare.py': '--megabytes=1 --vocab_size=300 --packages=tqdm',
     'data/repeats/prepare.py': '--rows=64 --val_rows=16',
 }
-NOT_HERE = ('make ', 'python3 -m venv', 'pip ')  # install, or run what these tests are part of
+NOT_HERE = ('make ', 'python3 -m venv', 'pip ', 'transformers serve')  # install, serve, or run these very tests
 
 
 def commands():
