@@ -8,7 +8,7 @@
 #   them), or else the training mode does; a mask of ones, with no token masked, is the same as no mask.
 # What happens: the library looks for restarts only where it has neither an attention_mask nor a cache. GPT-2 makes an
 #   empty cache in every forward pass unless told use_cache=False, in training mode too, so the second document sees the
-#   first and its logits change by up to 11.8, without a warning. A mask of ones does the same. Activation checkpointing,
+#   first and its logits change by 11.8, without a warning. A mask of ones does the same. Activation checkpointing,
 #   which should change memory and time alone, mends it, because it switches the cache off. In a training loop of one's
 #   own, two runs that differ in this setting alone therefore train with different attention.
 #
