@@ -80,7 +80,7 @@ def mla_config():
     for name, known in FIXED.items():
         if (value := getattr(model.config, name)) not in known:
             raise UserError(
-                f'no class has this model: {form.CLASS} has no {misfit}, and {MODEL_CODE} no {name}={value}'
+                f'no class has such a model: {form.CLASS} has no {misfit}, and {MODEL_CODE} no {name}={value}'
             )
     without = {*FIXED, 'n_kv_head', 'tied'}
     names = [field.name for field in fields(model.config) if field.name in published.KNOWN - without]
@@ -171,7 +171,9 @@ elif is_mla:
     errors.notice(f'the model comes with its own code, because {form.CLASS} has no {misfit}')
     settings, tensors, code = mla_config(), model.state_dict(), True
 elif problem := gpt2.misfit(model.config):
-    raise UserError(f'no class has such a model: {form.CLASS} no {misfit}, and GPT2LMHeadModel no {problem}')
+    raise UserError(
+        f'no class has such a model: {form.CLASS} no {misfit}, and GPT2LMHeadModel no {problem}; sample.py reads it'
+    )
 else:
     if model.config.n_kv_head:
         errors.notice(f'{label} is exported as MHA, its keys and values repeated: GPT-2 shares none')

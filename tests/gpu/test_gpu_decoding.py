@@ -66,9 +66,9 @@ def test_the_queries_of_a_step_attend_as_on_a_cpu(kv_heads, size, masked, dtype,
                for heads, rows in ((12, 1), (kv_heads, 500), (kv_heads, 500)))  # fmt: skip
     q *= 8  # large scores
     visible = torch.arange(500)[None] < 400 if masked else None
-    expected = fast_attention(q, k, v, size**-0.5, visible=visible)
+    expected = fast_attention(q, k, v, size**-0.5, mask=visible)
     sent = (tensor.to(device, dtype) for tensor in (q, k, v))
-    y = fast_attention(*sent, size**-0.5, visible=visible if visible is None else visible.to(device)).cpu().double()
+    y = fast_attention(*sent, size**-0.5, mask=visible if visible is None else visible.to(device)).cpu().double()
     assert (y - expected).norm() <= tolerance * expected.norm()
 
 

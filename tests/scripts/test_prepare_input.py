@@ -134,7 +134,7 @@ def test_a_signal_while_encoding_leaves_the_old_data_set(number, code, tmp_path)
     (tmp_path / 'out' / 'train.bin').write_bytes(b'old')
     command = [sys.executable, TEXT, f'--input={tmp_path / "in.txt"}', f'--out_dir={tmp_path / "out"}', '--workers=1']
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((tmp_path / 'out').glob('*.tmp')):
+    while process.poll() is None and not list((tmp_path / 'out').glob('unfinished-*')):
         time.sleep(0.001)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)

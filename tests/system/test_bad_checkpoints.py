@@ -34,7 +34,7 @@ CHECKPOINTS = [
     Case(T, '--init_from=resume', 'there is no checkpoint', 'start the run'),
     Case(S, '--out_dir={place}/nowhere', 'there is no checkpoint', 'train a model first'),
     Case('sample_mla.py', '', 'there is no checkpoint', 'train a model first', remove('mla')),
-    Case(E, '--source={place}/nowhere', 'there is no checkpoint', 'train a model first'),
+    Case(E, '--source={place}/nowhere', 'is no checkpoint, no GGUF file, no folder', 'name one of them'),
     Case(C, '', 'no checkpoint|truncated', '--source|older copy', write('mha/ckpt.pt', b'')),
     Case(T, RESUME, 'there is no checkpoint', 'train a model first', folder('mha/ckpt.pt')),
     Case(T, RESUME, 'truncated or not a checkpoint', 'older copy', write('mha/ckpt.pt', b'')),
@@ -83,7 +83,7 @@ CHECKPOINTS = [
     Case(T, RESUME, r'log\.csv', 'move it away', write('mha/log.csv', b'iter,loss\n\xff,2\n')),
     Case(T, RESUME, r'log\.csv', 'move it away', write('mha/log.csv', 'name,colour\na,b\n')),
     Case(T, RESUME, r'log\.csv', 'move it away', folder('mha/log.csv')),
-    Case(E, '', "RoPE, which GPT-2 can't express", "pos='learned' or MLA",
+    Case(E, '', 'no class has such a model: .* GPT2LMHeadModel no pos=rope', 'sample.py reads it',
          ckpt(lambda c: c['model'].__delitem__('transformer.wpe.weight') or c['model_args'].update(pos='rope'))),
 ]  # fmt: skip
 

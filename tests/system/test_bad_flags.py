@@ -234,7 +234,7 @@ PROMPTS = [
     Case(S, '--start=FILE:', "can't be read", 'text file'),
     Case(S, '--stop=ab', "stop must be one token, and 'ab' is 2", 'shorter'),
     Case(S, '--stop=!', "the character '!' is not among", "knows: 'abc"),
-    Case(S, '', 'start is empty', 'at least one token', ckpt(lambda c: c['tokenizer'].update(tokenizer='none'))),
+    Case(S, '', "'a' is no id", 'numbers from 0 to', ckpt(lambda c: c['tokenizer'].update(tokenizer='none'))),
     Case(Q, '--start=!', "the character '!' is not among", "knows: 'abc"),
     Case(Q, '', r"a newline unless --start gives another, and the character '\\n'", "knows: 'abc"),
     Case(Q, '--start=', 'start is empty', '--start|newline'),

@@ -52,7 +52,7 @@ def test_the_number_of_processes_does_not_change_the_curve(count, how, one, data
 
 def test_micro_batches_that_cannot_be_shared_are_refused(data_dir, tmp_path):
     done = run('train.py', data_dir, tmp_path / 'odd', torchrun(2), gradient_accumulation_steps=3)
-    assert done.returncode and 'gradient_accumulation_steps=3 micro-batches cannot be divided' in done.stderr
+    assert done.returncode and 'gradient_accumulation_steps=3 cannot be divided' in done.stderr
     assert not (tmp_path / 'odd').exists()
 
 
