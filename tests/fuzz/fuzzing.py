@@ -147,7 +147,7 @@ VALID = {
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
     'runs': ['{place}/mha', '{place}/mla,{place}/mha'], 'hub': [''], 'column': ['text'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
-    'gpu': ['H100', 'l4', 'A100-80GB', 't4'], 'shape': ['', 'gpt2'], 'plot_shapes': [''], 'n_latents': ['', '8,4'],
+    'gpu': ['H100', 'l4', 'A100-80GB', 't4'], 'shape': ['', 'gpt2'], 'n_latents': ['', '8,4'],
     'n_kv_heads': ['', '1'], 'dataset': ['tiny', 'nano', 'shards'], 'sweep': ['', '4,8'],
     'json': ['', '{place}/out.json'], 'name': ['x'], 'datasets': ['tiny', 'nano', 'tiny,wide'],
     'packages': ['', 'tqdm'],
