@@ -349,7 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += error.T @ seen_x
                 del log_p, error  # before the next piece's are made
-        count = scored.sum()
+        count = scored.sum().clamp(min=1)  # a batch without a scored target has loss 0
         # divided by count only in `backward`: in float16 they would underflow
         ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.x_dtype = x.dtype

@@ -68,5 +68,5 @@ def weight_bytes(model: Any, itemsize: int) -> int:
     """
     low = sum(part.weight.nbytes for part in model.modules() if isinstance(part, Int8Linear))
     head = isinstance(model.lm_head, Int8Linear)
-    tables = model.transformer.wte.weight.numel() if head else 0
+    tables = model.transformer.wte.weight.numel() if head and model.config.tied else 0
     return low + (model.get_num_params() - tables) * itemsize  # get_num_params leaves the positions out

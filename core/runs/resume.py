@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from core.cli import errors
+from core.cli import errors, ranges
 from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
 from core.convert.factorize_rope import collect_turn, to_published_mla
 from core.runs import models
+from core.runs.checkpoint import OTHER_COPY
 from core.runs.folder import RunFolder
 from core.text.dataset import TokenData, check_data, check_tokenizer
 from core.text.meta import meta_of_dataset
@@ -71,6 +72,9 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> 
     then, from_nanogpt = saved.get('config') or {}, 'attention' not in saved
     ours = set(keys) - set(OF_THIS_CALL) - (set(OF_THE_MACHINE) if from_nanogpt else set())
     keys = {**keys, **{key: then[key] for key in ours - given if same_type(then.get(key), keys[key])}}
+    for key in ours - given:
+        if found := ranges.problem(key, keys[key]):
+            raise UserError(f'{path} is damaged: its {key} {found}; give another by --{key}=...')
     keys['init_from'] = then.get('init_from', 'scratch')  # where the run once came from
     kind = models.kind_of(saved)
     if keys['attention'] != kind:
@@ -244,8 +248,10 @@ def learning_rules(model: GPT, keys: dict, saved: dict | None) -> dict:
     rules = {'slow_rows': {name: [part.start, part.stop] for name, part in rows.items()}, 'divides': True}
     if saved is None:
         return rules
-    if saved.get('learning'):
-        return saved['learning']
+    if found := saved.get('learning'):
+        if not isinstance(found.get('slow_rows'), dict) or not isinstance(found.get('divides'), bool):
+            raise UserError(f"the checkpoint's 'learning' is incomplete; {OTHER_COPY}")
+        return found
     older = {**rules, 'divides': False}
     if keys['kv_lr'] != 1 and models.attention_of(model) == 'mla':
         owners = ('c_kv_down', 'c_kv_up', *(('c_q_down', 'c_q') if getattr(model.config, 'n_latent_q', 0) else ()))
@@ -291,6 +297,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict,
         for group in groups if state else ():
             for name, parameter in zip(group['param_names'], group['params'], strict=True):
                 entry = state[place[name]]
+                if 'betas' in group and 'step' not in entry:
+                    raise KeyError('step')
                 if any(entry[moment].shape != parameter.shape for moment in moments(group)):
                     raise ValueError('its tensors have other shapes')
                 entries.append({key: part_like(parameter, value) for key, value in entry.items()})

@@ -84,3 +84,9 @@ def test_sample_says_what_int8_changes(tmp_path, char_data):
     assert refused.returncode == 2 and '--weights=int8' in refused.stderr
     plain = run('sample.py', keys)
     assert plain.stdout == done.stdout and 'int8 changes' not in plain.stderr
+
+
+def test_bytes_of_an_untied_head_are_counted_once():
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=1024, bias=False)
+    tied, untied = (weight_bytes(quantize(GPT(GPTConfig(**sizes, tied=tied))), 4) for tied in (True, False))
+    assert tied == untied > 0

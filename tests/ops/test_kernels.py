@@ -12,6 +12,7 @@ from ops.kernels import (
     causal_mask,
     dropout,
     fast_attention,
+    linear_cross_entropy,
     logits_gradient,
     per_head,
 )
@@ -236,3 +237,10 @@ def test_which_attention_a_cpu_trains_by(T, p, eager):
     assert (type(fast_attention(q, q, q, 0.5, p).grad_fn).__name__ == 'EagerAttentionBackward') == eager
     with torch.no_grad():
         torch.testing.assert_close(fast_attention(q, q, q, 0.5), attention_pattern(q, q, 0.5) @ q)
+
+
+def test_a_batch_without_a_scored_target_has_loss_and_gradient_0():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    loss = linear_cross_entropy(x, weight, torch.full((4,), -1))
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not weight.grad.any()

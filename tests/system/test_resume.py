@@ -328,3 +328,18 @@ def test_a_resumed_run_says_at_which_rate_it_goes_on(data_dir, trained):
     assert [float(rate) for rate in rates.groups()] == pytest.approx(logged, rel=0.01) and logged[0] < 4e-4
     low = resume(data_dir, trained, '--max_iters=8', '--learning_rate=5e-5')
     assert 'min_lr=0.0001 is above learning_rate=5e-05' in low.stderr
+
+
+@pytest.mark.parametrize('change, complaint', [
+    (lambda saved: saved['config'].update(eval_interval=0), 'is damaged: its eval_interval is 0'),
+    (lambda saved: saved['learning'].pop('divides'), "'learning' is incomplete"),
+    (lambda saved: saved['optimizer']['state'][0].pop('step'), "it lacks 'step'"),
+])  # fmt: skip
+def test_a_checkpoint_with_an_entry_missing_or_out_of_bounds_gets_one_line(change, complaint, data_dir, tmp_path):
+    assert run('train.py', data_dir, tmp_path, max_iters=1).returncode == 0
+    saved = torch.load(tmp_path / 'ckpt.pt')
+    change(saved)
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    command = [f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--resume=yes', '--max_iters=2']
+    done = forking.run('train.py', command)
+    assert done.returncode == 2 and complaint in done.stderr and 'Traceback' not in done.stderr
