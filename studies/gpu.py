@@ -5,7 +5,7 @@ $ python studies/gpu.py                        # 20 to 30 minutes on an H100; si
 $ python studies/gpu.py --rehearse             # every part on a CPU, in miniature: shows that the parts run
 $ python studies/gpu.py --parts=decode,texts   # some of them
 
-Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network. Without pytest
+Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network where --input names a text. Without pytest
 the tests are left out, and without a nanoGPT checkout its rows are.
 
 Every part is a few commands of this repository with a time limit of its own. After each one gpu.json and gpu.md in
@@ -47,6 +47,7 @@ out_dir = 'out-gpu'
 parts = ''  # the parts to run, separated by commas; '': all
 rehearse = False  # on a CPU, in miniature
 nanogpt = ''  # folder of a nanoGPT checkout; '': ../nanoGPT where that is one
+input = ''  # text of the Shakespeare part, where its data are not prepared; '': the plays, by a download
 minutes = 30.0  # for all parts together
 iterations = 0  # of the last part's trainings, if the time suffices; 0: a million, in a rehearsal 20
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
@@ -133,7 +134,9 @@ def all_parts():
     shakespeare = ['config/train_shakespeare_char.py', 'config/train_shakespeare_char_mla.py']
     play = pair('shakespeare', *shakespeare, data_dir=ROOT / 'data' if is_prepared else data)
     if not is_prepared:
-        play.insert(0, command('data/shakespeare_char/prepare.py', {}, out_dir=path('data/shakespeare_char')))
+        source = dict(input=os.path.abspath(input)) if input else {}
+        prepare = dict(out_dir=path('data/shakespeare_char'), **source)
+        play.insert(0, command('data/shakespeare_char/prepare.py', {}, **prepare))
     text = '' if is_prepared else ', on the text that could be had (see below)'
     left = dict(dataset='code', data_dir=data, max_iters=iterations or 10**6, decay_lr=False, learning_rate=1e-3)
     left |= dict(warmup_iters=200, batch_size=batch, block_size=1024, gradient_accumulation_steps=1, eval_interval=500)

@@ -16,7 +16,11 @@ TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 
 def rehearse(out_dir, *arguments, code=0, seconds=400):
-    done = forking.run('studies/gpu.py', ['--rehearse', f'--out_dir={out_dir}', *arguments], seconds=seconds)
+    out_dir.mkdir(exist_ok=True)
+    play = out_dir / 'play.txt'
+    play.write_text('To be, or not to be: that is the question.\n' * 2000)  # nothing is downloaded
+    options = ['--rehearse', f'--out_dir={out_dir}', f'--input={play}', *arguments]
+    done = forking.run('studies/gpu.py', options, seconds=seconds)
     assert done.returncode == code, done.stderr
     return done
 
