@@ -117,17 +117,6 @@ def random_data(folder: str, vocab_size: int, block_size: int, seed: int) -> Non
         tokens.tofile(os.path.join(folder, f'{split}.bin'))
 
 
-def random_words(path: str, size: float, seed: int) -> None:
-    """Write `size` bytes of random words to `path`; their frequencies follow Zipf's law, as those of a language do."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
-    words = [''.join(rng.choice(letters, length)) for length in rng.integers(1, 12, size=20000)]
-    with open(path, 'w', encoding='utf-8') as file:
-        while file.tell() < size:
-            line = rng.zipf(1.2, size=200000) % len(words)
-            file.write(' '.join(words[i] for i in line) + '\n')
-
-
 # ---- steps to be timed -----------------------------------------------------------------------------------------------
 
 

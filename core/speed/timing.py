@@ -4,13 +4,11 @@ Measure time and memory: alternating rounds, medians and quartiles, peak memory,
 `device` is 'cpu' or a CUDA device. Nothing here knows a model.
 """
 
-import contextlib
 import gc
 import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -115,16 +113,6 @@ def peak_bytes(function: Callable[[], Any], device: str = 'cpu') -> int:
             allocated += event.nbytes()
             peak = max(peak, allocated)
     return peak
-
-
-def most_memory(process: subprocess.Popen) -> int | None:
-    """Wait for a subprocess.Popen. Returns its peak memory in bytes, read every 50 ms; None anywhere but on Linux."""
-    most = None
-    while process.poll() is None:
-        with contextlib.suppress(OSError, StopIteration), open(f'/proc/{process.pid}/status', encoding='ascii') as file:
-            most = next(int(line.split()[1]) << 10 for line in file if line.startswith('VmHWM:'))
-        time.sleep(0.05)
-    return most
 
 
 def largest(peak: Callable[[int], Any], most: int) -> tuple[int, Any]:

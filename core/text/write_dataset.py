@@ -156,8 +156,9 @@ def write_dataset(
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=f'unfinished-{os.getpid()}-', dir=folder) as beside:
+        for left in folder.glob('unfinished-tokens-*'):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix='unfinished-tokens-', dir=folder) as beside:
             new: dict[str, Path] = {}  # {name: the file that becomes it}
             for split in SPLITS:
                 parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
@@ -187,27 +188,6 @@ def write_dataset(
     except OSError as error:
         raise UserError(f"can't write the data set {folder}: {error.strerror or error}") from error
     return meta
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary folders, and earlier versions' temporary files, that killed processes left in `folder`."""
-    for path in [*folder.glob('unfinished-*-*'), *folder.glob('*.tmp')]:
-        found = re.fullmatch(r'unfinished-(\d+)-.*|.*\.(\d+)\.tmp', path.name)
-        if found and not is_running(int(found[1] or found[2])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """True if a process with this number runs on this machine, or if the operating system doesn't say."""
-    if os.name == 'nt':
-        return True  # os.kill would send a signal there
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class GrowingSplit:

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from support import ROOT, forking
 from support.fake_cuda import FakeCuda
-from support.training import ROOT, environment, torchrun
+from support.training import torchrun
 
 from core.cli import machine
 from core.cli.errors import UserError
@@ -99,17 +100,15 @@ def in_two_processes(program, tmp_path):
     """The lines that two processes `say` which torchrun starts with `program`, after PREPARE: a set."""
     script = tmp_path / 'program.py'
     script.write_text(PREPARE + program + '\nranks.exit()\n')
-    done = subprocess.run(
-        [sys.executable, *torchrun(2), script], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=dict(environment(), PYTHONPATH=str(ROOT)),
-    )  # fmt: skip
+    done = forking.run('-m', [*torchrun(2)[1:], script], 240)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split('\n')) - {''}
 
 
 PREPARE = """
-import os
+import os, sys
 import torch
+sys.path.insert(0, os.getcwd())
 from core.cli import machine
 from core.runs import processes
 from model_mla import MLAGPT, MLAConfig

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'tests'))
 from support.launcher import answer, ask  # noqa: E402
 
-LIBRARIES = ('torch._dynamo', 'matplotlib.pyplot', 'tqdm', 'safetensors.torch', 'tokenizers', 'tiktoken')
+LIBRARIES = ('torch._dynamo', 'torch.distributed.run', 'matplotlib.pyplot', 'tqdm', 'tokenizers', 'tiktoken')
 FILES = sorted(
     path.relative_to(ROOT) for name in ('ops', 'core', 'analysis') for path in (ROOT / name).rglob('[!_]*.py')
 )
@@ -41,8 +41,9 @@ def run(script, arguments, seconds=120, memory=0, root=ROOT, modules=MODULES, cw
     """
     The subprocess.CompletedProcess of `python script arguments`, run in the folder `root`; killed after `seconds`.
 
-    memory: bytes that it may allocate; 0: any number. modules: imported before the fork. cwd: another folder to run in.
-    processes: how many run it together, as torchrun would start them; the first that fails ends them all.
+    script: a file, -m or -c. memory: bytes that it may allocate; 0: any number. modules: imported before the fork.
+    cwd: another folder to run in. processes: how many run it together, as torchrun would start them; the first that
+    fails ends them all.
     """
     command = [str(script), *map(str, arguments)]
     place = f'{server(root, modules)}/socket'
@@ -69,8 +70,9 @@ def environment():
     """The variables of what `run` runs: one thread, no network, and nothing that was downloaded before."""
     variables = {name: value for name, value in os.environ.items() if name not in ('RANK', 'COLUMNS')}
     nowhere, dead_end = str(Path(tempfile.gettempdir(), 'no-such-cache')), 'http://127.0.0.1:9'
-    variables.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg', https_proxy=dead_end, HTTPS_PROXY=dead_end)
-    return variables | dict(HF_HUB_OFFLINE='1', HF_HUB_CACHE=nowhere, TIKTOKEN_CACHE_DIR=os.devnull)
+    variables.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
+    variables.update(HF_HUB_OFFLINE='1', HF_HUB_CACHE=nowhere, TIKTOKEN_CACHE_DIR=os.devnull)
+    return variables | dict(https_proxy=dead_end, HTTPS_PROXY=dead_end)
 
 
 def ranks(processes):
@@ -80,7 +82,6 @@ def ranks(processes):
     with socket.create_server(('127.0.0.1', 0)) as found:
         port = found.getsockname()[1]
     same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    same |= dict(GLOO_SOCKET_IFNAME='lo')
     return [{k: str(v) for k, v in dict(same, RANK=n, LOCAL_RANK=n).items()} for n in range(processes)]
 
 
@@ -194,6 +195,9 @@ def limit_memory(most):
 
 def run_program(arguments):
     """Run a file, a module or code as Python would; returns the exit code."""
+    if arguments[0] == '-u':
+        sys.stdout.reconfigure(write_through=True)
+        del arguments[0]
     kind = arguments.pop(0) if arguments[0] in ('-m', '-c') else ''
     name, sys.argv = arguments[0], ['-c', *arguments[1:]] if kind == '-c' else arguments
     sys.path[:2] = [os.getcwd() if kind else os.path.dirname(os.path.abspath(name))]
@@ -203,6 +207,7 @@ def run_program(arguments):
             if kind == '-c':
                 exec(compile(name, '<string>', 'exec'), {'__name__': '__main__'})
             elif kind == '-m':
+                sys.modules.pop(name, None)
                 runpy.run_module(name, run_name='__main__', alter_sys=True)
             else:
                 runpy.run_path(name, run_name='__main__')
