@@ -10,7 +10,7 @@ from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--rounds=2', '--device=cpu', '--threads=1']
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--rounds=1', '--device=cpu', '--threads=1']
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 

@@ -242,18 +242,23 @@ def test_bad_input_gets_one_line(prepare, pages, tmp_path):
     assert not (tmp_path / 'out' / 'meta.json').exists()
 
 
-@pytest.mark.parametrize('flag, code', [('--column=id', 2), ('--tokens=20000', 0)])
-def test_a_stop_in_the_middle_of_a_file_ends_the_process(flag, code, tmp_path):
-    """Threads of PyArrow that still read ahead would abort it two times in five, or keep it from ending."""
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+    """A Parquet file of 12 MB that no compression makes small."""
     import pyarrow
     import pyarrow.parquet
 
-    draw = random.Random(0)
-    texts = [''.join(draw.choices('abcdef ', k=3000)) for _ in range(4000)]
-    table = pyarrow.table({'text': texts, 'id': range(len(texts))})
-    pyarrow.parquet.write_table(table, tmp_path / 'large.parquet', row_group_size=300)
+    path, draw = tmp_path_factory.mktemp('large') / 'large.parquet', random.Random(0)
+    table = pyarrow.table({'text': [draw.randbytes(1500).hex() for _ in range(4000)], 'id': range(4000)})
+    pyarrow.parquet.write_table(table, path, row_group_size=300)
+    return path
+
+
+@pytest.mark.parametrize('flag, code', [('--column=id', 2), ('--tokens=20000', 0)])
+def test_a_stop_in_the_middle_of_a_file_ends_the_process(flag, code, large, tmp_path):
+    """Threads of PyArrow that still read ahead would abort it two times in five, or keep it from ending."""
     for number in range(2):
-        command = [sys.executable, HUB, f'--input={tmp_path}/large.parquet', f'--out_dir={tmp_path}/{number}', flag]
+        command = [sys.executable, HUB, f'--input={large}', f'--out_dir={tmp_path}/{number}', flag]
         done = subprocess.run([*command, '--tokenizer=byte', '--val_fraction=0.5'], cwd=ROOT, capture_output=True,
                               text=True, timeout=100)  # fmt: skip
         assert done.returncode == code, done.stderr

@@ -93,6 +93,9 @@ def interpreter(root=ROOT, modules=MODULES):
 @functools.cache
 def server(root, modules):
     """The folder with the program and the socket of the process that forks, once that is ready."""
+    own = Path(sys.executable).parent
+    if root == ROOT and (own / 'socket').exists():  # in a fork itself, as in a rehearsal of tests/gpu
+        return own
     folder = Path(tempfile.mkdtemp(prefix='forks-'))
     program, launcher = folder / 'python', Path(__file__).with_name('launcher.py')
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{launcher}" "{folder}/socket" "$@"\n')
