@@ -1,8 +1,8 @@
 """
 The tests of this folder run where there is a CUDA GPU, and are skipped elsewhere.
 
-REHEARSE_GPU=1 runs them on the CPU, each with its first parameters that don't need what only CUDA has: it shows that the
-tests run.
+REHEARSE_GPU=1 runs those on the CPU that don't need what only CUDA has, each with its first parameters: it shows that
+they run.
 """
 
 import os
