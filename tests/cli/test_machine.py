@@ -1,11 +1,8 @@
 """core/cli/machine.py: which device and dtype 'auto' becomes, and what processes agree on."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from support import ROOT, forking
+from support import forking
 from support.fake_cuda import FakeCuda
 from support.training import torchrun
 
@@ -198,5 +195,5 @@ print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()
 
 
 def test_denormal_numbers_are_zero_in_every_thread():
-    done = subprocess.run([sys.executable, '-c', DENORMALS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forking.run('-c', [DENORMALS])
     assert done.stdout == '0 10\n', done.stderr

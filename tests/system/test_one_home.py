@@ -9,6 +9,8 @@ import torch
 from support import ROOT, forking
 from support.training import COMMON
 
+pytestmark = pytest.mark.slow
+
 EDITS = {
     'model.py': [
         ('    kv_rms: float', '    embd_scale: float = 1.0  # factor on the token embeddings\n    kv_rms: float'),
@@ -42,7 +44,6 @@ def script(copy, name, **keys):
     return forking.run(name, [f'--{key}={value}' for key, value in keys.items()], root=copy)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('git') is None or not (ROOT / '.git').exists(), reason='not a checkout')
 @pytest.mark.parametrize('name', ['train.py', 'train_mla.py'])
 def test_a_key_of_three_edits_trains_resumes_and_is_exported(name, copy, data_dir, tmp_path):
