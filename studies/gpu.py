@@ -5,8 +5,8 @@ $ python studies/gpu.py                        # 20 to 30 minutes on an H100; si
 $ python studies/gpu.py --rehearse             # every part on a CPU, in miniature: shows that the parts run
 $ python studies/gpu.py --parts=decode,texts   # some of them
 
-Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network where --input names a text. Without pytest
-the tests are left out, and without a nanoGPT checkout its rows are.
+Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network where --input names a text.
+Without pytest the tests are left out, and without a nanoGPT checkout its rows are.
 
 Every part is a few commands of this repository with a time limit of its own. After each one gpu.json and gpu.md in
 out_dir hold what has been measured until then, and pictures lie beside them; where $OUT is a folder, these are copied
