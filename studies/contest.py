@@ -423,8 +423,6 @@ n_most = most_seeds or (20 if full else 2)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{blocks}-{optimizer}-{iterations}')
 if figure:
     arguments.check_file(figure, 'figure')
-if blocks not in BLOCKS:
-    raise UserError(f"blocks is '{blocks}'; it must be modern or gpt2")
 arguments.check_folder(runs_dir)
 if reuse:
     numbers = read_contest(reuse)
@@ -458,9 +456,10 @@ title = f'{setting["max_iters"]:,} iterations on {setting["corpus"]}'
 text = (
     f'{title}: {setting["n_layer"]} layers, C\xa0=\xa0{setting["n_embd"]}, {setting["n_head"]} heads, '
     f'{setting["batch_size"]} x {setting["block_size"]} tokens per iteration, {setting["blocks"]} blocks, '
-    f'{setting["optimizer"]}, {setting["dtype"]}, on {setting["cpu"] if setting["device"] == "cpu" else setting["device"]}. '
-    'Every model was tuned by the same steps on seeds that are not reported, unless the settings of an earlier contest were '
-    'taken. Losses: mean ± half width of the 95 % t interval over seeds, with fewer than four seeds mean [range].\n\n'
+    f'{setting["optimizer"]}, {setting["dtype"]}, on {setting["cpu"] if setting["device"] == "cpu" else "a GPU"}. '
+    'Every model was tuned by the same steps on seeds that are not reported, unless the settings of an earlier contest '
+    'were taken. Losses: mean ± half width of the 95 % t interval over seeds, with fewer than four seeds mean [range].'
+    '\n\n'
     f'{model_table(numbers)}\n{pair_table(numbers)}'
 )
 if setting['max_iters'] < 1000:
