@@ -1,17 +1,19 @@
 """
-Confidence intervals of a mean: bootstrap over sequences, Student's t over training seeds; and the error of a ratio.
+Intervals of a mean: bootstrap over sequences, Student's t over training seeds; tests of two means; the error
+of a ratio.
 
 The mean and standard error over windows of a data set are core/runs/evaluation.py's `mean_and_stderr`.
 """
 
 from collections.abc import Sequence
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
+import scipy.stats
 from numpy.typing import ArrayLike
 
-# 97.5 % quantiles of Student's t for n values, n - 1 degrees of freedom
-T_QUANTILE = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LEAST = 4  # values of which a t interval is of use
 
 
 def bootstrap(
@@ -30,14 +32,43 @@ def bootstrap(
     return np.quantile(means, tail, axis=0), np.quantile(means, 1 - tail, axis=0)
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
     """
-    Mean of some numbers and the half width of its 95 % t interval.
+    Mean of some numbers and the half width of its t interval.
 
-    The half width is None unless there are 4 to 10 values: fewer give no useful interval, report their range instead.
+    The half width is None for fewer than LEAST values: they give no useful interval, report their range instead.
     """
     n = len(values)
-    return mean(values), T_QUANTILE[n] * stdev(values) / n**0.5 if n in T_QUANTILE else None
+    if n < LEAST:
+        return mean(values), None
+    return mean(values), float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) * stdev(values) / n**0.5
+
+
+def welch(one: Sequence[float], other: Sequence[float], margin: float) -> dict[str, Any]:
+    """
+    Two independent samples compared by Welch's t test (no equal variances assumed).
+
+    Returns 'difference' of the means, 'interval_95', 'interval_90', 'p' of no difference, and 'p_equal': of a
+    difference of at least `margin`, by two one-sided tests (Schuirmann, 1987). p_equal < .05 is the same as a 90 %
+    interval within -margin to margin.
+    """
+    test = scipy.stats.ttest_ind(one, other, equal_var=False)
+    below = scipy.stats.ttest_ind(np.subtract(one, margin), other, equal_var=False, alternative='less')
+    above = scipy.stats.ttest_ind(np.add(one, margin), other, equal_var=False, alternative='greater')
+    intervals = {
+        f'interval_{level}': [float(end) for end in test.confidence_interval(level / 100)] for level in (95, 90)
+    }
+    p_equal = float(max(below.pvalue, above.pvalue))
+    return dict(difference=mean(one) - mean(other), **intervals, p=float(test.pvalue), p_equal=p_equal)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for being read together, in their order (Holm, 1979): below .05 for a family error of 5 %."""
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def ratio(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]:

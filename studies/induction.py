@@ -335,7 +335,7 @@ else:
 with reading(reuse):
     parts, picture = tables(outcomes, converted), formation_figure(outcomes)
     steps, count = snapshots(), len({o['seed'] for o in outcomes})
-spread = '± the half width of the 95 % t interval' if count in stats.T_QUANTILE else 'with their range in brackets'
+spread = '± the half width of the 95 % t interval' if count >= stats.LEAST else 'with their range in brackets'
 intro = (
     f'Made by `python studies/induction.py{" --full=True" * full}`: {len(outcomes)} runs of {steps[-1]} iterations, '
     f'{count} training seeds each, measured at iterations {", ".join(map(str, steps))}. Values are means over seeds '

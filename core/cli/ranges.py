@@ -27,13 +27,13 @@ KEYS = {
         'max_iters warmup_iters lr_decay_iters checkpoint_interval keep_checkpoints iterations int8_windows '
         'uncached_tokens price'
     ),
-    '(0, inf)': 'learning_rate rates',
+    '(0, inf)': 'learning_rate rate rates',
     '[0, inf)': 'min_lr weight_decay grad_clip',
     '(0, 1]': 'kv_lr top_p',
     # the machine and randomness
     '[0, 1024]': 'threads workers jobs',
     '[0, 9223372036854775807]': 'seed split_seed',
-    '[0, 1000]': 'seeds tuning_seeds final_seeds control_seeds',
+    '[0, 1000]': 'seeds tuning_seeds final_seeds most_seeds',
     '(0, 100000]': 'minutes',
     '[0, 86400]': 'follow',
     # samples and measurements
@@ -59,6 +59,7 @@ BOUNDS = {key: interval for interval, keys in KEYS.items() for key in keys.split
 CHOICES = {
     'attention': ('mha', 'mla'),
     'optimizer': ('adamw', 'muon'),
+    'blocks': ('modern', 'gpt2'),
     'weights': ('float', 'int8'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),

@@ -60,3 +60,21 @@ def test_the_error_of_a_difference_of_ratios_is_that_of_repeated_experiments():
     found = np.array([stats.ratio_difference(*one) for one in every])
     assert found[:, 0].mean() == pytest.approx(2, abs=0.02)
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.07)
+
+
+def test_two_equal_models_are_called_different_in_5_and_equal_ones_shown_so_where_seeds_suffice():
+    rng = np.random.default_rng(3)
+    found = [stats.welch(rng.normal(0, 1, 8).tolist(), rng.normal(0, 2, 12).tolist(), 2.5) for _ in range(2000)]
+    assert np.mean([test['p'] < 0.05 for test in found]) == pytest.approx(0.05, abs=0.012)
+    for test in found[:50]:
+        low, high = test['interval_90']
+        assert (test['p_equal'] < 0.05) == (-2.5 < low and high < 2.5)
+        assert (test['p'] < 0.05) == (test['interval_95'][0] > 0 or test['interval_95'][1] < 0)
+    # at the margin itself, equality is claimed in no more than 5 % of experiments
+    edge = [stats.welch(rng.normal(2.5, 1, 12).tolist(), rng.normal(0, 1, 12).tolist(), 2.5) for _ in range(2000)]
+    assert np.mean([test['p_equal'] < 0.05 for test in edge]) == pytest.approx(0.05, abs=0.012)
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_never_decreases():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.6, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
