@@ -151,7 +151,8 @@ def begun(connection):
     child = os.fork()
     if not child:
         become(*request, streams)
-    os.setpgid(child, child)  # here too: what comes first counts
+    with contextlib.suppress(OSError):  # it has ended
+        os.setpgid(child, child)  # here too: what comes first counts
     for stream in streams:
         os.close(stream)
     return child
