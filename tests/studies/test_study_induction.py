@@ -24,7 +24,7 @@ NAMES = [
 
 def study(out_dir, data_dir, *more):
     keys = (f'--out_dir={out_dir}', f'--data_dir={data_dir}', f'--max_iters={STEP}', '--jobs=1', *more)
-    return forking.run('studies/induction.py', keys, seconds=200)
+    return forking.run('studies/induction.py', keys, seconds=600)
 
 
 def trained_like(kind):
