@@ -80,6 +80,9 @@ class HFModel(nn.Module):
             raise ValueError(f'it has no list of its {count} layers')
         self.attentions, self.projections, n_head = self.probe()
         n_embd = self.example[0].size(-1)
+        stream = self.layer_output[0] if isinstance(self.layer_output, tuple) else self.layer_output
+        if stream.size(-1) != n_embd:
+            raise ValueError('its layers are wider than what its output head reads')
         longest = getattr(hf_config, 'max_position_embeddings', None) or LONGEST
         self.config = Sizes(count, n_head, n_embd, hf_config.vocab_size, min(longest, LONGEST))
 
@@ -184,6 +187,31 @@ class HFModel(nn.Module):
         as_if = replace(self.example, last_hidden_state=hidden[None])
         with replaced([self.decoder], lambda *args, **kwargs: as_if):
             return self.model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)).logits[0]
+
+    def output_weights(self, layer: int) -> Tensor:
+        """Each head's part of a layer's output projection: (H, C, d_v)."""
+        projection: Any = self.projections[layer]
+        weight = projection.weight.T if type(projection).__name__ == 'Conv1D' else projection.weight  # GPT-2's
+        return weight.unflatten(1, (self.config.n_head, -1)).transpose(0, 1)
+
+    @torch.no_grad()
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """What layer 0 reads of tokens (B, T) without their positions: (B, T, C)."""
+        first, second = self.run(tokens.flatten()[:1].expand(1, 2), stop=0)[0]
+        if torch.equal(first, second):  # positions come in the layers, or not at all
+            return self.run(tokens, stop=0)
+        return self.model.get_input_embeddings()(tokens)
+
+    def unembedding(self, ids: Tensor) -> Tensor:
+        """The output head's rows (n, C) for some ids as they read the residual stream, through the last norm."""
+        ones = torch.ones(self.config.n_embd, device=self.device, dtype=self.model.dtype)
+        signs = ones.clone()
+        signs[1::2] = -1  # of mean 0 and mean square 1, so a norm returns its bias plus its gain times this
+        x = torch.stack((signs, -signs, ones, -ones))[:, None]
+        normed = self.run(torch.zeros(4, 1, dtype=torch.int64, device=self.device), x, self.config.n_layer)[:, 0]
+        rows = self.model.get_output_embeddings().weight[ids] * (normed[0] - normed[1]) / 2 * signs
+        subtracts_mean = torch.allclose(normed[2], normed[3])  # as LayerNorm does and RMSNorm doesn't
+        return rows - rows.mean(-1, keepdim=True) if subtracts_mean else rows
 
     def fresh(self, seed: int) -> 'HFModel':
         """A model of the same shape with the initial values that its class draws."""
