@@ -1,8 +1,8 @@
 """
 What attention heads read and write, from the weights alone: OV and QK circuits, copying scores, composition.
 
-Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT and MLAGPT, the copying scores
-for a HFModel too, whose weights are seen by what it does with a token that stands alone.
+Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT, MLAGPT and HFModel, whose
+weights are seen by what it does with a token that stands alone.
 
 Shapes: L layers, H heads, C width, d size of a query and a key, d_v of a value (both C/H in MHA), V vocabulary.
 """
@@ -193,20 +193,22 @@ def copying_tokens(model: Model, ids: np.ndarray | Tensor, top: int = 5, max_log
 
 
 @torch.no_grad()
-def composition(model: GPT) -> dict[str, np.ndarray]:
+def composition(model: Model) -> dict[str, np.ndarray]:
     """
     How strongly each head reads what each head of an earlier layer writes: {'q', 'k', 'v'} -> lift (L, H, L, H).
 
     Entry [l1, h1, l2, h2] is nan unless l1 < l2. Elhage et al. 2021 define the scores, in row-vector convention, as
       k: |W_OV1 W_QK2^T| / (|W_OV1| |W_QK2|)   q: |W_OV1 W_QK2| / (..)   v: |W_OV1 W_OV2| / (|W_OV1| |W_OV2|)
     in Frobenius norms. Lift is C score^2. With a random rotation between the two circuits its expectation is 1 at any
-    rank, so MHA and MLA can be compared. All norms come from a head's small Gram matrices.
+    rank, so MHA and MLA can be compared. All norms come from a head's small Gram matrices. Raises ValueError for a
+    HFModel whose weights have other shapes.
     """
     L, H, C = model.config.n_layer, model.config.n_head, model.config.n_embd
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}
     layers = []
-    for block in model.transformer.h:
-        q, k, v, o = stream_weights(block)
+    for layer in range(L):
+        hf = isinstance(model, HFModel)
+        q, k, v, o = model.stream_weights(layer) if hf else stream_weights(model.transformer.h[layer])
         grams = dict(q=q @ q.mT, k=k @ k.mT, v=v @ v.mT, o=o.mT @ o)
         layers.append((dict(q=q, k=k, v=v, o=o), grams))
     for second in range(1, L):

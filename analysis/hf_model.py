@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from core.cli.errors import UserError
+from ops.checks import not_finite
+from ops.kernels import repeat_heads
 
 LONGEST = 1024  # tokens in a sequence at most: a pattern of 8,192 tokens has 67 million weights, for each head
 
@@ -53,6 +55,11 @@ def replaced(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward  # the class's own shows again
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for a module whose weight is a vector."""
+    return getattr(module, 'weight', torch.empty(0, 0)).dim() == 1
 
 
 def is_pattern(value: Any) -> bool:
@@ -202,16 +209,49 @@ class HFModel(nn.Module):
             return self.run(tokens, stop=0)
         return self.model.get_input_embeddings()(tokens)
 
-    def unembedding(self, ids: Tensor) -> Tensor:
-        """The output head's rows (n, C) for some ids as they read the residual stream, through the last norm."""
+    @torch.no_grad()
+    def norm_before(self, layer: int, reader: nn.Module | None = None) -> tuple[Tensor, bool]:
+        """
+        The norm through which `reader` reads the stream in `layer`: its gain (C,), and if it subtracts the mean.
+
+        Without a reader it's the last norm, and layer n_layer.
+        """
         ones = torch.ones(self.config.n_embd, device=self.device, dtype=self.model.dtype)
         signs = ones.clone()
         signs[1::2] = -1  # of mean 0 and mean square 1, so a norm returns its bias plus its gain times this
-        x = torch.stack((signs, -signs, ones, -ones))[:, None]
-        normed = self.run(torch.zeros(4, 1, dtype=torch.int64, device=self.device), x, self.config.n_layer)[:, 0]
-        rows = self.model.get_output_embeddings().weight[ids] * (normed[0] - normed[1]) / 2 * signs
-        subtracts_mean = torch.allclose(normed[2], normed[3])  # as LayerNorm does and RMSNorm doesn't
+        x, read = torch.stack((signs, -signs, ones, -ones))[:, None], []
+        hook = reader and reader.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        out = self.run(torch.zeros(4, 1, dtype=torch.int64, device=self.device), x, layer)
+        if hook:
+            hook.remove()
+        up, down, of_ones, of_minus_ones = (read[0] if read else out)[:, 0]
+        return (up - down) / 2 * signs, torch.allclose(of_ones, of_minus_ones)  # RMSNorm subtracts no mean
+
+    def unembedding(self, ids: Tensor) -> Tensor:
+        """The output head's rows (n, C) for some ids as they read the residual stream, through the last norm."""
+        gain, subtracts_mean = self.norm_before(self.config.n_layer)
+        rows = self.model.get_output_embeddings().weight[ids] * gain
         return rows - rows.mean(-1, keepdim=True) if subtracts_mean else rows
+
+    def stream_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """
+        `circuits.stream_weights` of a layer. ValueError where they are not three matrices and a norm before them.
+        """
+        attention: Any = self.attentions[layer]
+        norms = [m for m in (*self.layers[layer].children(), *attention.children()) if is_norm(m)]
+        readers = [getattr(attention, f'{name}_proj', None) for name in 'qkv']
+        if not all(isinstance(reader, nn.Linear) for reader in readers) or len(norms) > 2:
+            raise ValueError('its heads are not three matrices that read the normed residual stream')
+        gain, subtracts_mean = self.norm_before(layer, readers[0])
+        w_o = self.output_weights(layer)
+        reading = [repeat_heads(r.weight.unflatten(0, (-1, w_o.size(2))), len(w_o), dim=0) * gain for r in readers]
+        if subtracts_mean:
+            reading = [w - w.mean(-1, keepdim=True) for w in reading]
+        return reading[0], reading[1], reading[2], w_o
+
+    def get_num_params(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
 
     def fresh(self, seed: int) -> 'HFModel':
         """A model of the same shape with the initial values that its class draws."""
@@ -219,3 +259,77 @@ class HFModel(nn.Module):
             torch.manual_seed(seed)
             model = type(self.model)(copy.deepcopy(self.model.config))
         return HFModel(model.to(self.device, self.model.dtype))
+
+
+class FolderTokenizer:
+    """The tokenizer of a Hugging Face folder, by transformers, with what find_induction_heads.py needs of ours."""
+
+    byte_pair, learned_from = True, None  # learned from other text than any data set here
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end_of_text: int | None = tokenizer.bos_token_id
+
+    def text_ids(self) -> np.ndarray:
+        """The ids that text can contain, special tokens excluded, in ascending order."""
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids."""
+        return self.tokenizer.decode(ids)
+
+
+def tokenizer_in(folder: str, trust_remote_code: bool) -> FolderTokenizer | None:
+    """The tokenizer of a Hugging Face folder; None where there is none, or none that can be loaded."""
+    from transformers import AutoTokenizer
+
+    given = dict(trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        found = FolderTokenizer(AutoTokenizer.from_pretrained(folder, **given))
+    except Exception:  # a damaged file raises almost anything; the model is measured with its ids then
+        return None
+    return found if len(found.text_ids()) else None  # without files, transformers makes up one without a vocabulary
+
+
+def load(folder: str, dtype: torch.dtype | str, trust_remote_code: bool) -> HFModel:
+    """
+    The causal language model in a Hugging Face folder.
+
+    trust_remote_code: run the folder's own Python code where its model needs some. UserError where no such model is
+    there, where transformers would make up a tensor or drop one, and for what HFModel refuses.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model, report = loaded
+        wrong = sorted(str(name) for kind in ('missing', 'unexpected', 'mismatched') for name in report[f'{kind}_keys'])
+        if wrong:
+            raise ValueError(f'its tensors are not those of {type(model).__name__}; missing or unknown: {wrong[0]}')
+        if name := not_finite(model.state_dict()):
+            raise ValueError(f'it holds weights that are not finite: {name}')
+        return HFModel(model)
+    except Exception as error:  # a folder of another kind raises almost anything
+        raise UserError(f"'{folder}' can't be measured: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error of transformers in one line that says what to do, where that is known."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    if 'trust_remote_code' in text:
+        return 'it needs Python code of its own; say --trust_remote_code=True if you have read that and trust it'
+    if text.startswith('Unrecognized configuration class'):
+        return 'transformers has no causal language model of its kind'
+    return text[:200]

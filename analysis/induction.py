@@ -1,5 +1,5 @@
 """
-Induction heads of a GPT, an MLAGPT or a HFModel: test sequences, scores, controls and ablations. Arrays in, arrays out, no files.
+Induction heads of a model: test sequences, scores, controls and ablations. Arrays in, arrays out, no files.
 
 An induction head (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022,
 arXiv:2209.11895) continues a repeated sequence: from the current token it attends to the token that followed the
@@ -7,7 +7,7 @@ earlier occurrence, and copies it. This takes two layers: a previous-token head 
 residual stream, and the induction head matches the current token against it.
 
 Notable features:
-- the same measurements for MHA and MLA, a few sequences at a time
+- the same measurements for GPT, MLAGPT and HFModel, a few sequences at a time
 - exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (tests/analysis)
 - every score is returned per sequence, for confidence intervals over sequences (stats.bootstrap)
 
