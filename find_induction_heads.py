@@ -104,7 +104,7 @@ def load(spec):
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
     if isinstance(model, HFModel):
-        facts |= dict(attention=model.model.config.model_type, model_args=vars(model.config))
+        facts |= dict(attention=f'{model.model.config.model_type} of transformers', model_args=vars(model.config))
     else:
         facts |= dict(attention=attention_of(model), model_args=model_args(model.config))
     facts |= dict(parameters=model.get_num_params())
@@ -126,11 +126,9 @@ def published(spec):
         if not os.path.isdir(spec):
             raise
         try:
-            model = hf_model.load(spec, machine.DTYPES.get(dtype, 'auto'), trust_remote_code)
+            return hf_model.load(spec, machine.DTYPES.get(dtype, 'auto'), trust_remote_code), {}
         except UserError as theirs:
             raise (ours if form_of(spec) else theirs) from None
-    errors.notice(f'{spec} is measured by its own class in transformers')
-    return model, {}
 
 
 def drawable_ids(tokenizer, meta, config, dataset):
@@ -347,9 +345,11 @@ def page_entry(loaded, result):
         pattern = forward.patterns(loaded.model, tokens.to(device))[:, 0]  # (L, H, T, T)
         words = [word(loaded, token) for token in tokens[0].tolist()]
         entries.append(dict(title=title, tokens=words, data=report.packed_patterns(pattern)))
-    scores, called = result['induction']['mean'], result['called']
-    name, (layers, heads) = report.describe(loaded.facts), scores.shape
-    return dict(name=name, layers=layers, heads=heads, sequences=entries, scores=scores, called=called)
+    scores = {name: result[name]['mean'] for name in induction.SCORES} | {'copying': result['copying_eigenvalues']}
+    if ablate:
+        scores['ablation'] = result['ablation']['rise']
+    name, (layers, heads) = report.describe(loaded.facts), scores['induction'].shape
+    return dict(name=name, layers=layers, heads=heads, sequences=entries, scores=scores, called=result['calls'])
 
 
 def word(loaded, token):

@@ -8,6 +8,7 @@ lists. Tables are returned as text, figures as matplotlib Figures.
 import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -380,18 +381,18 @@ def formation_curves(runs: list[dict]) -> Figure:
 
 
 def packed_patterns(pattern: Tensor) -> str:
-    """The lower triangles of patterns (L, H, T, T) at one byte per weight, in base64 for the page."""
+    """The lower triangles of patterns (L, H, T, T) at one byte per weight, deflated and in base64 for the page."""
     rows, columns = np.tril_indices(pattern.size(-1))
     weights = (pattern[..., rows, columns] * 255).round().numpy().astype(np.uint8)
-    return base64.b64encode(weights.tobytes()).decode('ascii')
+    return base64.b64encode(zlib.compress(weights.tobytes())).decode('ascii')
 
 
 def page(models: list[dict]) -> str:
     """
     patterns.html with the data of some models, one dict each.
 
-    name: a line of text; layers, heads: ints; scores, called: (L, H); sequences: a list of dicts with title, tokens (a
-    list of str) and data (packed_patterns).
+    name: a line of text; layers, heads: ints; scores, called: dicts of (L, H); sequences: a list of dicts with title,
+    tokens (a list of str) and data (packed_patterns).
     """
     template = Path(__file__).with_name('patterns.html').read_text(encoding='utf-8')
     # '<' is escaped, or a token could end the script element
