@@ -37,6 +37,7 @@ from tqdm import tqdm
 from analysis import circuits, forward, induction, latent, report, stats
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
+from core.convert.bits import round_as
 from core.runs import checkpoint as checkpoints
 from core.runs.models import attention_of, build_model, is_published, model_args, pretrained
 from core.text.dataset import TokenData
@@ -59,6 +60,7 @@ html = True  # write patterns.html
 show = 10  # heads in the table
 sort = 'induction'  # the score that ranks them: 'induction', 'previous', 'duplicate' or 'copying'
 text = ''  # a text file: score the heads on it too, and show their patterns on its beginning
+cache = 'float'  # 'int8', 'int4': round what is attended to as a cache in so many bits does
 data_dir = 'data'  # folder of the checkpoints' data sets, for the in-context score
 device = 'auto'
 threads = 0  # CPU threads; 0: the cores that this process may use
@@ -104,7 +106,7 @@ def load(spec):
     except UserError:
         tokenizer = None
     ids, bos = drawable_ids(tokenizer, meta, model.config, dataset)
-    return Loaded(model.eval().to(device), facts, ids, bos, tokenizer, dataset)
+    return Loaded(round_as(model.eval().to(device), cache), facts, ids, bos, tokenizer, dataset)
 
 
 def drawable_ids(tokenizer, meta, config, dataset):
@@ -172,7 +174,7 @@ def scores_of(model, repeats):
 def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
-    fresh = type(loaded.model)(loaded.model.config).eval().to(device)
+    fresh = round_as(type(loaded.model)(loaded.model.config).eval().to(device), cache)
     for number in range(controls):
         fresh.init_weights(10_000 * (seed + 1) + number)
         scores = induction.head_scores(fresh, repeats, losses=False)

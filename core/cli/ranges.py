@@ -60,6 +60,8 @@ CHOICES = {
     'attention': ('mha', 'mla'),
     'optimizer': ('adamw', 'muon'),
     'weights': ('float', 'int8'),
+    'cache': ('float', 'int8', 'int4'),
+    'basis': ('', 'hadamard', 'components', 'balanced'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
