@@ -43,6 +43,11 @@ class Form:
     def groups(self) -> int:
         return -(-self.few // (self.group or self.few))
 
+    @property
+    def bytes(self) -> int:
+        """What a vector takes, scales included."""
+        return -(-self.few * self.bits // 8) + 2 * (self.groups + self.wide)
+
     def levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (..., size) as whole numbers in floats (..., few), from -2^bits / 2 on, and scales (..., groups)."""
         each, half = self.group or self.few, 2 ** (self.bits - 1)
