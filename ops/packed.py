@@ -6,7 +6,7 @@ that (n + 1/2) s is about the number: 2^bits levels, symmetric about zero. The l
 rotated key, stay in bfloat16 (arXiv:2602.10718).
 
 One scale for a whole vector can be taken out of a product: q . k_j = s_j (q . n_j + sum(q) / 2). A CPU with integer
-units therefore multiplies int8 as it is stored, with q in two digits of base 254 and the softmax's weights in three;
+units therefore multiplies int8 as it is stored, with q in two digits of base 127 and the softmax's weights in three;
 bfloat16 would be less exact. Elsewhere, and with several groups, BLOCK tokens at a time become floats.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 BLOCK = 512
-BASE = 254  # of `digits`
+BASE = 127  # of `digits`
 LONGEST = 2**17  # the sum of more products of two bytes may not fit into int32
 
 
@@ -150,7 +150,8 @@ class Packed:
 
     def fits_integer_units(self) -> bool:
         """True where its numbers can be multiplied as they are stored."""
-        stored = self.form.bits == 8 and self.form.groups == 1 and self.device.type == 'cpu'
+        # of vectors of one number torch._int_mm takes the strides wrongly, and returns what its memory held before
+        stored = self.form.bits == 8 and self.form.groups == 1 and self.form.few > 1 and self.device.type == 'cpu'
         return stored and self.dtype != torch.float64 and self.size(-2) <= LONGEST and has_integer_units()
 
 
@@ -166,53 +167,47 @@ def has_integer_units() -> bool:
     return bool((torch._int_mm(a, b) == 65 * -128 * 127).all())
 
 
-def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The matrix products of int8 a (B, K, m, n) and b (B, K, n, o): int32 (B, K, m, o)."""
-    found = torch.empty(*a.shape[:-1], b.size(-1), dtype=torch.int32)
-    for out, left, right in zip(found.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1), strict=True):
-        torch._int_mm(left, right, out=out)
-    return found
-
-
 def digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    x (..., G, n) in digits of base 254 from -127 to 127, the first digits of all G rows first: int8 (..., count G, n).
+    x (..., G, n) in digits of base 127, from -127 to 127: int8 (..., count G, n), the first digits of all G rows first.
 
-    And the unit (..., G, 1) of each row's first digits.
+    And what a first digit counts in each row, (..., G, 1).
     """
-    unit = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
-    rest, found = x / unit, []
-    for _ in range(count):
-        found.append(rest.round())
-        rest = (rest - found[-1]) * BASE
-    return torch.cat(found, dim=-2).to(torch.int8), unit
+    unit = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny) / BASE
+    rest, found = x / unit, torch.empty(*x.shape[:-2], count, *x.shape[-2:], dtype=torch.int8)
+    for place in range(count - 1):
+        found[..., place, :, :] = rest  # without its fraction
+        rest.frac_().mul_(BASE)
+    found[..., -1, :, :] = rest.round_()
+    return found.flatten(-3, -2), unit
 
 
-def undigits(found: torch.Tensor, count: int) -> torch.Tensor:
-    """Integer products with `digits` (..., count G, n) as floats (..., G, n), in units."""
-    parts = found.unflatten(-2, (count, -1)).unbind(-3)
-    return sum(part.float() / BASE**place for place, part in enumerate(parts))  # type: ignore[return-value]
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The products of int8 matrices a (K, m, n) and b (K, n, o), as floats (K, m, o)."""
+    found = torch.empty(*a.shape[:-1], b.size(-1), dtype=torch.int32)
+    for out, left, right in zip(found, a, b, strict=True):
+        torch._int_mm(left, right, out=out)
+    return found.float()
 
 
-def dots(q: torch.Tensor, k: Packed) -> torch.Tensor:
-    """q (B, K, G, size) times every vector of k (B, K, S, size): (B, K, G, S)."""
-    if not k.fits_integer_units():
-        return torch.cat([q @ block.whole().mT for block in k.blocks()], dim=-1)
+def attend_integers(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None) -> torch.Tensor:
+    """`attend` with q (B, K, G, size) scaled already, a sequence at a time: that stays in the processor's cache."""
     few, wide = q.split((k.form.few, k.form.wide), dim=-1)
-    low, unit = digits(few, 2)
-    found = undigits(products(k.low, low.mT).mT, 2) * unit + few.sum(-1, keepdim=True) / 2
-    found = found * k.scale.mT
-    return found + wide @ k.kept(q.dtype).mT if k.form.wide else found
-
-
-def sums(p: torch.Tensor, v: Packed) -> torch.Tensor:
-    """Weighted sums of v's vectors (B, K, S, size) without their wide numbers, by p (B, K, G, S): (B, K, G, few)."""
-    if not v.fits_integer_units():
-        parts = zip(p.split(BLOCK, dim=-1), v.blocks(), strict=True)
-        return sum(weights @ block.few() for weights, block in parts)  # type: ignore[return-value]
-    p = p * v.scale.mT
-    low, unit = digits(p, 3)
-    return undigits(products(low, v.low), 3) * unit + p.sum(-1, keepdim=True) / 2
+    queries, unit = digits(few, 2)
+    worth = torch.cat((torch.diag_embed(unit[..., 0]), torch.diag_embed(unit[..., 0] / BASE)), dim=-1)
+    halves, scale, places = few.sum(-1, keepdim=True) / 2, k.scale.mT.to(q.dtype), q.new_tensor((1, 1 / BASE, BASE**-2))
+    found = []
+    for b in range(len(q)):
+        scores = torch.baddbmm(halves[b], worth[b], multiply(k.low[b], queries[b].mT).mT).mul_(scale[b])
+        if k.form.wide:
+            scores += wide[b] @ k[b].kept(q.dtype).mT
+        if mask is not None:
+            scores.masked_fill_(~mask, float('-inf'))
+        p = scores.softmax(dim=-1).mul_(v.scale[b].mT)
+        low, unit = digits(p, 3)
+        total = torch.einsum('i,kign->kgn', places, multiply(low, v.low[b]).unflatten(1, (3, -1)))
+        found.append(torch.addcmul(p.sum(-1, keepdim=True) / 2, total, unit))
+    return torch.stack(found)
 
 
 def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -221,9 +216,15 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
 
     mask: bool (1, S), which keys are seen. The result lacks v's wide numbers.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = dots(q.to(wide) * scale, k.to(wide))
+        rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+        if k.fits_integer_units() and v.fits_integer_units():
+            return attend_integers(rows, k, v, mask).to(q.dtype)
+        scores = torch.cat([rows @ block.whole().mT for block in k.blocks()], dim=-1)
         if mask is not None:
             scores = scores.masked_fill(~mask, float('-inf'))
-        return sums(scores.softmax(dim=-1), v.to(wide)).to(q.dtype)
+        y = torch.zeros_like(rows[..., : v.form.few])
+        for p, block in zip(scores.softmax(dim=-1).split(BLOCK, dim=-1), v.blocks(), strict=True):
+            y += p @ block.few()
+        return y.to(q.dtype)

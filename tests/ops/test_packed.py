@@ -73,23 +73,24 @@ def test_attention_reads_what_is_stored(form, S):
         assert (single - expected).abs().max() <= 2e-4 * expected.abs().max()
 
 
-def test_integer_units_see_a_long_tail_beside_a_peak(monkeypatch):
-    """Two digits would lose the softmax's small weights, of which there are many."""
+def test_the_softmaxs_long_tail_beside_a_peak_is_not_lost():
+    """Two digits would lose its small weights, of which there are many."""
     form, S = Form(64, 8), 4096
-    x = vectors(form, 1, 1, S, dtype=torch.float32) + 1
-    v = filled(form, x)
-    p = torch.full((1, 1, 1, S), 0.2 / S)
-    p[..., 7] = 0.8
-    found = packed.sums(p, v)
-    monkeypatch.setattr(packed, 'has_integer_units', lambda: False)
-    assert (found - packed.sums(p, v)).abs().max() < 1e-4
+    v = filled(form, vectors(form, 1, 1, S, dtype=torch.float32) + 1)
+    k = form.empty((1, 1, S), torch.float32, torch.device('cpu'))
+    k[:, :, 7:8] = torch.ones(1, 1, 1, 64)
+    q = torch.full((1, 1, 1, 64), 0.15)
+    p = (q @ k.whole().mT).softmax(-1)
+    assert 0.3 < p.max() < 0.95 and p.min() < p.max() / 2**14
+    expected = p.double() @ v.whole().double()
+    assert (packed.attend(q, k, v, 1.0) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.skipif(not packed.has_integer_units(), reason='this CPU has no products of bytes')
 def test_int8_is_multiplied_as_it_is_stored(monkeypatch):
     form = Form(48, 8)
     k = filled(form, vectors(form, 2, 3, 9, dtype=torch.float32))
-    monkeypatch.setattr(packed.Packed, 'whole', lambda self: pytest.fail('a copy in floats was made'))
+    monkeypatch.setattr(packed.Packed, 'few', lambda self: pytest.fail('a copy in floats was made'))
     packed.attend(vectors(form, 2, 3, 4, dtype=torch.float32), k, k, 0.1)
     with pytest.raises(pytest.fail.Exception):
         packed.attend(vectors(form, 2, 3, 4), k.to(torch.float64), k.to(torch.float64), 0.1)
