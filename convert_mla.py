@@ -14,6 +14,11 @@ beside content keys, it decodes absorbed, but it loses more and has to be fine-t
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-mla --n_latent=128
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-published --n_latent=128 --n_rope=32
 
+For a cache in few bits the latent may get another basis, in which the model is the same function; the source may then be
+an MLA model, too:
+$ python convert_mla.py --source=out-shakespeare-cpu-mla --out_dir=out-rotated --basis=balanced
+$ python sample.py --out_dir=out-rotated --cache=int4
+
 Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=out-converted/conversion.json
 
@@ -32,6 +37,7 @@ import os
 
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
+from core.convert.bits import latent_statistics, rotate
 from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
 from core.convert.factorize_rope import collect_turn, to_published_mla
 from core.runs import checkpoint as checkpoints
@@ -47,6 +53,7 @@ n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size.
 n_rope = 0  # of a model with RoPE: rotated dimensions beside the content; 0: keys are decompressed and rotated whole
 n_kv_head = 0  # convert to GQA instead, mean-pooled to this many key/value heads; 1: multi-query attention
 method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone
+basis = ''  # of the latent, for a cache in few bits: 'hadamard', 'components' or 'balanced'; '': as it comes
 balance = True  # weight keys and values equally, whichever has the larger norm
 sweep = ''  # latent sizes to compare, for example '384,192,96', with every method
 json = ''  # a file for the numbers
@@ -66,6 +73,8 @@ if n_kv_head and (sweep or n_latent or n_rope):
     raise UserError(
         'n_kv_head converts to grouped-query attention, without a latent; leave out sweep, n_latent, n_rope'
     )
+if basis and n_kv_head:
+    raise UserError('basis is for a latent, and n_kv_head converts to attention without one; leave out one of them')
 if n_rope and method == 'weights':
     raise UserError('n_rope needs text, which says how far back the heads look; leave out method=weights')
 target = os.path.join(out_dir, 'ckpt.pt')
@@ -81,13 +90,17 @@ machine.set_threads(threads)
 dtype = machine.pick_dtype(dtype, device)
 autocast = machine.autocast(device, dtype)
 model, saved = models.pretrained(source)
+rotated = bool(basis) and models.attention_of(model) == 'mla'  # it stays as it is but for the basis
+if rotated and (sweep or n_latent or n_rope):
+    raise UserError(f'{source} is MLA already: --basis alone can change; leave out sweep, n_latent, n_rope')
 try:
-    check_mha(model)
+    if not rotated:
+        check_mha(model)
 except ValueError as error:
     raise UserError(f'{source}: {error}') from error
 model = model.to(device).eval()
 dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
-if not dataset and (sweep or method == 'data'):
+if not dataset and (sweep or method == 'data' or basis not in ('', 'hadamard')):
     if sweep:
         raise UserError(
             'a sweep needs text: name a data set with --dataset, or convert to one size with '
@@ -151,6 +164,8 @@ if n_rope:
     methods.pop('weights', None)
 if n_kv_head:
     methods = {'mean-pooled': (False, False)}
+if rotated:
+    methods = {basis: (False, False)}
 statistics = turn = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
@@ -166,12 +181,17 @@ print(shown(rows[0]))
 for size in sizes:
     for name, (weighted, balanced) in methods.items():
         try:
-            if n_kv_head:
+            if rotated:
+                converted = model
+            elif n_kv_head:
                 converted = to_gqa(model, n_kv_head)
             elif n_rope:
                 converted = to_published_mla(model, statistics, turn, size, n_rope, balanced)
             else:
                 converted = to_mla(model, size, statistics if weighted else None, balanced)
+            if basis:
+                some = training_text(data, windows(statistics_tokens), batch_size) if data else ()
+                converted = rotate(converted, basis, latent_statistics(converted, some))
         except ValueError as error:
             raise UserError(str(error)) from error
         rows.append(measured(name, converted))

@@ -41,6 +41,7 @@ from analysis import circuits, forward, hf_model, induction, latent, report, sta
 from analysis.hf_model import FolderTokenizer, HFModel
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
+from core.convert.bits import round_as
 from core.convert.published import form_of
 from core.runs import checkpoint as checkpoints
 from core.runs.models import attention_of, build_model, is_published, model_args, pretrained
@@ -63,6 +64,7 @@ html = True  # write patterns.html
 show = 10  # heads in the table
 sort = 'induction'  # the score that ranks them: 'induction', 'previous', 'duplicate', 'sink' or 'copying'
 text = ''  # a text file: score the heads on it too, and show their patterns on its beginning
+cache = 'float'  # 'int8', 'int4': round what is attended to as a cache in so many bits does
 data_dir = 'data'  # folder of the checkpoints' data sets, for the in-context score
 trust_remote_code = False  # run the Python code in a Hugging Face folder, if its model needs some
 dtype = 'float32'  # of models that only transformers loads; 'auto': as in their files
@@ -115,7 +117,9 @@ def load(spec):
     if tokenizer is None and is_published(spec) and os.path.isdir(spec):
         tokenizer = hf_model.tokenizer_in(spec, trust_remote_code)
     ids, bos = drawable_ids(tokenizer, meta, model.config, dataset)
-    return Loaded(model.eval().to(device), facts, ids, bos, tokenizer, dataset)
+    if cache != 'float' and isinstance(model, HFModel):
+        raise UserError(f'{spec} is run by transformers, whose cache has no {cache}; leave out --cache')
+    return Loaded(round_as(model.eval().to(device), cache), facts, ids, bos, tokenizer, dataset)
 
 
 def published(spec):
@@ -197,7 +201,7 @@ def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
     for number in range(controls):
-        fresh = forward.untrained(loaded.model, 10_000 * (seed + 1) + number)
+        fresh = round_as(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
         scores = induction.head_scores(fresh, repeats, losses=False)
         found.append({name: scores[name].mean(0) for name in induction.SCORES})
         found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)

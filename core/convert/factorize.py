@@ -29,7 +29,7 @@ the values before the decomposition, and scales them back after it.
 A model without biases has no place for b_up: there m = 0, and M is the uncentred E[x x^T].
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -84,16 +84,21 @@ def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torc
 
 
 @torch.no_grad()
-def collect_statistics(model: GPT, batches: Iterable[torch.Tensor]) -> list[Statistics]:
+def collect_statistics(
+    model: GPT,
+    batches: Iterable[torch.Tensor],
+    module_of: Callable[[Any], torch.nn.Module] = lambda block: block.ln_1,
+    size: int = 0,
+) -> list[Statistics]:
     """
     Run `model` over batches of token ids (B, T): one Statistics per layer.
 
-    One batch at a time is in memory.
+    module_of(block): whose output it is of, with `size` numbers (0: n_embd). One batch at a time is in memory.
     """
     device, blocks = model.lm_head.weight.device, layers(model)
-    statistics = [Statistics.empty(model.config.n_embd, device) for _ in blocks]
+    statistics = [Statistics.empty(size or model.config.n_embd, device) for _ in blocks]
     hooks = [
-        block.ln_1.register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
+        module_of(block).register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
         for block, own in zip(blocks, statistics, strict=True)
     ]
     training = model.training
