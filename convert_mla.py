@@ -25,6 +25,9 @@ $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --js
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
 
+A published model, prepared by data/smollm2/prepare.py, on text in its own tokens and in windows of 256 of them:
+$ python convert_mla.py --source=data/smollm2 --dataset=smollm2-python --context=256 --n_latent=160 --n_rope=32
+
 The algebra is in core/convert/factorize.py and factorize_rope.py. Fine-tuning recovers most of the loss:
 $ python train_mla.py --init_from=out-converted
 """
@@ -39,7 +42,7 @@ from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
 from core.convert.bits import latent_statistics, rotate
 from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
-from core.convert.factorize_rope import collect_turn, to_published_mla
+from core.convert.factorize_rope import collect_inputs, to_published_mla
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import resume as resuming
@@ -61,6 +64,7 @@ dataset = ''  # a folder of data_dir, for statistics and losses; '': the one the
 data_dir = 'data'
 statistics_tokens = 65536  # tokens of the training split used for the statistics
 eval_tokens = 65536  # tokens of the validation split used for the losses
+context = 0  # tokens of a window of text; 0: the model's block_size
 batch_size = 16
 device = 'auto'
 dtype = 'float32'  # the differences are smaller than bfloat16's rounding
@@ -107,7 +111,10 @@ if not dataset and (sweep or method == 'data' or basis not in ('', 'hadamard')):
             '--n_latent=SIZE --method=weights'
         )
     raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
-data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
+if not 0 <= context <= model.config.block_size:
+    raise UserError(f'context={context} is more than the block_size of the model, {model.config.block_size}; lower it')
+context = context or model.config.block_size
+data = TokenData(os.path.join(data_dir, dataset), context) if dataset else None
 if data and saved.get('tokenizer'):  # nanoGPT's checkpoints and a folder without a tokenizer don't say
     resuming.check_tokenizer(saved['tokenizer'], data, source)
 if data and data.n_vocab > model.config.vocab_size:
@@ -119,12 +126,12 @@ if data and data.n_vocab > model.config.vocab_size:
 
 def windows(tokens):
     """The number of windows that hold `tokens` tokens; at least one."""
-    return max(1, tokens // model.config.block_size)
+    return max(1, tokens // context)
 
 
 if data and len(data.eval_windows('val', windows(eval_tokens))) < 2:
     raise UserError(
-        f'a standard error requires at least two windows of {model.config.block_size} tokens; raise '
+        f'a standard error requires at least two windows of {context} tokens; raise '
         f'--eval_tokens={eval_tokens}, or use a data set with a longer val.bin'
     )
 
@@ -166,11 +173,11 @@ if n_kv_head:
     methods = {'mean-pooled': (False, False)}
 if rotated:
     methods = {basis: (False, False)}
-statistics = turn = None
+statistics = inputs = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
 if n_rope and model.config.pos == 'rope':
-    turn = collect_turn(model, training_text(data, windows(statistics_tokens), batch_size))
+    inputs = collect_inputs(model, training_text(data, windows(statistics_tokens), batch_size))
 
 about = f'; losses on {data.corpus}' if data else ''
 errors.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
@@ -186,7 +193,7 @@ for size in sizes:
             elif n_kv_head:
                 converted = to_gqa(model, n_kv_head)
             elif n_rope:
-                converted = to_published_mla(model, statistics, turn, size, n_rope, balanced)
+                converted = to_published_mla(model, statistics, inputs, size, n_rope, balanced)
             else:
                 converted = to_mla(model, size, statistics if weighted else None, balanced)
             if basis:
