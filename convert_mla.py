@@ -221,12 +221,12 @@ if not sweep:
 # ---- several: a picture ----------------------------------------------------------------------------------------------
 from matplotlib.figure import Figure  # noqa: E402  (slow to import)
 
-from analysis import report  # noqa: E402
+from analysis import report, style  # noqa: E402
 
 LOOK = {
-    'weights': dict(color='#8a8a8a', marker='^', linestyle=':'),
-    'data, not balanced': dict(color='#e07b39', marker='s', linestyle='--'),
-    'data': dict(color='#1f3b73', marker='o', linestyle='-'),
+    'weights': dict(color=style.GREY, marker='^', linestyle=':'),
+    'data, not balanced': style.look('MLA', 0.1),
+    'data': style.look('MLA', 0.5),
 }
 figure = Figure(figsize=(7, 4.5), layout='constrained')
 axes = figure.subplots()
