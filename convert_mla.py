@@ -14,8 +14,8 @@ beside content keys, it decodes absorbed, but it loses more and has to be fine-t
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-mla --n_latent=128
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-published --n_latent=128 --n_rope=32
 
-For a cache in few bits the latent may get another basis, in which the model is the same function; the source may then be
-an MLA model, too:
+For a cache in few bits the latent may get another basis, in which the model is the same function; the source may then
+be an MLA model, too:
 $ python convert_mla.py --source=out-shakespeare-cpu-mla --out_dir=out-rotated --basis=balanced
 $ python sample.py --out_dir=out-rotated --cache=int4
 
