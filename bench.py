@@ -13,6 +13,9 @@ $ python bench.py --mode=sample --contexts=128,256,512,1024,2048,4096 --plot=ass
 The same, compared with Hugging Face's steps, and whole texts with nanoGPT's generate and Hugging Face's:
 $ python bench.py --mode=sample --nanogpt=../nanoGPT --huggingface=True
 
+A long context with float and with int8 caches:
+$ python bench.py --mode=sample --contexts=4096 --batch_sizes=8 --n_latents=384 --cache=int8 --new_tokens=0
+
 The largest batch that a training step has memory for:
 $ python bench.py --mode=memory
 
@@ -66,6 +69,7 @@ new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
 int8 = False  # on a CPU: also time the models with weights in int8
+cache = 'float'  # 'int8', 'int4': also time the models with a cache in so many bits
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
 # train
@@ -273,6 +277,8 @@ def time_steps(makers):
 def measure_steps(models, hf_model, batch_size, context):
     """One row per model, and one for MHA without a cache, at one batch size and context length."""
     makers = {name: functools.partial(Decoding, model, batch_size, context) for name, model in models.items()}
+    if cache != 'float':
+        makers |= {f'{name}, {cache} cache': functools.partial(make, kind=cache) for name, make in makers.items()}
     if eager and device.startswith('cuda'):
         makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
     if hf_model:
@@ -289,7 +295,8 @@ def measure_steps(models, hf_model, batch_size, context):
         if 'ms' in row:
             row['tokens_per_s'] = 1e3 * batch_size / row['ms']
         if row.get('cache_bytes'):
-            model = models.get(row['name'].removesuffix(', eager'), models['MHA'])
+            name = row['name'].removesuffix(', eager').removesuffix(f', {cache} cache')
+            model = models.get(name, models['MHA'])
             weights = weight_bytes(model, machine.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
     return rows

@@ -54,13 +54,17 @@ def cut_point(text: str, longest: int = LONGEST_RUN) -> int:
     """
     The last index > 0 at which `text` can be cut without a change of its byte-pair encoding, or 0 if there is none.
 
-    That is in front of a space or newline that a visible character follows: there GPT-2's pattern always starts a new
-    word, the text in front of it splits as if it ended there, and merges never cross words. A text of more than
-    `longest` characters without such a place is cut at its end, which can change the encoding of one word.
+    That is in front of a space between two visible characters, or else of such a newline: there the patterns of GPT-2
+    and of later models start a new word, the text in front of it splits as if it ended there, and merges never cross
+    words. (Some put newlines behind punctuation into one word with it.) A text of more than `longest` characters
+    without such a place is cut at its end, which can change the encoding of one word.
     """
-    for i in range(len(text) - 2, 0, -1):
-        if text[i] in ' \n' and not text[i + 1].isspace():
-            return i
+    for space in ' \n':
+        at = text.rfind(space, 1, len(text) - 1)
+        while at > 0:
+            if not text[at + 1].isspace() and not text[at - 1].isspace():
+                return at
+            at = text.rfind(space, 1, at)
     return len(text) if len(text) > longest else 0
 
 

@@ -28,7 +28,7 @@ def test_pieces_encode_to_the_same_tokens(size, gpt2_cache):
     text = AWKWARD * 3
     blocks = [text[i : i + 5] for i in range(0, len(text), 5)]
     pieces = list(chunks(blocks, size))
-    assert ''.join(pieces) == text and (len(pieces) > 30 or size == 50)
+    assert ''.join(pieces) == text and (len(pieces) > 20 or size == 50)
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 

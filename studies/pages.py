@@ -1,0 +1,273 @@
+"""
+Tables and pictures of results/ and BENCHMARKS.md that no other study makes, from the JSON files of assets/, in seconds.
+
+$ python studies/pages.py    # make figures runs this and the other studies' commands
+
+The earlier contest, assets/contest_*.json: MHA, GQA, MQA and MLA with learned positions, RoPE or Muon, each at the best
+of four learning rates. studies/contest.py of commit 7a111e7 trained its models. Decoding times, assets/decode.json:
+bench.py's medians. Corpora, assets/corpora.json: corpus_statistics.py's numbers. Writes into results/tables and assets.
+Run it from the repository root.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core.cli import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import math
+import os
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from analysis import report, speed, stats, style
+from core.cli import arguments
+from studies.measure import read_json
+
+# ----------------------------------------------------------------------------------------------------------------------
+assets = 'assets'  # the JSON files, and the pictures that are made of them
+tables = 'results/tables'
+exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+FINAL_SEED = 2000  # seeds below it chose the learning rates
+SLOW = ', kv_lr=1/8'
+CORPORA = {  # of a JSON file: its setting, and what its learning rates show
+    'contest_shakespeare': (
+        'tinyshakespeare, characters; 4 layers, C = 128',
+        'Each model has a best learning rate of its own',
+    ),
+    'contest_code': (
+        'Python source, bytes; 4 layers, C = 128',
+        'Slow keys and values bear a higher learning rate',
+    ),
+    'contest_code_c384': (
+        'Python source, bytes; 6 layers, C = 384, bfloat16 on a GPU',
+        'Slow keys and values bear a higher learning rate',
+    ),
+}
+
+
+# ---- the earlier contest ---------------------------------------------------------------------------------------------
+
+
+def arms_of(numbers):
+    """The models; without those of Muon, which then orthogonalized MHA's queries, keys and values as one matrix."""
+    return [arm for arm in numbers['best_rates'] if 'Muon' not in arm]
+
+
+def losses(numbers, arm, kind='scratch', key='val_loss'):
+    """{seed: loss} of a model's final runs: from scratch at its best rate, or 'tuned' after a conversion."""
+    runs = [r for r in numbers['runs'] if (r['arm'], r['kind']) == (arm, kind) and r['seed'] >= FINAL_SEED]
+    return {r['seed']: r[key] for r in runs if kind != 'scratch' or r['rate'] == numbers['best_rates'][arm]}
+
+
+def tuning(numbers, arm):
+    """{rate: mean loss over the tuning seeds}."""
+    runs = [r for r in numbers['runs'] if r['arm'] == arm and r['kind'] == 'scratch' and r['seed'] < FINAL_SEED]
+    by_rate = report.grouped(runs, lambda r: r['rate'])
+    return {rate: mean(r['val_loss'] for r in group) for rate, group in sorted(by_rate.items())}
+
+
+def size(numbers, arm, key='cache_bytes_per_token'):
+    """A size of a model."""
+    return next(r[key] for r in numbers['runs'] if r['arm'] == arm and key in r)
+
+
+def minus(mine, theirs):
+    """The differences of two {seed: loss} by seed, as a cell."""
+    gaps = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] if mine != theirs else []
+    return report.spread(gaps, '+.4f') if gaps else ''
+
+
+def peer(numbers, arm, attention):
+    """The losses of MHA or MQA with a model's positions and multiplier; {} where there are none."""
+    name = attention + ', RoPE' * ('RoPE' in arm) + SLOW * (SLOW in arm)
+    return losses(numbers, name) if name in numbers['best_rates'] else {}
+
+
+def contest_table(numbers):
+    """Every model at its best rate, and minus MHA and MQA with the same positions and multiplier."""
+    heading = ['model', 'parameters', 'cache bytes per token', 'learning rate', 'seeds', 'validation loss']
+    heading += ['minus MHA, same multiplier', 'minus MQA, same multiplier', 'minus the same at the whole rate']
+    rows = []
+    for arm in arms_of(numbers):
+        rate, mine, grid = numbers['best_rates'][arm], losses(numbers, arm), sorted(tuning(numbers, arm))
+        gaps = [minus(mine, peer(numbers, arm, attention)) for attention in ('MHA', 'MQA')]
+        gaps.append(minus(mine, losses(numbers, arm.replace(SLOW, ''))))
+        edge = ' (end of the grid)' * (rate in (grid[0], grid[-1]))
+        facts = [f'{size(numbers, arm, key):,}' for key in ('parameters', 'cache_bytes_per_token')]
+        rows.append((arm, *facts, f'{rate:g}{edge}', len(mine), report.spread(mine.values(), '.4f'), *gaps))
+    return report.markdown_table(heading, rows)
+
+
+def tuning_table(numbers):
+    """The mean loss of every model at every rate."""
+    found = {arm: tuning(numbers, arm) for arm in arms_of(numbers)}
+    rates = sorted({rate for means in found.values() for rate in means})
+    rows = [(arm, *(f'{means[rate]:.4f}' if rate in means else '' for rate in rates)) for arm, means in found.items()]
+    return report.markdown_table(('model', *(f'{rate:g}' for rate in rates)), rows)
+
+
+def converted(numbers):
+    """The models that MHA was converted to."""
+    return list(dict.fromkeys(r['arm'] for r in numbers['runs'] if r['kind'] == 'tuned' and r['arm'] != 'MHA'))
+
+
+def conversion_table(numbers):
+    """MHA converted, before and after fine-tuning, against MHA after the same iterations."""
+    heading = [
+        'MHA converted to',
+        'cache bytes per token',
+        'before fine-tuning, minus MHA',
+        'fine-tuned, minus MHA fine-tuned',
+    ]
+    mha, tuned = losses(numbers, 'MHA'), losses(numbers, 'MHA', 'tuned')
+    rows = []
+    for arm in converted(numbers):
+        before = minus(losses(numbers, arm, 'tuned', 'before'), mha)
+        after, scratch = losses(numbers, arm, 'tuned'), losses(numbers, arm)
+        gaps = (before, minus(after, tuned), minus(after, scratch))
+        rows.append((arm, f'{size(numbers, arm):,}', *gaps))
+    return report.markdown_table((*heading, 'fine-tuned, minus the same from scratch'), rows)
+
+
+def draw_points(axis, numbers, points):
+    """Mean losses with their intervals over cached bytes, each with its name. points: (label, cache, losses)."""
+    for label, cache, found in points:
+        middle, half = stats.t_interval(list(found))
+        look = style.look(label) | dict(linestyle='none', capsize=3, markersize=6)
+        axis.errorbar(cache, middle, half or 0, **look)
+        name = label.replace(SLOW, '').replace('MLA, r=', 'MLA ')
+        axis.annotate(name, (cache, middle), (7, 4), textcoords='offset points', color=look['color'], fontsize=9)
+    axis.set_xscale('log', base=2)
+    sizes = sorted({cache for _, cache, _ in points})
+    axis.set_xticks(sizes, [f'{size:,}' for size in sizes])
+    axis.minorticks_off()
+    axis.margins(x=0.3, y=0.12)
+    axis.set_xlabel('cache bytes per token')
+
+
+def draw_contest(numbers, title):
+    """Loss over cached bytes: a panel for each multiplier of keys' and values' learning rate, learned positions."""
+    arms = [arm for arm in arms_of(numbers) if 'RoPE' not in arm]
+    figure = Figure(figsize=(style.WIDTH, 3.9))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, slow in zip(panels, (False, True), strict=True):
+        chosen = [arm for arm in arms if (SLOW in arm) == slow]
+        draw_points(axis, numbers, [(a, size(numbers, a), losses(numbers, a).values()) for a in chosen])
+        axis.set_title(f'keys and values learn at {"1/8 of the" if slow else "the whole"} learning rate')
+    panels[0].set_ylabel('validation loss (nats per token)')
+    figure.suptitle(title)
+    return figure
+
+
+def draw_conversion(numbers):
+    """Loss over cached bytes after a conversion and a short fine-tuning, and from scratch."""
+    figure = Figure(figsize=(style.WIDTH, 3.9))
+    panels = figure.subplots(1, 2, sharey=True)
+    models = ['MHA', *converted(numbers)]
+    for axis, kind in zip(panels, ('scratch', 'tuned'), strict=True):
+        draw_points(axis, numbers, [(a, size(numbers, a), losses(numbers, a, kind).values()) for a in models])
+    panels[0].set(ylabel='validation loss (nats per token)', title='trained from scratch, 2,000 iterations')
+    panels[1].set_title('MHA converted and fine-tuned, 200 iterations')
+    figure.suptitle('A converted MHA model keeps its loss as MLA at C/2 and C/4, and not as MQA')
+    return figure
+
+
+def draw_rates(numbers, title):
+    """Loss over learning rate: a panel per model, with the other models in grey."""
+    grids = {arm: tuning(numbers, arm) for arm in arms_of(numbers)}
+    columns = 4
+    rows = math.ceil(len(grids) / columns)
+    figure = Figure(figsize=(style.WIDTH, 0.9 + 1.7 * rows))
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    lowest = min(min(means.values()) for means in grids.values())
+    for axis, (arm, means) in zip(panels, grids.items(), strict=False):
+        for other in grids.values():
+            axis.plot(*zip(*other.items(), strict=True), color=style.GREY, linewidth=0.6, alpha=0.5)
+        axis.plot(*zip(*means.items(), strict=True), **style.look(arm) | dict(linestyle='-'))
+        axis.set_xscale('log', base=2)
+        rates = list(means)
+        axis.set_xticks(rates[:: len(rates) // 2], [f'{rate:g}' for rate in rates[:: len(rates) // 2]])
+        axis.minorticks_off()
+        axis.set_title(
+            arm.replace('MLA, r=', 'MLA ').replace(', latent', ',\nlatent').replace(SLOW, ',\nkv_lr=1/8'), fontsize=9
+        )
+        axis.set_ylim(lowest - 0.02, lowest + 0.3)
+    for axis in panels[len(grids) :]:
+        axis.set_visible(False)
+    figure.supxlabel('learning rate', fontsize=9)
+    figure.supylabel('validation loss (nats per token)', fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def make_contest():
+    """The table and the pictures of the earlier contest; of conversions, where a corpus has them."""
+    parts = [
+        'Made by `python studies/pages.py` from `assets/contest_*.json`; studies/contest.py of commit 7a111e7 trained '
+        'the models. Means ± half widths of the 95 % t interval over seeds; differences are by seed. A model without '
+        '`kv_lr=1/8` trains keys and values at the whole learning rate.'
+    ]
+    for name, (about, seen) in CORPORA.items():
+        numbers = read_json(assets, f'{name}.json')
+        parts += [
+            f'## {about}',
+            contest_table(numbers),
+            'Mean loss of the tuning by learning rate:',
+            tuning_table(numbers),
+        ]
+        pictures = {'-rates': draw_rates(numbers, f'{seen}\n{about}')}
+        if len(arms_of(numbers)) > 4:
+            title = f'MHA and MLA both gain where keys and values learn slowly\n{about}'
+            pictures[''] = draw_contest(numbers, title)
+        for ending, picture in pictures.items():
+            report.save_figure(os.path.join(assets, f'{name}{ending}.png'), picture)
+            parts.append(f'![{picture.get_suptitle()}](../../assets/{name}{ending}.png)'.replace('\n', ', '))
+        if converted(numbers):
+            report.save_figure(os.path.join(assets, 'conversion.png'), draw_conversion(numbers))
+            save('conversion', [parts[0], conversion_table(numbers)])
+    save('earlier-contest', parts)
+
+
+def save(name, parts):
+    """Write a file of generated tables."""
+    report.save_text(os.path.join(tables, f'{name}.md'), '\n\n'.join(part.strip('\n') for part in parts) + '\n')
+
+
+# ---- decoding, corpora -----------------------------------------------------------------------------------------------
+
+
+def make_decoding():
+    """The table and the picture of decoding times on a CPU."""
+    found = read_json(assets, 'decode.json')
+    rows, mha = found['steps'], {}
+    heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", 'cache bytes per token']
+    cells = []
+    for row in rows:
+        place = row['batch_size'], row['context']
+        mha[place] = row['ms'] if row['name'] == 'MHA' else mha[place]
+        per_token = row['cache_bytes'] // row['batch_size'] // row['context']
+        name = speed.in_shares(row['name'], found['n_embd'])
+        cells.append(
+            (place[0], f'{place[1]:,}', name, f'{row["ms"]:.1f}', f'{row["ms"] / mha[place]:.2f}', f'{per_token:,}')
+        )
+    save(
+        'decoding',
+        [
+            f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.',
+            report.markdown_table(heading, cells),
+        ],
+    )
+    title = f'With eight long sequences MLA decodes faster than MHA, with one it does not\n{found["setting"]}'
+    report.save_figure(os.path.join(assets, 'decode.png'), speed.decoding_figure(rows, found['n_embd'], title))
+
+
+arguments.check_folder(tables)
+os.makedirs(tables, exist_ok=True)
+make_contest()
+make_decoding()
