@@ -4,8 +4,8 @@ SmolLM2-135M as MLA: what converting it costs on text, in two forms and at three
 $ python data/smollm2/prepare.py
 $ python data/code/prepare.py --tokenizer=data/smollm2 --packages=stdlib --megabytes=8 --name=smollm2-python
 $ python data/text/prepare.py --tokenizer=data/smollm2 --documents=line --input=reviews.txt.gz --name=smollm2-reviews
-$ python studies/smollm2.py                   # a short form: half of the cache alone, few windows, no fine-tuning
-$ python studies/smollm2.py --full=True       # every size, and fine-tuning at half of the cache: some hours on two cores
+$ python studies/smollm2.py                   # a short form: half of the cache alone, no fine-tuning
+$ python studies/smollm2.py --full=True       # every size, and fine-tuning at half of the cache: hours on two cores
 
 1. Both forms of core/convert are made at 1/2, 1/4 and 1/8 of the cache: keys that are decompressed and then rotated,
    and the published shape. Statistics are of the training splits of both texts, losses of their validation splits.
@@ -50,7 +50,7 @@ source = 'data/smollm2'  # a model with grouped-query attention and RoPE: a chec
 texts = 'smollm2-python,smollm2-reviews'  # two data sets in its tokens
 data_dir = 'data'
 full = False  # every size, and fine-tuning
-eval_tokens = 0  # for each loss; 0: 24 windows, in the short form 8
+eval_tokens = 6144  # for each loss
 max_iters = 0  # of fine-tuning; 0: 500, in the short form none
 rates = '3e-5,1e-4'  # learning rates to choose from
 context = 256  # tokens of a window
@@ -63,7 +63,7 @@ SHARES = (
     {2: 32, 4: 32, 8: 16} if full else {2: 32}
 )  # parts of the cache, and the rotated dimensions of the published shape
 PEER = 'cacheshrink'
-windows, iterations = (eval_tokens or (24 if full else 8) * context) // context, max_iters or (500 if full else 0)
+windows, iterations = eval_tokens // context, max_iters or (500 if full else 0)
 results = os.path.join(out_dir, 'smollm2.json')
 arguments.check_folder(out_dir)
 machine.set_threads(threads)
