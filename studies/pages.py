@@ -28,8 +28,8 @@ from core.cli import arguments
 from studies.measure import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
-assets = 'assets'  # the JSON files, and the pictures that are made of them
-tables = 'results/tables'
+pictures = 'assets'  # a folder
+tables = 'results/tables'  # a folder
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -214,22 +214,22 @@ def make_contest():
         '`kv_lr=1/8` trains keys and values at the whole learning rate.'
     ]
     for name, (about, seen) in CORPORA.items():
-        numbers = read_json(assets, f'{name}.json')
+        numbers = read_json('assets', f'{name}.json')
         parts += [
             f'## {about}',
             contest_table(numbers),
             'Mean loss of the tuning by learning rate:',
             tuning_table(numbers),
         ]
-        pictures = {'-rates': draw_rates(numbers, f'{seen}\n{about}')}
+        drawn = {'-rates': draw_rates(numbers, f'{seen}\n{about}')}
         if len(arms_of(numbers)) > 4:
             title = f'MHA and MLA both gain where keys and values learn slowly\n{about}'
-            pictures[''] = draw_contest(numbers, title)
-        for ending, picture in pictures.items():
-            report.save_figure(os.path.join(assets, f'{name}{ending}.png'), picture)
+            drawn[''] = draw_contest(numbers, title)
+        for ending, picture in drawn.items():
+            report.save_figure(os.path.join(pictures, f'{name}{ending}.png'), picture)
             parts.append(f'![{picture.get_suptitle()}](../../assets/{name}{ending}.png)'.replace('\n', ', '))
         if converted(numbers):
-            report.save_figure(os.path.join(assets, 'conversion.png'), draw_conversion(numbers))
+            report.save_figure(os.path.join(pictures, 'conversion.png'), draw_conversion(numbers))
             save('conversion', [parts[0], conversion_table(numbers)])
     save('earlier-contest', parts)
 
@@ -244,7 +244,7 @@ def save(name, parts):
 
 def make_decoding():
     """The table and the picture of decoding times on a CPU."""
-    found = read_json(assets, 'decode.json')
+    found = read_json('assets', 'decode.json')
     rows, mha = found['steps'], {}
     heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", 'cache bytes per token']
     cells = []
@@ -264,10 +264,11 @@ def make_decoding():
         ],
     )
     title = f'With eight long sequences MLA decodes faster than MHA, with one it does not\n{found["setting"]}'
-    report.save_figure(os.path.join(assets, 'decode.png'), speed.decoding_figure(rows, found['n_embd'], title))
+    report.save_figure(os.path.join(pictures, 'decode.png'), speed.decoding_figure(rows, found['n_embd'], title))
 
 
-arguments.check_folder(tables)
-os.makedirs(tables, exist_ok=True)
+for folder in (pictures, tables):
+    arguments.check_folder(folder)
+    os.makedirs(folder, exist_ok=True)
 make_contest()
 make_decoding()
