@@ -5,8 +5,7 @@ $ python studies/pages.py    # make figures runs this and the other studies' com
 
 The earlier contest, assets/contest_*.json: MHA, GQA, MQA and MLA with learned positions, RoPE or Muon, each at the best
 of four learning rates. studies/contest.py of commit 7a111e7 trained its models. Decoding times, assets/decode.json:
-bench.py's medians. Corpora, assets/corpora.json: corpus_statistics.py's numbers. Writes into results/tables and assets.
-Run it from the repository root.
+bench.py's medians. Run it from the repository root.
 """
 
 import sys
@@ -239,32 +238,34 @@ def save(name, parts):
     report.save_text(os.path.join(tables, f'{name}.md'), '\n\n'.join(part.strip('\n') for part in parts) + '\n')
 
 
-# ---- decoding, corpora -----------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def make_decoding():
     """The table and the picture of decoding times on a CPU."""
     found = read_json('assets', 'decode.json')
-    rows, mha = found['steps'], {}
-    heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", 'cache bytes per token']
-    cells = []
-    for row in rows:
-        place = row['batch_size'], row['context']
-        mha[place] = row['ms'] if row['name'] == 'MHA' else mha[place]
-        per_token = row['cache_bytes'] // row['batch_size'] // row['context']
-        name = speed.in_shares(row['name'], found['n_embd'])
-        cells.append(
-            (place[0], f'{place[1]:,}', name, f'{row["ms"]:.1f}', f'{row["ms"] / mha[place]:.2f}', f'{per_token:,}')
-        )
-    save(
-        'decoding',
-        [
-            f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.',
-            report.markdown_table(heading, cells),
-        ],
-    )
+    mha = {(row['batch_size'], row['context']): row['ms'] for row in found['steps'] if row['name'] == 'MHA'}
+    heading = [
+        'sequences',
+        'context',
+        'model',
+        'ms per step',
+        "of MHA's",
+        "attention alone, of MHA's",
+        'bytes per token',
+    ]
+    rows = []
+    for row in found['steps']:
+        sequences, context = place = row['batch_size'], row['context']
+        shares = (f'{share:.2f}' for share in (row['ms'] / mha[place], row['attention_of_mha']))
+        name, size = speed.in_shares(row['name'], found['n_embd']), row['cache_bytes'] // sequences // context
+        rows.append((sequences, f'{context:,}', name, f'{row["ms"]:.1f}', *shares, f'{size:,}'))
+    about = f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.'
+    save('decoding', [about, report.markdown_table(heading, rows)])
     title = f'With eight long sequences MLA decodes faster than MHA, with one it does not\n{found["setting"]}'
-    report.save_figure(os.path.join(pictures, 'decode.png'), speed.decoding_figure(rows, found['n_embd'], title))
+    report.save_figure(
+        os.path.join(pictures, 'decode.png'), speed.decoding_figure(found['steps'], found['n_embd'], title)
+    )
 
 
 for folder in (pictures, tables):
