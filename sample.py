@@ -47,6 +47,7 @@ top_p = 1.0  # draw from the smallest set of tokens with this total probability;
 stop = ''  # a token that ends a sample, for example '<|endoftext|>' or '.'; empty: none
 context = 0  # tokens that the model sees at most; 0: as in training, more only without learned positions
 use_cache = True  # False: recompute the whole context for each token, as nanoGPT does
+cache = 'float'  # 'int8', 'int4': what is cached in so many bits: less memory, slightly other probabilities
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
@@ -58,6 +59,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
+if cache != 'float' and not use_cache:
+    raise UserError(f'cache={cache} needs a cache; leave it out, or use_cache=False')
 device = machine.pick_device(device)
 machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
@@ -146,7 +149,7 @@ def show_first(tokens):
     show([] if token == stop_token else [token])
 
 
-cache_bytes = model.init_cache(1, 1, dtype=machine.DTYPES[dtype]).bytes_per_token
+cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token
 kind = models.attention_of(model).upper()
 about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
 errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
@@ -160,6 +163,7 @@ with machine.autocast(device, dtype):
         top_k=top_k or None,
         top_p=top_p,
         use_cache=use_cache,
+        cache=cache,
         num_samples=num_samples,
         stop_token=stop_token,
         on_token=show_first,

@@ -164,7 +164,7 @@ LEFT_OUT = dict.fromkeys(
     ('compile', 'wandb_log', 'download', 'huggingface', 'full', 'convert'), ('true', 'yes', '1', 'on')
 )
 LEFT_OUT |= {
-    'mode': ('data', 'train', 'sample'),
+    'mode': ('train', 'sample'),
     'follow': tuple(map(str, range(1, 17))),
     'input': ('/', '..', '{place}', ''),
     'reuse': ('',),

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_planted_heads_are_found_in_both_models(tmp_path):
     # the page embeds the patterns: head 1.1's last query attends to its match
     entry = page_of(out)[1]
     n = len(entry['sequences'][0]['tokens'])
-    packed = np.frombuffer(base64.b64decode(entry['sequences'][0]['data']), np.uint8).reshape(2, 2, -1)
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(entry['sequences'][0]['data'])), np.uint8).reshape(2, 2, -1)
     assert packed.shape[-1] == n * (n + 1) // 2
     assert packed[1, 1, (n - 1) * n // 2 + n // 2] == 255
 

@@ -319,7 +319,7 @@ def test_from_the_shell(tmp_path):
     save(tmp_path, GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=1, n_embd=8)), tokenizer=META)
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     run = dict(cwd=ROOT, env=environment, capture_output=True, text=True, encoding='utf-8')
-    wrong = subprocess.run([sys.executable, 'sample.py', f'--out_dir={tmp_path}', '--start=h?'], **run)
+    wrong = subprocess.run([forking.interpreter(), 'sample.py', f'--out_dir={tmp_path}', '--start=h?'], **run)
     assert wrong.returncode == 2 and wrong.stdout == '' and 'Traceback' not in wrong.stderr
     assert wrong.stderr.splitlines()[-1].startswith("error: the character '?'")
     head = f'"{sys.executable}" sample.py --out_dir="{tmp_path}" --max_new_tokens=300 | head -c 5'

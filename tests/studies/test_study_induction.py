@@ -12,6 +12,7 @@ from model_mla import MLAGPT, MLAConfig
 
 pytestmark = pytest.mark.slow
 
+QUICKLY = 'tests/support/quick_study.py'
 STEP, SEEDS = 10, (1337, 1338)
 SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up
 NAMES = [
@@ -24,7 +25,7 @@ NAMES = [
 
 def study(out_dir, data_dir, *more):
     keys = (f'--out_dir={out_dir}', f'--data_dir={data_dir}', f'--max_iters={STEP}', '--jobs=1', *more)
-    return forking.run('studies/induction.py', keys, seconds=200)
+    return forking.run(QUICKLY, ('studies/induction.py', *keys), seconds=600)
 
 
 def trained_like(kind):

@@ -58,7 +58,7 @@ def test_every_number_is_in_a_table_or_a_json_file(page, known):
 
 
 def test_a_number_that_no_file_holds_is_found(known):
-    text = 'MHA ends at 1.7217, or 9.8765 in `9.8764`, after 2,000 and 987,654 iterations ([x](y-1.999), 2026-11-28), .12'
+    text = 'MHA ends at 1.7217, or 9.8765 in `9.8764`, after 2,000 and 987,654 steps ([x](y-1.999), 2026-11-28), .12'
     assert unsupported(text, known) == ['9.8765', '987,654']
     assert len(EXCEPTIONS) <= 10
 

@@ -21,7 +21,7 @@ def test_they_continue_a_repeated_sequence_of_ids(file):
     keys = (f'--out_dir={file.parent}', '--num_samples=1', '--max_new_tokens=9', '--temperature=0', '--device=cpu')
     done = forking.run('sample.py', (*keys, '--start=5 9 71 3 40 8 96 22 17 5 9 71 3'))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split('\n')[0].split()[13:] == '40 8 96 22 17 5 9 71 3'.split()
+    assert done.stdout.split('\n')[0].split()[13:] == ['40', '8', '96', '22', '17', '5', '9', '71', '3']
 
 
 def test_without_a_prompt_they_begin_with_id_0():
