@@ -5,6 +5,9 @@ From the last checkpoint in out_dir, MHA or MLA (the checkpoint records which):
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 $ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 --num_samples=1 > text.txt
 
+From a model whose tokens stand for no text, ids (this one comes with the repository):
+$ python sample.py --out_dir=models/repeats-mla --start='5 9 5 9 5' --num_samples=1
+
 From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), a Hugging Face folder or a GGUF file:
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
@@ -84,8 +87,8 @@ if context:
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
 if meta.get('tokenizer') == NO_TEXT:
-    tokenizer = IdTokenizer(model.config.vocab_size)
-    errors.notice("the model's tokenizer is none of ours: prompt and samples are its ids, as in --start='1 2 3'")
+    tokenizer, start = IdTokenizer(model.config.vocab_size), start if 'start' in given else '0'
+    errors.notice("the model's tokens stand for no text here: prompt and samples are ids, as in --start='5 9 5'")
 else:
     tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:

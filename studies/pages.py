@@ -5,8 +5,7 @@ $ python studies/pages.py    # make figures runs this and the other studies' com
 
 The earlier contest, assets/contest_*.json: MHA, GQA, MQA and MLA with learned positions, RoPE or Muon, each at the best
 of four learning rates. studies/contest.py of commit 7a111e7 trained its models. Decoding times, assets/decode.json:
-bench.py's medians. Corpora, assets/corpora.json: corpus_statistics.py's numbers. Writes into results/tables and assets.
-Run it from the repository root.
+bench.py's medians. Run it from the repository root.
 """
 
 import sys
@@ -17,7 +16,6 @@ from core.cli import signals
 
 signals.exit_at_once()  # for the time of the slow imports
 
-import math
 import os
 from statistics import mean
 
@@ -28,26 +26,17 @@ from core.cli import arguments
 from studies.measure import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
-assets = 'assets'  # the JSON files, and the pictures that are made of them
-tables = 'results/tables'
+pictures = 'assets'  # a folder
+tables = 'results/tables'  # a folder
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 FINAL_SEED = 2000  # seeds below it chose the learning rates
 SLOW = ', kv_lr=1/8'
-CORPORA = {  # of a JSON file: its setting, and what its learning rates show
-    'contest_shakespeare': (
-        'tinyshakespeare, characters; 4 layers, C = 128',
-        'Each model has a best learning rate of its own',
-    ),
-    'contest_code': (
-        'Python source, bytes; 4 layers, C = 128',
-        'Slow keys and values bear a higher learning rate',
-    ),
-    'contest_code_c384': (
-        'Python source, bytes; 6 layers, C = 384, bfloat16 on a GPU',
-        'Slow keys and values bear a higher learning rate',
-    ),
+CORPORA = {  # settings of the JSON files
+    'contest_shakespeare': 'tinyshakespeare, characters; 4 layers, C = 128',
+    'contest_code': 'Python source, bytes; 4 layers, C = 128',
+    'contest_code_c384': 'Python source, bytes; 6 layers, C = 384, bfloat16 on a GPU',
 }
 
 
@@ -119,12 +108,8 @@ def converted(numbers):
 
 def conversion_table(numbers):
     """MHA converted, before and after fine-tuning, against MHA after the same iterations."""
-    heading = [
-        'MHA converted to',
-        'cache bytes per token',
-        'before fine-tuning, minus MHA',
-        'fine-tuned, minus MHA fine-tuned',
-    ]
+    heading = ['MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA']
+    heading += ['fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch']
     mha, tuned = losses(numbers, 'MHA'), losses(numbers, 'MHA', 'tuned')
     rows = []
     for arm in converted(numbers):
@@ -132,10 +117,10 @@ def conversion_table(numbers):
         after, scratch = losses(numbers, arm, 'tuned'), losses(numbers, arm)
         gaps = (before, minus(after, tuned), minus(after, scratch))
         rows.append((arm, f'{size(numbers, arm):,}', *gaps))
-    return report.markdown_table((*heading, 'fine-tuned, minus the same from scratch'), rows)
+    return report.markdown_table(heading, rows)
 
 
-def draw_points(axis, numbers, points):
+def draw_points(axis, points):
     """Mean losses with their intervals over cached bytes, each with its name. points: (label, cache, losses)."""
     for label, cache, found in points:
         middle, half = stats.t_interval(list(found))
@@ -151,85 +136,45 @@ def draw_points(axis, numbers, points):
     axis.set_xlabel('cache bytes per token')
 
 
-def draw_contest(numbers, title):
-    """Loss over cached bytes: a panel for each multiplier of keys' and values' learning rate, learned positions."""
-    arms = [arm for arm in arms_of(numbers) if 'RoPE' not in arm]
+def draw_caches(numbers, groups, title):
+    """Loss over cached bytes, a panel for each of {title: {model: its losses}}."""
     figure = Figure(figsize=(style.WIDTH, 3.9))
-    panels = figure.subplots(1, 2, sharey=True)
-    for axis, slow in zip(panels, (False, True), strict=True):
-        chosen = [arm for arm in arms if (SLOW in arm) == slow]
-        draw_points(axis, numbers, [(a, size(numbers, a), losses(numbers, a).values()) for a in chosen])
-        axis.set_title(f'keys and values learn at {"1/8 of the" if slow else "the whole"} learning rate')
+    panels = figure.subplots(1, len(groups), sharey=True)
+    for axis, (name, found) in zip(panels, groups.items(), strict=True):
+        draw_points(axis, [(arm, size(numbers, arm), of.values()) for arm, of in found.items()])
+        axis.set_title(name)
     panels[0].set_ylabel('validation loss (nats per token)')
     figure.suptitle(title)
     return figure
 
 
-def draw_conversion(numbers):
-    """Loss over cached bytes after a conversion and a short fine-tuning, and from scratch."""
-    figure = Figure(figsize=(style.WIDTH, 3.9))
-    panels = figure.subplots(1, 2, sharey=True)
-    models = ['MHA', *converted(numbers)]
-    for axis, kind in zip(panels, ('scratch', 'tuned'), strict=True):
-        draw_points(axis, numbers, [(a, size(numbers, a), losses(numbers, a, kind).values()) for a in models])
-    panels[0].set(ylabel='validation loss (nats per token)', title='trained from scratch, 2,000 iterations')
-    panels[1].set_title('MHA converted and fine-tuned, 200 iterations')
-    figure.suptitle('A converted MHA model keeps its loss as MLA at C/2 and C/4, and not as MQA')
-    return figure
-
-
-def draw_rates(numbers, title):
-    """Loss over learning rate: a panel per model, with the other models in grey."""
-    grids = {arm: tuning(numbers, arm) for arm in arms_of(numbers)}
-    columns = 4
-    rows = math.ceil(len(grids) / columns)
-    figure = Figure(figsize=(style.WIDTH, 0.9 + 1.7 * rows))
-    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    lowest = min(min(means.values()) for means in grids.values())
-    for axis, (arm, means) in zip(panels, grids.items(), strict=False):
-        for other in grids.values():
-            axis.plot(*zip(*other.items(), strict=True), color=style.GREY, linewidth=0.6, alpha=0.5)
-        axis.plot(*zip(*means.items(), strict=True), **style.look(arm) | dict(linestyle='-'))
-        axis.set_xscale('log', base=2)
-        rates = list(means)
-        axis.set_xticks(rates[:: len(rates) // 2], [f'{rate:g}' for rate in rates[:: len(rates) // 2]])
-        axis.minorticks_off()
-        axis.set_title(
-            arm.replace('MLA, r=', 'MLA ').replace(', latent', ',\nlatent').replace(SLOW, ',\nkv_lr=1/8'), fontsize=9
-        )
-        axis.set_ylim(lowest - 0.02, lowest + 0.3)
-    for axis in panels[len(grids) :]:
-        axis.set_visible(False)
-    figure.supxlabel('learning rate', fontsize=9)
-    figure.supylabel('validation loss (nats per token)', fontsize=9)
-    figure.suptitle(title)
-    return figure
-
-
 def make_contest():
-    """The table and the pictures of the earlier contest; of conversions, where a corpus has them."""
+    """The tables and the pictures of the earlier contest; of conversions, where a corpus has them."""
     parts = [
         'Made by `python studies/pages.py` from `assets/contest_*.json`; studies/contest.py of commit 7a111e7 trained '
         'the models. Means ± half widths of the 95 % t interval over seeds; differences are by seed. A model without '
         '`kv_lr=1/8` trains keys and values at the whole learning rate.'
     ]
-    for name, (about, seen) in CORPORA.items():
-        numbers = read_json(assets, f'{name}.json')
-        parts += [
-            f'## {about}',
-            contest_table(numbers),
-            'Mean loss of the tuning by learning rate:',
-            tuning_table(numbers),
-        ]
-        pictures = {'-rates': draw_rates(numbers, f'{seen}\n{about}')}
-        if len(arms_of(numbers)) > 4:
+    for name, about in CORPORA.items():
+        numbers = read_json('assets', f'{name}.json')
+        parts += [f'## {about}', contest_table(numbers), 'Mean loss of the tuning by learning rate:']
+        parts.append(tuning_table(numbers))
+        found = {arm: losses(numbers, arm) for arm in arms_of(numbers) if 'RoPE' not in arm}
+        if len(found) > 4:
+            groups = {
+                'keys and values learn at the whole learning rate': {a: of for a, of in found.items() if SLOW not in a},
+                'keys and values learn at 1/8 of the learning rate': {a: of for a, of in found.items() if SLOW in a},
+            }
             title = f'MHA and MLA both gain where keys and values learn slowly\n{about}'
-            pictures[''] = draw_contest(numbers, title)
-        for ending, picture in pictures.items():
-            report.save_figure(os.path.join(assets, f'{name}{ending}.png'), picture)
-            parts.append(f'![{picture.get_suptitle()}](../../assets/{name}{ending}.png)'.replace('\n', ', '))
-        if converted(numbers):
-            report.save_figure(os.path.join(assets, 'conversion.png'), draw_conversion(numbers))
+            report.save_figure(os.path.join(pictures, f'{name}.png'), draw_caches(numbers, groups, title))
+            parts.append(f'![Loss over cached bytes](../../assets/{name}.png)')
+        if arms := converted(numbers):
+            groups = {
+                'trained from scratch, 2,000 iterations': {a: losses(numbers, a) for a in ('MHA', *arms)},
+                'MHA converted and fine-tuned, 200': {a: losses(numbers, a, 'tuned') for a in ('MHA', *arms)},
+            }
+            title = 'A converted MHA model keeps its loss as MLA at C/2 and C/4, and not as MQA'
+            report.save_figure(os.path.join(pictures, 'conversion.png'), draw_caches(numbers, groups, title))
             save('conversion', [parts[0], conversion_table(numbers)])
     save('earlier-contest', parts)
 
@@ -239,35 +184,30 @@ def save(name, parts):
     report.save_text(os.path.join(tables, f'{name}.md'), '\n\n'.join(part.strip('\n') for part in parts) + '\n')
 
 
-# ---- decoding, corpora -----------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def make_decoding():
     """The table and the picture of decoding times on a CPU."""
-    found = read_json(assets, 'decode.json')
-    rows, mha = found['steps'], {}
-    heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", 'cache bytes per token']
-    cells = []
-    for row in rows:
-        place = row['batch_size'], row['context']
-        mha[place] = row['ms'] if row['name'] == 'MHA' else mha[place]
-        per_token = row['cache_bytes'] // row['batch_size'] // row['context']
-        name = speed.in_shares(row['name'], found['n_embd'])
-        cells.append(
-            (place[0], f'{place[1]:,}', name, f'{row["ms"]:.1f}', f'{row["ms"] / mha[place]:.2f}', f'{per_token:,}')
-        )
-    save(
-        'decoding',
-        [
-            f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.',
-            report.markdown_table(heading, cells),
-        ],
-    )
+    found = read_json('assets', 'decode.json')
+    mha = {(row['batch_size'], row['context']): row['ms'] for row in found['steps'] if row['name'] == 'MHA'}
+    heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", "attention alone, of MHA's"]
+    heading.append('bytes per token')
+    rows = []
+    for row in found['steps']:
+        sequences, context = place = row['batch_size'], row['context']
+        shares = (f'{share:.2f}' for share in (row['ms'] / mha[place], row['attention_of_mha']))
+        name, size = speed.in_shares(row['name'], found['n_embd']), row['cache_bytes'] // sequences // context
+        rows.append((sequences, f'{context:,}', name, f'{row["ms"]:.1f}', *shares, f'{size:,}'))
+    about = f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.'
+    save('decoding', [about, report.markdown_table(heading, rows)])
     title = f'With eight long sequences MLA decodes faster than MHA, with one it does not\n{found["setting"]}'
-    report.save_figure(os.path.join(assets, 'decode.png'), speed.decoding_figure(rows, found['n_embd'], title))
+    picture = speed.decoding_figure(found['steps'], found['n_embd'], title)
+    report.save_figure(os.path.join(pictures, 'decode.png'), picture)
 
 
-arguments.check_folder(tables)
-os.makedirs(tables, exist_ok=True)
+for folder in (pictures, tables):
+    arguments.check_folder(folder)
+    os.makedirs(folder, exist_ok=True)
 make_contest()
 make_decoding()
