@@ -30,6 +30,7 @@ import os
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from studies.arms import Arm, mla
 
 from analysis import induction, report, style
 from core.cli import arguments, errors, files, subprocesses
@@ -40,7 +41,6 @@ from core.runs import evaluation
 from core.runs.models import attention_of, build_model, label_of
 from core.text.dataset import TokenData
 from ops.packed import Form
-from studies.arms import Arm, mla
 from studies.measure import read_json, reading
 
 # ----------------------------------------------------------------------------------------------------------------------
