@@ -144,6 +144,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model_type', REFUSED)
 def test_other_models_are_refused_in_one_line(model_type, tmp_path):
     settings, complaint = REFUSED[model_type]
@@ -168,6 +169,7 @@ def test_a_folder_that_lacks_a_tensor_or_needs_code_is_refused(tmp_path):
         hf_model.load(str(tmp_path), torch.float32, False)
 
 
+@pytest.mark.slow
 def test_the_script_measures_a_model_with_experts(tmp_path):
     made('deepseek_v3', LATENT | EXPERTS).save_pretrained(tmp_path / 'experts')
     quick = ('--sequences=8', '--resamples=100', '--ablate_sequences=4', '--controls=1', '--device=cpu')
