@@ -140,7 +140,7 @@ REFUSED = {
     't5': (dict(vocab_size=V, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=8), 'no causal language model'),
     'bert': (SHAPE, 'later tokens'),
     'mamba': (dict(vocab_size=V, hidden_size=32, num_hidden_layers=2), 'none of its layers'),
-    'qwen3_next': (GROUPED | dict(num_hidden_layers=4, num_experts=4), 'layer 0 has not'),
+    'qwen3_next': (GROUPED | dict(num_hidden_layers=4, num_experts=4, num_experts_per_tok=2), 'layer 0 has not'),
 }
 
 
@@ -179,7 +179,7 @@ def test_the_script_measures_a_model_with_experts(tmp_path):
     assert 'deepseek_v3 of transformers' in done.stdout and 'K-lift is missing' in done.stdout
     found = json.loads((out / 'induction.json').read_text())['models'][0]
     assert np.shape(found['ablation']['rise']) == np.shape(found['sink']['mean']) == (2, 4)
-    assert found['sink']['chance'] == pytest.approx(np.mean([1 / i for i in range(2, 51)]), rel=1e-4)  # 50 tokens
+    assert found['sink']['chance'] == pytest.approx(np.mean([1 / i for i in range(2, 65)]), rel=1e-4)  # 64 tokens
 
 
 # ---- trained by their own classes ------------------------------------------------------------------------------------
