@@ -115,7 +115,8 @@ def train_and_measure(item):
         os.makedirs(item['folder'], exist_ok=True)
         files.write_json(result, report.plain(measured(ckpt)))
     found = read_json(result)
-    return dict(found, name=item['name'], label=item['label'] or found['attention'])
+    named = f'{found["attention"]}: {os.path.basename(os.path.normpath(item["source"]))}'
+    return dict(found, name=item['name'], label=item['label'] or named)
 
 
 def measured(ckpt):
