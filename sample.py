@@ -26,7 +26,7 @@ import torch
 
 from core.cli import errors, machine
 from core.cli.errors import UserError, printable
-from core.convert.int8 import quantize
+from core.convert.int8 import arithmetic, quantize
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.text.dataset import TokenData
@@ -116,7 +116,7 @@ if weights == 'int8':
     dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
     before = validation_losses() if int8_windows else None
     quantize(model)
-    precision = f'weights in int8, the rest in {dtype}'
+    precision = f'weights in int8, their products in {arithmetic()}, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)
         errors.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from analysis.forward import Attention, device_of, embed, run
+from analysis.forward import Attention, device_of, run
 from analysis.induction import Repeats, pattern_scores, repeat_losses
 from model import GPT, apply_rope
 
@@ -56,12 +56,12 @@ def replace_logits(model: GPT, repeats: Repeats, at: tuple[int, int], score: str
     the softmax drops), and the rotated part by its value without rotation. The model has RoPE and is in eval mode.
     """
     (layer, head), repeats = at, repeats.to(device_of(model))
-    x, seen = embed(model, repeats.tokens), {}
-    hidden = run(model, x, visit=lambda n, attention: seen.update({n: attention}))
+    seen: dict[int, Attention] = {}
+    hidden = run(model, repeats.tokens, visit=lambda n, attention: seen.update({n: attention}))
     before = repeat_losses(model, hidden, repeats).mean()
     T = repeats.tokens.size(1)
     parts, flat = logit_parts(seen[layer], head, model.transformer.h[layer].attn.scale, model.rope[:, :T])
-    hidden_keys = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    hidden_keys = torch.ones(T, T, dtype=torch.bool, device=hidden.device).triu(1)
     out: dict[str, dict[str, dict]] = {}
     for part, logits in parts.items():
         choices = dict(zip(REPLACEMENTS, (mean_by_distance(logits), flat, torch.zeros_like(logits)), strict=True))
@@ -70,7 +70,7 @@ def replace_logits(model: GPT, repeats: Repeats, at: tuple[int, int], score: str
         out[part] = {}
         for how, instead in choices.items():
             pattern = (sum(parts.values()) - logits + instead).masked_fill(hidden_keys, float('-inf')).softmax(-1)
-            changed = run(model, x, edit=with_pattern(layer, head, pattern @ seen[layer].v[:, head]))
+            changed = run(model, repeats.tokens, edit=with_pattern(layer, head, pattern @ seen[layer].v[:, head]))
             rise = repeat_losses(model, changed, repeats).mean() - before
             found = pattern_scores(pattern[:, None], repeats)[score].mean()
             out[part][how] = dict(score=float(found), rise=float(rise))

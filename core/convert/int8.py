@@ -2,10 +2,14 @@
 Weight-only int8 for decoding on a CPU: every weight matrix in one byte per number, with a scale per output.
 
 A decode step with few rows takes as long as reading the weights does, and int8 is a quarter of float32. Weights are
-rounded to 255 steps of their row's largest magnitude, activations to bf16 for the product, which adds in float32.
+rounded to 255 steps of their row's largest magnitude. Where the CPU multiplies int8 numbers (VNNI), activations are
+rounded too, to 255 steps between the least and the largest of a token, and sums are exact; elsewhere they are rounded
+to bf16 and added in float32. Which of the two it is follows from the CPU, not from a trial, and `arithmetic` says it.
+
 Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,8 +19,27 @@ from torch.nn import functional as F
 from model import GPT
 from ops.kernels import Linear
 
-BLOCK = 16  # PyTorch's product reads a row in blocks of as many inputs, past its end too, and checks nothing
-ROWS = 16  # with more rows than these a product is bounded by arithmetic, and float32's is faster
+BLOCK = 16  # PyTorch's bf16 product reads a row in blocks of as many inputs, past its end too, and checks nothing
+ROWS = 16  # with more rows than these the bf16 product is bounded by arithmetic, and float32's is faster
+
+
+def arithmetic() -> str:
+    """How products are computed on this CPU: 'int8' or 'bfloat16'."""
+    vnni = bool(getattr(torch.cpu, '_is_vnni_supported', bool)())  # without it FBGEMM's sums can overflow
+    return 'int8' if vnni and 'fbgemm' in torch.backends.quantized.supported_engines else 'bfloat16'
+
+
+def packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """An int8 weight (outputs, inputs), its scales (outputs,) and the bias, as FBGEMM's product reads them."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = 'fbgemm'
+    try:
+        with warnings.catch_warnings(action='ignore'):  # tensors of quantized dtypes are deprecated
+            zeros = torch.zeros(len(scale), dtype=torch.int64)
+            tensor = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(tensor, None if bias is None else bias.detach().float())
+    finally:
+        torch.backends.quantized.engine = before
 
 
 class Int8Linear(nn.Module):
@@ -32,13 +55,28 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny).float() / 127
         low = (weight / scale[:, None]).round().to(torch.int8)
-        self.more = -self.in_features % BLOCK  # zeros after each row
-        self.register_buffer('weight', F.pad(low, (0, self.more)))
-        self.register_buffer('scale', scale)
-        self.register_buffer('low_scale', scale.bfloat16())  # in the activations' dtype, as the product wants it
+        self.low_bytes = low.nbytes
+        self.packed = packed(low, scale, self.bias) if arithmetic() == 'int8' else None
+        if self.packed is None:
+            self.more = -self.in_features % BLOCK  # zeros after each row
+            self.register_buffer('weight', F.pad(low, (0, self.more)))
+            self.register_buffer('scale', scale)
+            self.register_buffer('low_scale', scale.bfloat16())  # in the activations' dtype, as the product wants it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
+        return self.by_bfloat16(x) if self.packed is None else self.by_int8(x.float()).to(x.dtype)
+
+    def by_int8(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in int8, in which x (..., in_features) is rounded as a whole: so tokens get one size before."""
+        if x.numel() == self.in_features:
+            return torch.ops.quantized.linear_dynamic(x, self.packed)
+        size = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        y = torch.ops.quantized.linear_dynamic(x / size, self.packed)
+        return y * size if self.bias is None else torch.addcmul(self.bias.float(), y - self.bias, size)
+
+    def by_bfloat16(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in bfloat16, or with many rows in the dtype of x (..., in_features)."""
         low = F.pad(x.bfloat16(), (0, self.more)) if self.more else x.bfloat16()
         if x.numel() // self.in_features > ROWS:
             return F.linear(low.to(x.dtype), self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype), self.bias)
@@ -66,7 +104,7 @@ def weight_bytes(model: Any, itemsize: int) -> int:
 
     Tables of embeddings and positions aren't read as a whole, the output head is.
     """
-    low = sum(part.weight.nbytes for part in model.modules() if isinstance(part, Int8Linear))
+    low = sum(part.low_bytes for part in model.modules() if isinstance(part, Int8Linear))
     head = isinstance(model.lm_head, Int8Linear)
     tables = model.transformer.wte.weight.numel() if head and model.config.tied else 0
     return low + (model.get_num_params() - tables) * itemsize  # get_num_params leaves the positions out

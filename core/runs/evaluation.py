@@ -34,7 +34,7 @@ def window_losses(
     context to compute in.
     """
     processes = processes or Processes()
-    training, device = model.training, model.lm_head.weight.device
+    training, device = model.training, model.transformer.wte.weight.device
     model.eval()
     starts, losses = data.eval_windows(split, count), []
     for first in range(0, len(starts), batch_size * processes.world_size):

@@ -140,7 +140,7 @@ REFUSED = {
     't5': (dict(vocab_size=V, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=8), 'no causal language model'),
     'bert': (SHAPE, 'later tokens'),
     'mamba': (dict(vocab_size=V, hidden_size=32, num_hidden_layers=2), 'none of its layers'),
-    'qwen3_next': (GROUPED | dict(num_hidden_layers=4), 'layer 0 has not'),
+    'qwen3_next': (GROUPED | dict(num_hidden_layers=4, num_experts=4), 'layer 0 has not'),
 }
 
 

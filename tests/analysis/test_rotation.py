@@ -21,7 +21,7 @@ REPEATS = repeated_sequences(6, 8, range(20), seed=3)
 
 def seen_in(model, layer=1):
     seen = {}
-    run(model, embed(model, REPEATS.tokens), visit=lambda n, a: seen.update({n: a}))
+    run(model, REPEATS.tokens, visit=lambda n, a: seen.update({n: a}))
     return seen[layer], model.transformer.h[layer].attn.scale
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from support.native import byte_pairs_of_digits
 from support.preparing import start
 
 from core.cli.errors import UserError
@@ -83,22 +84,6 @@ def test_one_that_the_library_does_not_know_stands_for_no_text(tmp_path):
 # ---- those of other models -------------------------------------------------------------------------------------------
 
 TEXT = 'The 17  cats,\n\n  caf\u00e9 -> 2024 and \u6f22\u5b57 <|endoftext|>\t'
-
-
-def byte_pairs_of_digits():
-    """Bytes, merges that never join digits, and two special tokens in front: as SmolLM2 has it."""
-    special = ['<|endoftext|>', '<|im_start|>']
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=letters, special_tokens=special, show_progress=False
-    )
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    fast.train_from_iterator([TEXT, 'the cats and the caf\u00e9s,   2024  '] * 9, trainer)
-    return fast
 
 
 def sentence_pieces(prefix):

@@ -7,6 +7,7 @@ import torch
 from support.forking import run
 from support.planted import save
 
+from core.convert import int8
 from core.convert.int8 import Int8Linear, quantize, weight_bytes
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
@@ -31,20 +32,47 @@ def pair(name):
     return model, quantize(copy.deepcopy(model))
 
 
+@pytest.fixture(autouse=True, params=['int8', 'bfloat16'])
+def arithmetic(request, monkeypatch):
+    """Products of both kinds, wherever the CPU has them."""
+    if request.param == 'int8' and int8.arithmetic() != 'int8':
+        pytest.skip('this CPU multiplies no int8 numbers')
+    monkeypatch.setattr(int8, 'arithmetic', lambda: request.param)
+    return request.param
+
+
+def stored(low):
+    """The weight that an Int8Linear multiplies with, as float32 (outputs, inputs)."""
+    if low.packed is None:
+        return low.weight[:, : low.in_features].float() * low.scale[:, None]
+    return torch.ops.quantized.linear_unpack(low.packed)[0].dequantize()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('inputs', [48, 20, 8])
 @pytest.mark.parametrize('rows', [1, 5, 40])
 @pytest.mark.parametrize('bias', [True, False])
 def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias):
-    """Also for inputs that are no multiple of 16, where PyTorch's own product reads beyond a row."""
+    """Also for inputs that are no multiple of 16, where PyTorch's bf16 product reads beyond a row."""
     linear = Linear(inputs, 30, bias=bias)
     linear.weight[7] = 0  # a row of zeros has no scale
     low, x = Int8Linear(linear), torch.randn(2, rows, inputs)
-    weight = low.weight[:, :inputs].float() * low.scale[:, None]
+    weight = stored(low)
     assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 * 1.0001
     wanted = x @ weight.T + (linear.bias if bias else 0)
     assert low(x).shape == wanted.shape and (low(x) - wanted).abs().max() < 0.02 * wanted.abs().max()
-    assert low.weight.abs().max() == 127 and not low(x)[..., 7].sub(linear.bias[7] if bias else 0).any()
+    assert not low(x)[..., 7].sub(linear.bias[7] if bias else 0).any()
+
+
+@torch.no_grad()
+def test_a_token_is_rounded_by_its_own_size():
+    """A small token keeps its precision beside a large one, and a token of zeros gives zeros."""
+    low, x = Int8Linear(Linear(64, 30, bias=False)), torch.randn(3, 64)
+    x[1] *= 1e4
+    x[2] = 0
+    wanted = x @ stored(low).T
+    assert ((low(x) - wanted).norm(dim=1) <= 0.02 * wanted.norm(dim=1)).all()
+    assert torch.allclose(low(x)[:1], low(x[:1]), atol=0.02 * wanted[0].abs().max())
 
 
 @torch.no_grad()

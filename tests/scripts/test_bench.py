@@ -76,6 +76,14 @@ def test_int8_is_timed_beside_float(tmp_path):
     assert share and int(share[1]) <= 100  # of the bandwidth
 
 
+def test_a_cache_in_few_bits_is_timed_beside_float(tmp_path):
+    keys = ['--contexts=8', '--batch_sizes=1', '--new_tokens=0', '--n_latents=16', '--uncached_tokens=0']
+    bench('--mode=sample', *keys, '--cache=int4', f'--json={tmp_path}/a.json', f'--plot={tmp_path}/a.png')
+    sizes = {name: row['bytes_per_token'] for name, row in timed(tmp_path / 'a.json').items()}
+    # two heads of 16 numbers, keys and values: 8 bytes and a scale each; a latent of 16 the same
+    assert sizes == {'MHA': 256, 'MLA, r=16': 64, 'MHA, int4 cache': 4 * 10, 'MLA, r=16, int4 cache': 10}
+
+
 def with_little_memory(*arguments):
     """The finished process of bench.py on the GPU that support/limited_memory.py pretends."""
     program = "import runpy, support.limited_memory; runpy.run_path('bench.py', run_name='__main__')"

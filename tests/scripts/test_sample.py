@@ -123,6 +123,13 @@ def test_same_seed_same_text(model):
     assert not torch.equal(one[0], one[1])  # samples differ from each other
 
 
+def test_a_cache_in_few_bits_is_what_generate_uses(model, monkeypatch):
+    kinds, init_cache = [], model.init_cache
+    monkeypatch.setattr(model, 'init_cache', lambda *a, kind='float': kinds.append(kind) or init_cache(*a, kind=kind))
+    free, few = generated(model, temperature=0), generated(model, temperature=0, cache='int8')
+    assert kinds == ['float', 'int8'] and free.shape == few.shape
+
+
 def test_stop_token(model):
     free = generated(model, num_samples=4)
     stop = free[0, 8].item()

@@ -1,5 +1,6 @@
 """The program that forking.py's `interpreter` names: asks for a fork, passes signals on to it, and ends as it does."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,8 +34,13 @@ def main(place, *arguments):
     numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     connection = ask(place, arguments, os.getcwd(), dict(os.environ), [0, 1, 2])
+
+    def pass_on(number, frame):
+        with contextlib.suppress(OSError):  # it has ended
+            connection.send(bytes([number]))
+
     for number in numbers:
-        signal.signal(number, lambda number, frame: connection.send(bytes([number])))
+        signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     code = answer(connection)
     if code >= 0:
