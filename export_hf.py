@@ -149,7 +149,7 @@ The training's settings, as a command line:
 python {script} {made_with}
 ```
 
-Licence of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} is under the MIT licence.' * code}
+License of the weights: to be stated by whoever publishes them.{f' {MODEL_CODE} is under the MIT license.' * code}
 """
 
 

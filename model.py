@@ -38,7 +38,7 @@ from ops.kernels import Dropout, Linear, RMSNorm  # PyTorch's, faster
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal multi-head attention (arXiv:1706.03762, section 3.2.2); H/K neighbouring heads share keys and values."""
+    """Causal multi-head attention (arXiv:1706.03762, section 3.2.2); H/K neighboring heads share keys and values."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()

@@ -274,7 +274,7 @@ def fast_attention(
     """
     softmax(q k^T scale) v: q (B, H, T, size), k (B, K, S, size), v (B, K, S, d) -> (B, H, T, d).
 
-    Where K < H, each key/value head serves H/K neighbouring query heads. mask: bool (T or 1, S), which keys each query
+    Where K < H, each key/value head serves H/K neighboring query heads. mask: bool (T or 1, S), which keys each query
     sees; None: causal, the queries being the last T of the S positions. p_drop: of the pattern's entries. k and v may
     be Packed where T is 1 (see `packed.attend`).
     """

@@ -209,18 +209,6 @@ def head_table(outcomes):
     return report.markdown_table(heading, rows)
 
 
-def paired_table(outcomes):
-    """MLA minus MHA for the same seed, and hence the same batches and the same initial values of shared tensors."""
-    mha = {(o['pos'], o['seed']): o for o in outcomes if o['n_layer'] == LAYERS and not o['n_latent']}
-    keys, rows = ('score', 'repeat_loss', 'val_loss'), []
-    for (pos, name), group in groups(outcomes, LAYERS).items():
-        if group[0]['n_latent']:
-            minus = [{key: o[key] - mha[pos, o['seed']][key] for key in keys} for o in group]
-            rows.append((pos, name, *cells(minus, *keys)))
-    heading = ('positions', 'attention', 'best induction score', 'loss on repeats', 'val loss')
-    return report.markdown_table(heading, rows)
-
-
 def depth_table(outcomes):
     """The layers of the best heads in the runs with four layers."""
     heading = ['attention', f'iteration of best score > {FORMED}', 'best induction score by seed', 'layer.head']
@@ -270,7 +258,6 @@ def tables(outcomes, converted):
     found = {
         f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})': formation_table(outcomes),
         f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats': head_table(outcomes),
-        'MLA minus MHA, paired by seed': paired_table(outcomes),
         f'Depth ({DEEP} layers, learned positions)': depth_table(outcomes),
         f'The latent in the layer of the best head, of runs with a score > {FORMED}': latent_table(outcomes),
     }

@@ -171,7 +171,9 @@ def make_contest():
         if arms := converted(numbers):
             groups = {
                 'trained from scratch, 2,000 iterations': {a: losses(numbers, a) for a in ('MHA', *arms)},
-                'MHA converted and fine-tuned, 200': {a: losses(numbers, a, 'tuned') for a in ('MHA', *arms)},
+                'MHA converted and fine-tuned, 200 iterations': {
+                    a: losses(numbers, a, 'tuned') for a in ('MHA', *arms)
+                },
             }
             title = 'A converted MHA model keeps its loss as MLA at C/2 and C/4, and not as MQA'
             report.save_figure(os.path.join(pictures, 'conversion.png'), draw_caches(numbers, groups, title))

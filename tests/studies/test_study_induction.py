@@ -88,8 +88,6 @@ def test_the_tables_show_the_runs_numbers(finished):
     assert row[3] == f'{STEP} (1 of 2)' and row[4] == '0.550 [0.500, 0.600]'  # 0.5 is not above 0.5
     heads = text[text.index('The best head of runs') :]
     assert row_of(heads, 'learned', 'MHA')[3] == '2 of 2' and row_of(heads, 'rope', 'MLA r=16 (C/4)')[3] == '1 of 2'
-    paired = text[text.index('paired') :]
-    assert row_of(paired, 'learned', 'MLA r=16 (C/4)')[3] == '-0.250'
     converted = row_of(text[text.index(', converted, and 200') :], 'MLA r=16 (C/4)')
     assert converted[2].startswith('0.800') and converted[5] == '0.550 [0.500, 0.600]'
     found = json.loads((finished / 'study.json').read_text())['runs']

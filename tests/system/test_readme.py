@@ -50,7 +50,7 @@ def clone(tmp_path_factory):
 def test_every_command_runs(clone):
     ran = []
     for command in commands():
-        if command.startswith(NOT_HERE) or 'shakespeare_char/prepare.py' in command:
+        if command.startswith(NOT_HERE) or any(name in command for name in ('shakespeare_char/prepare.py', 'smollm2')):
             continue
         words = shlex.split(command)
         script = next(word for word in words if word.endswith('.py'))
