@@ -13,8 +13,10 @@ $ python train.py config/train_shakespeare_cpu.py --resume=auto  # resumes where
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 stop_request = signals.StopRequest()  # before the slow imports, so that a signal that arrives during them counts
+check_early(__file__)
 
 import math
 import os
