@@ -4,6 +4,7 @@
 # make test-oldest   the tests with the oldest versions that pyproject.toml allows, in a virtual environment of its own
 # make gpu           on a machine with a GPU: all tests and measurements that need one (ARGS=--rehearse: on a CPU)
 # make study         does MLA form induction heads? (ARGS='--full=True' for all of it)
+# make figures       every picture and every table of results/, from the numbers in assets/
 #
 # PYTHON=...   the Python (3.11 or later) that .venv and .venv-oldest are made with
 # INPUT=...    quickstart: a local copy of tinyshakespeare, or any other text; nothing is downloaded
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-oldest gpu study lint clean
+.PHONY: help quickstart test test-fast test-oldest gpu study figures lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +43,12 @@ gpu: ## everything that needs a GPU, in .venv or else with the packages that are
 
 study: $(VENV)/.installed ## train small models that form induction heads, measure them, print the tables (ARGS='--full=True')
 	$(BIN)/python studies/induction.py $(ARGS)
+
+figures: $(VENV)/.installed ## draw every picture and write every table of results/ again, from the numbers in assets/
+	$(BIN)/python assets/draw_diagram.py
+	$(BIN)/python studies/pages.py --pictures=assets --tables=results/tables
+	$(BIN)/python studies/induction.py --reuse=assets/induction_repeats.json --figure=assets/induction_repeats.png --table=results/tables/induction-repeats.md
+	$(BIN)/python studies/induction_text.py --reuse=assets/induction_text.json --figure=assets/induction_text.png --table=results/tables/induction-text.md
 
 lint: $(VENV)/.installed-test ## check style, format and types
 	$(BIN)/python -m ruff check .

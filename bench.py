@@ -6,15 +6,15 @@ $ python bench.py --mode=train --nanogpt=../nanoGPT --without=memory,fused,loss
 $ python bench.py --mode=train --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65 --batch_size=64 --block_size=256
 $ python bench.py --mode=train --profile=trace     # also profile one step: trace-MHA.json for chrome://tracing
 
-Tokenizing, and gathering batches:
-$ python bench.py --mode=data --text=FILE
-
 Decoding with MHA's cache, with MLA's latent cache and without a cache, over context lengths and batch sizes:
 $ python bench.py --mode=sample
 $ python bench.py --mode=sample --contexts=128,256,512,1024,2048,4096 --plot=assets/decode.png --json=sample.json
 
 The same, compared with Hugging Face's steps, and whole texts with nanoGPT's generate and Hugging Face's:
 $ python bench.py --mode=sample --nanogpt=../nanoGPT --huggingface=True
+
+A long context with float and with int8 caches:
+$ python bench.py --mode=sample --contexts=4096 --batch_sizes=8 --n_latents=384 --cache=int8 --new_tokens=0
 
 The largest batch that a training step has memory for:
 $ python bench.py --mode=memory
@@ -33,14 +33,9 @@ import copy
 import functools
 import gc
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import fields
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from analysis import report, speed
@@ -53,14 +48,11 @@ from core.runs.models import label_of
 from core.speed import gpus, rivals, timing
 from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.speed.timing import ms_text, spread
-from core.text.dataset import TokenData
-from core.text.meta import read_meta
-from core.text.tokenizer import TOKENIZERS
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
-mode = 'sample'  # what to measure: 'train', 'memory', 'sample' or 'data'
+mode = 'sample'  # what to measure: 'train', 'memory' or 'sample'
 json = ''  # write all numbers to this file
 rounds = 9  # timed rounds, after one round of warm-up
 nanogpt = ''  # train, sample: folder of a nanoGPT checkout to compare with
@@ -79,6 +71,7 @@ new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
 int8 = False  # on a CPU: also time the models with weights in int8
+cache = 'float'  # 'int8', 'int4': also time the models with a cache in so many bits
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
 # train
@@ -91,9 +84,6 @@ without = ''  # also measure MHA without each of these: 'memory,fused,loss'
 profile = ''  # profile one step of each model; prefix of the files' names
 # memory
 most = 4096  # the largest batch to try
-# data
-text = ''  # a text file to tokenize; '': generated words
-megabytes = 64  # size of the generated words
 # machine
 device = 'auto'
 dtype = 'auto'
@@ -114,7 +104,6 @@ dtype = machine.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
 machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 on GPUs for what stays float32
-ROOT = Path(__file__).resolve().parent
 TURN = 0.1  # seconds for which each contender is called in a round, where one call takes less
 alternate = functools.partial(timing.alternate, device=device)
 peak_bytes = functools.partial(timing.peak_bytes, device=device)
@@ -290,6 +279,8 @@ def time_steps(makers):
 def measure_steps(models, hf_model, batch_size, context):
     """One row per model, and one for MHA without a cache, at one batch size and context length."""
     makers = {name: functools.partial(Decoding, model, batch_size, context) for name, model in models.items()}
+    if cache != 'float':
+        makers |= {f'{name}, {cache} cache': functools.partial(make, kind=cache) for name, make in makers.items()}
     if eager and device.startswith('cuda'):
         makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
     if hf_model:
@@ -306,7 +297,8 @@ def measure_steps(models, hf_model, batch_size, context):
         if 'ms' in row:
             row['tokens_per_s'] = 1e3 * batch_size / row['ms']
         if row.get('cache_bytes'):
-            model = models.get(row['name'].removesuffix(', eager'), models['MHA'])
+            name = row['name'].removesuffix(', eager').removesuffix(f', {cache} cache')
+            model = models.get(name, models['MHA'])
             weights = weight_bytes(model, machine.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
     return rows
@@ -391,68 +383,8 @@ def bench_sample():
     return {'steps': steps, 'texts': texts}
 
 
-# ---- mode=data -------------------------------------------------------------------------------------------------------
-
-
-def measure_tokenizing(path, folder):
-    """One row per tokenizer: data/text/prepare.py on the file `path`, written to a folder in `folder`."""
-    rows = []
-    for name in TOKENIZERS:
-        to, script = os.path.join(folder, name), ROOT / 'data' / 'text' / 'prepare.py'
-        command = [sys.executable, script, f'--input={path}', f'--out_dir={to}', f'--tokenizer={name}']
-        errors.notice(f'tokenizing with {name}')
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        memory = timing.most_memory(process)
-        seconds = time.perf_counter() - began
-        if process.returncode:
-            errors.notice(process.stderr.read().strip())
-            continue
-        count = sum(read_meta(Path(to))['tokens'].values())
-        row = {'name': f'tokenize, {name}', 'ms': 1e3 * seconds, 'tokens': count, 'peak_bytes': memory}
-        rows.append(row | {'tokens_per_s': count / seconds, 'bytes_per_s': os.path.getsize(path) / seconds})
-    return rows
-
-
-def measure_batches(folder):
-    """Two rows: gathering a batch as train.py does, in one vectorized read, and row by row as nanoGPT does."""
-    data, tokens = TokenData(folder, block_size), np.memmap(os.path.join(folder, 'train.bin'), np.uint16, 'r')
-    contenders = {
-        'batch, ours': lambda: data.batch(seed, time.perf_counter_ns(), batch_size, slice(0, batch_size)),
-        'batch, row by row': lambda: rivals.nanogpt_batch(tokens, batch_size, block_size),
-    }
-    return [{'name': name, **spread(times)} for name, times in alternate(contenders, rounds, turn=TURN).items()]
-
-
-def bench_data():
-    """Time tokenizing and gathering batches, and print a table of each. Returns the numbers as a dict."""
-    if text and not os.path.isfile(text):
-        raise UserError(f'{text} is missing; --text must be a text file')
-    if not text and not megabytes:
-        raise UserError('megabytes is 0; it must be at least 1 where no --text is given')
-    with tempfile.TemporaryDirectory() as folder:
-        path = text or os.path.join(folder, 'words.txt')
-        if not text:
-            rivals.random_words(path, megabytes * 1e6, seed)
-        print(f'{os.path.getsize(path) / 1e6:.1f} MB of text, {machine.available_cores()} cores\n')
-        tokenizing = measure_tokenizing(path, folder)
-        columns = {
-            'tokenizer': lambda row: row['name'].split()[-1],
-            'tokens': lambda row: f'{row["tokens"]:,}',
-            'seconds': lambda row: f'{row["ms"] / 1e3:.1f}',
-            'tokens/s': lambda row: f'{row["tokens_per_s"]:,.0f}',
-            'MB/s': lambda row: f'{row["bytes_per_s"] / 1e6:.1f}',
-            'peak MiB': lambda row: f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else 'n/a',
-        }
-        print_rows(tokenizing, columns)
-        batches = measure_batches(os.path.join(folder, 'byte'))
-        heading = f'batch of {batch_size} x {block_size}'
-        print_rows(batches, {heading: lambda row: row['name'].split(', ')[1], 'ms (quartiles)': ms_text})
-    return {'tokenizing': tokenizing, 'batches': batches}
-
-
 # ---- the measurement -------------------------------------------------------------------------------------------------
-modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample, 'data': bench_data}
+modes = {'train': bench_train, 'memory': bench_memory, 'sample': bench_sample}
 if mode not in modes:
     raise UserError(f"mode is '{mode}'; it must be {', '.join(list(modes)[:-1])} or {list(modes)[-1]}")
 results = {'mode': mode, 'machine': host, 'config': config, **modes[mode]()}

@@ -14,11 +14,19 @@ beside content keys, it decodes absorbed, but it loses more and has to be fine-t
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-mla --n_latent=128
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-published --n_latent=128 --n_rope=32
 
+For a cache in few bits the latent may get another basis, in which the model is the same function; the source may then
+be an MLA model, too:
+$ python convert_mla.py --source=out-shakespeare-cpu-mla --out_dir=out-rotated --basis=balanced
+$ python sample.py --out_dir=out-rotated --cache=int4
+
 Loss against cache size for every method, as a table and a picture (out_dir/conversion.png); no checkpoint is written:
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=out-converted/conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
 $ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
+
+A published model, prepared by data/smollm2/prepare.py, on text in its own tokens and in windows of 256 of them:
+$ python convert_mla.py --source=data/smollm2 --dataset=smollm2-python --context=256 --n_latent=160 --n_rope=32
 
 The algebra is in core/convert/factorize.py and factorize_rope.py. Fine-tuning recovers most of the loss:
 $ python train_mla.py --init_from=out-converted
@@ -34,8 +42,9 @@ import os
 
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
+from core.convert.bits import latent_statistics, rotate
 from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
-from core.convert.factorize_rope import collect_turn, to_published_mla
+from core.convert.factorize_rope import collect_inputs, to_published_mla
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import resume as resuming
@@ -49,6 +58,7 @@ n_latent = 0  # size of the latent; 0: half of n_embd, for GQA its cache's size.
 n_rope = 0  # of a model with RoPE: rotated dimensions beside the content; 0: keys are decompressed and rotated whole
 n_kv_head = 0  # convert to GQA instead, mean-pooled to this many key/value heads; 1: multi-query attention
 method = 'data'  # 'data': weight directions by their variance on real text; 'weights': use the weights alone
+basis = ''  # of the latent, for a cache in few bits: 'hadamard', 'components' or 'balanced'; '': as it comes
 balance = True  # weight keys and values equally, whichever has the larger norm
 sweep = ''  # latent sizes to compare, for example '384,192,96', with every method
 json = ''  # a file for the numbers
@@ -56,6 +66,7 @@ dataset = ''  # a folder of data_dir, for statistics and losses; '': the one the
 data_dir = 'data'
 statistics_tokens = 65536  # tokens of the training split used for the statistics
 eval_tokens = 65536  # tokens of the validation split used for the losses
+context = 0  # tokens of a window of text; 0: the model's block_size
 batch_size = 16
 device = 'auto'
 dtype = 'float32'  # the differences are smaller than bfloat16's rounding
@@ -68,6 +79,8 @@ if n_kv_head and (sweep or n_latent or n_rope):
     raise UserError(
         'n_kv_head converts to grouped-query attention, without a latent; leave out sweep, n_latent, n_rope'
     )
+if basis and n_kv_head:
+    raise UserError('basis is for a latent, and n_kv_head converts to attention without one; leave out one of them')
 if n_rope and method == 'weights':
     raise UserError('n_rope needs text, which says how far back the heads look; leave out method=weights')
 target = os.path.join(out_dir, 'ckpt.pt')
@@ -83,20 +96,27 @@ machine.set_threads(threads)
 dtype = machine.pick_dtype(dtype, device)
 autocast = machine.autocast(device, dtype)
 model, saved = models.pretrained(source)
+rotated = bool(basis) and models.attention_of(model) == 'mla'  # it stays as it is but for the basis
+if rotated and (sweep or n_latent or n_rope):
+    raise UserError(f'{source} is MLA already: --basis alone can change; leave out sweep, n_latent, n_rope')
 try:
-    check_mha(model)
+    if not rotated:
+        check_mha(model)
 except ValueError as error:
     raise UserError(f'{source}: {error}') from error
 model = model.to(device).eval()
 dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
-if not dataset and (sweep or method == 'data'):
+if not dataset and (sweep or method == 'data' or basis not in ('', 'hadamard')):
     if sweep:
         raise UserError(
             'a sweep needs text: name a data set with --dataset, or convert to one size with '
             '--n_latent=SIZE --method=weights'
         )
     raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
-data = TokenData(os.path.join(data_dir, dataset), model.config.block_size) if dataset else None
+if not 0 <= context <= model.config.block_size:
+    raise UserError(f'context={context} is more than the block_size of the model, {model.config.block_size}; lower it')
+context = context or model.config.block_size
+data = TokenData(os.path.join(data_dir, dataset), context) if dataset else None
 if data and saved.get('tokenizer'):  # nanoGPT's checkpoints and a folder without a tokenizer don't say
     resuming.check_tokenizer(saved['tokenizer'], data, source)
 if data and data.n_vocab > model.config.vocab_size:
@@ -108,12 +128,12 @@ if data and data.n_vocab > model.config.vocab_size:
 
 def windows(tokens):
     """The number of windows that hold `tokens` tokens; at least one."""
-    return max(1, tokens // model.config.block_size)
+    return max(1, tokens // context)
 
 
 if data and len(data.eval_windows('val', windows(eval_tokens))) < 2:
     raise UserError(
-        f'a standard error requires at least two windows of {model.config.block_size} tokens; raise '
+        f'a standard error requires at least two windows of {context} tokens; raise '
         f'--eval_tokens={eval_tokens}, or use a data set with a longer val.bin'
     )
 
@@ -153,11 +173,13 @@ if n_rope:
     methods.pop('weights', None)
 if n_kv_head:
     methods = {'mean-pooled': (False, False)}
-statistics = turn = None
+if rotated:
+    methods = {basis: (False, False)}
+statistics = inputs = None
 if any(weighted for weighted, _ in methods.values()):
     statistics = collect_statistics(model, training_text(data, windows(statistics_tokens), batch_size))
 if n_rope and model.config.pos == 'rope':
-    turn = collect_turn(model, training_text(data, windows(statistics_tokens), batch_size))
+    inputs = collect_inputs(model, training_text(data, windows(statistics_tokens), batch_size))
 
 about = f'; losses on {data.corpus}' if data else ''
 errors.output(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters{about}')
@@ -168,12 +190,17 @@ print(shown(rows[0]))
 for size in sizes:
     for name, (weighted, balanced) in methods.items():
         try:
-            if n_kv_head:
+            if rotated:
+                converted = model
+            elif n_kv_head:
                 converted = to_gqa(model, n_kv_head)
             elif n_rope:
-                converted = to_published_mla(model, statistics, turn, size, n_rope, balanced)
+                converted = to_published_mla(model, statistics, inputs, size, n_rope, balanced)
             else:
                 converted = to_mla(model, size, statistics if weighted else None, balanced)
+            if basis:
+                some = training_text(data, windows(statistics_tokens), batch_size) if data else ()
+                converted = rotate(converted, basis, latent_statistics(converted, some))
         except ValueError as error:
             raise UserError(str(error)) from error
         rows.append(measured(name, converted))
@@ -196,12 +223,12 @@ if not sweep:
 # ---- several: a picture ----------------------------------------------------------------------------------------------
 from matplotlib.figure import Figure  # noqa: E402  (slow to import)
 
-from analysis import report  # noqa: E402
+from analysis import report, style  # noqa: E402
 
 LOOK = {
-    'weights': dict(color='#8a8a8a', marker='^', linestyle=':'),
-    'data, not balanced': dict(color='#e07b39', marker='s', linestyle='--'),
-    'data': dict(color='#1f3b73', marker='o', linestyle='-'),
+    'weights': dict(color=style.GREY, marker='^', linestyle=':'),
+    'data, not balanced': style.look('MLA', 0.1),
+    'data': style.look('MLA', 0.5),
 }
 figure = Figure(figsize=(7, 4.5), layout='constrained')
 axes = figure.subplots()

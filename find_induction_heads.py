@@ -9,11 +9,14 @@ Which heads do it on a text of your own, and which heads attend to the previous 
 $ python find_induction_heads.py --models=out-shakespeare --text=notes.txt
 $ python find_induction_heads.py --models=out-shakespeare --sort=previous
 
-A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
-(docs/serving.md). It reads a block of random tokens twice; an induction head attends from a token's second occurrence
-to the token that followed its first. Heads are ranked on one half of the sequences and reported on the other, with 95 %
-intervals over sequences. A head counts as an induction head (*) if its interval is above two controls, random
-initialization (the highest score of any head) and a shuffled second copy, and if it copies.
+Any model that transformers loads, here in half the memory:
+$ python find_induction_heads.py --models=FOLDER --dtype=bfloat16
+
+A model is a checkpoint file, a folder with ckpt.pt, 'gpt2' (-medium, -large, -xl), a GGUF file or a Hugging Face folder
+with any causal language model (docs/any_model.md). It reads a block of random tokens twice; an induction head attends
+from a token's second occurrence to the token that followed its first. Heads are ranked on one half of the sequences and
+reported on the other, with 95 % intervals over sequences. A head counts as an induction head (*) if its interval is
+above two controls, random initialization (the highest score of any head) and a shuffled second copy, and if it copies.
 
 Prints a table and writes into out_dir: induction.json (all numbers), induction_heads.png (heat maps) and patterns.html
 (a page to browse every head's pattern). --sweep computes the same scores for all checkpoints (ckpt*.pt) of each folder
@@ -36,14 +39,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis import circuits, forward, induction, latent, report, stats
+from analysis import circuits, forward, hf_model, induction, latent, report, stats
+from analysis.hf_model import FolderTokenizer, HFModel
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
+from core.convert.bits import round_as
+from core.convert.published import form_of
 from core.runs import checkpoint as checkpoints
 from core.runs.models import attention_of, build_model, is_published, model_args, pretrained
 from core.text.dataset import TokenData
 from core.text.tokenizer import Tokenizer, tokenizer_of
-from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------------
 models = ''  # the models to measure, separated by commas
@@ -59,9 +64,12 @@ ablate_sequences = 32  # sequences for the ablations and for the latent's direct
 text_windows = 32  # windows of the run's own validation data for the in-context score, and of --text
 html = True  # write patterns.html
 show = 10  # heads in the table
-sort = 'induction'  # the score that ranks them: 'induction', 'previous', 'duplicate' or 'copying'
+sort = 'induction'  # the score that ranks them: 'induction', 'previous', 'duplicate', 'sink' or 'copying'
 text = ''  # a text file: score the heads on it too, and show their patterns on its beginning
+cache = 'float'  # 'int8', 'int4': round what is attended to as a cache in so many bits does
 data_dir = 'data'  # folder of the checkpoints' data sets, for the in-context score
+trust_remote_code = False  # run the Python code in a Hugging Face folder, if its model needs some
+dtype = 'float32'  # of models that only transformers loads; 'auto': as in their files
 device = 'auto'
 threads = 0  # CPU threads; 0: the cores that this process may use
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py'), encoding='utf-8').read())
@@ -75,11 +83,11 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py'), encoding='
 class Loaded:
     """A trained model and its origin."""
 
-    model: GPT
+    model: forward.Model
     facts: dict  # name, file, iteration, val_loss, sha256, corpus, parameters, attention, model_args
     ids: np.ndarray  # token ids to draw from
     bos: int | None  # the id that sequences begin with
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | FolderTokenizer | None
     dataset: str  # the folder of data_dir that it was trained on, or ''
 
 
@@ -87,7 +95,7 @@ def load(spec):
     """The Loaded model that `spec` names. UserError if it doesn't exist or was never trained."""
     name = os.path.basename(os.path.normpath(os.path.dirname(spec) if spec.endswith('ckpt.pt') else spec))
     if is_published(spec):
-        model, saved = pretrained(spec)
+        model, saved = published(spec)
         facts = dict(name=name, file=spec, iteration=None, val_loss=None, sha256=None, corpus='')
     else:
         file = checkpoints.find(spec)
@@ -99,14 +107,34 @@ def load(spec):
     meta, dataset = saved.get('tokenizer') or {}, str(saved.get('config', {}).get('dataset', ''))
     if induction.is_untrained(model):
         raise UserError(f'{spec} has initial values: every gain is 1 and every bias 0; train it first')
-    facts |= dict(parameters=model.get_num_params(), attention=attention_of(model))
-    facts |= dict(model_args=model_args(model.config))
+    if isinstance(model, HFModel):
+        facts |= dict(attention=f'{model.model.config.model_type} of transformers', model_args=vars(model.config))
+    else:
+        facts |= dict(attention=attention_of(model), model_args=model_args(model.config))
+    facts |= dict(parameters=model.get_num_params())
     try:
         tokenizer = tokenizer_of(meta, model.config.vocab_size)
     except UserError:
         tokenizer = None
+    if tokenizer is None and is_published(spec) and os.path.isdir(spec):
+        tokenizer = hf_model.tokenizer_in(spec, trust_remote_code)
     ids, bos = drawable_ids(tokenizer, meta, model.config, dataset)
-    return Loaded(model.eval().to(device), facts, ids, bos, tokenizer, dataset)
+    if cache != 'float' and isinstance(model, HFModel):
+        raise UserError(f'{spec} is run by transformers, whose cache has no {cache}; leave out --cache')
+    return Loaded(round_as(model.eval().to(device), cache), facts, ids, bos, tokenizer, dataset)
+
+
+def published(spec):
+    """A published model and what its checkpoint would hold: by our own classes, and where they can't, transformers'."""
+    try:
+        return pretrained(spec)
+    except UserError as ours:
+        if not os.path.isdir(spec):
+            raise
+        try:
+            return hf_model.load(spec, machine.DTYPES.get(dtype, 'auto'), trust_remote_code), {}
+        except UserError as theirs:
+            raise (ours if form_of(spec) else theirs) from None
 
 
 def drawable_ids(tokenizer, meta, config, dataset):
@@ -174,9 +202,8 @@ def scores_of(model, repeats):
 def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
-    fresh = type(loaded.model)(loaded.model.config).eval().to(device)
     for number in range(controls):
-        fresh.init_weights(10_000 * (seed + 1) + number)
+        fresh = round_as(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
         scores = induction.head_scores(fresh, repeats, losses=False)
         found.append({name: scores[name].mean(0) for name in induction.SCORES})
         found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)
@@ -190,6 +217,7 @@ def measure(loaded):
     repeats = repeats_for(loaded, layouts['main'])
     out = dict(scores_of(model, repeats), layouts=layouts)
     out['chance'] = induction.chance(repeats)
+    out['sink']['chance'] = induction.uniform_pattern(repeats.tokens.size(1))[1:, 0].mean().item()
     shuffled = repeats_for(loaded, layouts['main'], count=as_reported, shuffled=True)
     out['shuffled'] = summary(induction.head_scores(model, shuffled, losses=False)['induction'])
     random = random_controls(loaded, layouts['main'])
@@ -204,7 +232,10 @@ def measure(loaded):
     sample = np.random.default_rng(seed).choice(loaded.ids, min(len(loaded.ids), 32), replace=False)
     out['copying_eigenvalues'] = circuits.copying_eigenvalues(model, loaded.ids)
     out['copying_top5'] = circuits.copying_tokens(model, sample)
-    out['composition_lift'] = circuits.composition(model)
+    try:
+        out['composition_lift'] = circuits.composition(model)
+    except ValueError as error:
+        out['composition_lift'], out['composition_missing'] = None, str(error)
     out['in_context'], out['bigrams'] = in_context(loaded), bigrams(loaded)
     if loaded.facts['attention'] == 'mla':
         out['latent'] = measure_latent(loaded, repeats)
@@ -320,9 +351,11 @@ def page_entry(loaded, result):
         pattern = forward.patterns(loaded.model, tokens.to(device))[:, 0]  # (L, H, T, T)
         words = [word(loaded, token) for token in tokens[0].tolist()]
         entries.append(dict(title=title, tokens=words, data=report.packed_patterns(pattern)))
-    scores, called = result['induction']['mean'], result['called']
-    name, (layers, heads) = report.describe(loaded.facts), scores.shape
-    return dict(name=name, layers=layers, heads=heads, sequences=entries, scores=scores, called=called)
+    scores = {name: result[name]['mean'] for name in induction.SCORES} | {'copying': result['copying_eigenvalues']}
+    if ablate:
+        scores['ablation'] = result['ablation']['rise']
+    name, (layers, heads) = report.describe(loaded.facts), scores['induction'].shape
+    return dict(name=name, layers=layers, heads=heads, sequences=entries, scores=scores, called=result['calls'])
 
 
 def word(loaded, token):

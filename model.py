@@ -63,7 +63,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, rope)
         mask = None  # causal; a cache knows which of its keys each query sees
         if cache is not None:
-            k, v, mask = cache.append(self.layer, k, v)  # (B, K, S, d): those of the sequence so far
+            k, v, mask = cache.append(self.layer, k, v, whole=not self.flash)  # (B, K, S, d): of the sequence so far
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
             y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the same as below, faster
@@ -344,15 +344,18 @@ class GPT(nn.Module):
         ]
         return torch.stack(losses) / (targets != -1).sum(1).clamp(min=1)
 
-    def init_cache(self, batch_size: int, max_tokens: int | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """An empty Cache for `batch_size` sequences of up to `max_tokens` (at most, and by default, block_size)."""
+    def init_cache(
+        self, batch_size: int, max_tokens: int | None = None, dtype: torch.dtype | None = None, kind: str = 'float'
+    ) -> Cache:
+        """An empty Cache, of a kind in ops/cache.py, for sequences of up to `max_tokens` (by default block_size)."""
         weight = self.transformer.wte.weight
         max_tokens = min(max_tokens or self.config.block_size, self.config.block_size)
         if dtype is None:
             device = weight.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shapes = self.attention.cache_shapes(self.config)
-        return Cache.allocate(self.config.n_layer, shapes, batch_size, max_tokens, dtype, weight.device)
+        wide = getattr(self.transformer.h[0].attn, 'n_rope', 0)  # MLA's rotated key is kept apart
+        return Cache.allocate(self.config.n_layer, shapes, batch_size, max_tokens, dtype, weight.device, kind, wide)
 
     def set_context(self, block_size: int) -> None:
         """Let the model read up to `block_size` tokens: fewer, or, without learned positions, more than in training."""

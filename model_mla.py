@@ -133,9 +133,9 @@ class MultiHeadLatentAttention(nn.Module):
         """x (B, T, C) -> (B, T, C). With a cache, x continues the sequence whose latents it holds."""
         q, latent = self.queries(x, rope), self.latent(x, rope)
         mask = None  # causal; a cache knows which of its latents each query sees
-        if cache is not None:
-            latent, mask = cache.append(self.layer, latent)  # (B, S, r + R): those of the sequence so far
         absorbed = cache is not None and not self.training and self.absorbing_pays(q.size(2))
+        if cache is not None:  # (B, S, r + R): the latents of the sequence so far
+            latent, mask = cache.append(self.layer, latent, whole=not (absorbed and self.flash))
         if not absorbed:
             k, v = self.decompress(latent)
         else:

@@ -5,6 +5,9 @@ From the last checkpoint in out_dir, MHA or MLA (the checkpoint records which):
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 $ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 --num_samples=1 > text.txt
 
+From a model whose tokens stand for no text, ids (this one comes with the repository):
+$ python sample.py --out_dir=models/repeats-mla --start='5 9 5 9 5' --num_samples=1
+
 From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), a Hugging Face folder or a GGUF file:
 $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 --top_p=0.95 --stop="<|endoftext|>"
 """
@@ -46,6 +49,7 @@ top_p = 1.0  # draw from the smallest set of tokens with this total probability;
 stop = ''  # a token that ends a sample, for example '<|endoftext|>' or '.'; empty: none
 context = 0  # tokens that the model sees at most; 0: as in training, more only without learned positions
 use_cache = True  # False: recompute the whole context for each token, as nanoGPT does
+cache = 'float'  # 'int8', 'int4': what is cached in so many bits: less memory, slightly other probabilities
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
@@ -57,6 +61,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
+if cache != 'float' and not use_cache:
+    raise UserError(f'cache={cache} needs a cache; leave it out, or use_cache=False')
 device = machine.pick_device(device)
 machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
@@ -83,8 +89,8 @@ if context:
 model.eval().to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
 if meta.get('tokenizer') == NO_TEXT:
-    tokenizer = IdTokenizer(model.config.vocab_size)
-    errors.notice("the model's tokenizer is none of ours: prompt and samples are its ids, as in --start='1 2 3'")
+    tokenizer, start = IdTokenizer(model.config.vocab_size), start if 'start' in given else '0'
+    errors.notice("the model's tokens stand for no text here: prompt and samples are ids, as in --start='5 9 5'")
 else:
     tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
@@ -145,7 +151,7 @@ def show_first(tokens):
     show([] if token == stop_token else [token])
 
 
-cache_bytes = model.init_cache(1, 1, dtype=machine.DTYPES[dtype]).bytes_per_token
+cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token
 kind = models.attention_of(model).upper()
 about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
 errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
@@ -159,6 +165,7 @@ with machine.autocast(device, dtype):
         top_k=top_k or None,
         top_p=top_p,
         use_cache=use_cache,
+        cache=cache,
         num_samples=num_samples,
         stop_token=stop_token,
         on_token=show_first,

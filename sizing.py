@@ -12,8 +12,8 @@ $ python sizing.py --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65 --block_s
 A run of 10 billion tokens on 8 GPUs: hours, and the cost at a price per GPU and hour that you know:
 $ python sizing.py --shape=gpt2 --gpu=A100-80GB --gpus=8 --tokens=10e9 --mfu=0.35 --price=2
 
-DeepSeek-V3's shape at a long context; all numbers as JSON:
-$ python sizing.py --shape=deepseek-v3 --block_size=131072 --gpu=H200 --json=sizing.json
+DeepSeek-V3's shape at a long context, with a cache in int8; all numbers as JSON:
+$ python sizing.py --shape=deepseek-v3 --block_size=131072 --gpu=H200 --cache=int8 --json=sizing.json
 """
 
 from core.cli import signals
@@ -56,6 +56,7 @@ gpus = 1  # how many, each with batches of its own
 fsdp = False  # share weights, gradients and optimizer out over the GPUs
 usable = 0.9  # share of a GPU's memory for tensors; the rest is for CUDA, its libraries, and gaps between tensors
 dtype = 'auto'  # of matrix multiplications, weights in decoding and the cache; 'auto': bfloat16, float16 on V100 and T4
+cache = 'float'  # 'int8', 'int4': the cache in so many bits, scales included
 # training
 batch_size = 12  # sequences per micro-batch on one GPU
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks
@@ -74,7 +75,7 @@ def plan(model_class, config_class, **own):
     """A model of the given sizes. UserError where they don't fit together."""
     keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
     try:
-        return Plan(model_class, config_class(**keys | own), dtype)
+        return Plan(model_class, config_class(**keys | own), dtype, cache)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -218,10 +219,10 @@ ASSUMPTIONS = [
     'GPU none was measured.',
     'tokens/s of training is {mfu:.0%} of the peak of {gpus} GPU(s), divided by the FLOPs of a token: the MFU is your '
     'assumption, and communication and recomputing are in it.',
-    'Decoding: weights and cache in {dtype} (sample.py keeps float32 weights beside: 4 bytes more each), MLA absorbed; '
-    'every sequence is {T} tokens long. tokens/s is the roofline: per step, weights are read once and every cache '
-    'once, or the arithmetic takes longer. No kernel reaches it; reading prompts, launching kernels and drawing are '
-    'left out.',
+    'Decoding: weights in {dtype} (sample.py keeps float32 weights beside: 4 bytes more each), cache in {kind}, MLA '
+    'absorbed; every sequence is {T} tokens long. tokens/s is the roofline: per step, weights are read once and every '
+    'cache once, or the arithmetic takes longer. No kernel reaches it; reading prompts, launching kernels and drawing '
+    'are left out.',
 ]
 COST = 'Cost: {price:g} per GPU and hour, as --price says, times {gpus} GPU(s) times the hours.'
 DEEPSEEK = (
@@ -254,6 +255,7 @@ results = [
 ]
 print(tables(results))
 facts = dict(gpu=hardware, tflops=peak / 1e12, dtype=dtype, usable=usable, states=STATES, mfu=mfu, gpus=gpus, T=T)
+facts['kind'] = dtype if cache == 'float' else cache
 assumptions = [text.format(**facts, price=price) for text in [*ASSUMPTIONS, *([COST] if price else [])]]
 assumptions += [DEEPSEEK] if shape == 'deepseek-v3' else []
 for line in assumptions:

@@ -1,11 +1,13 @@
 """
 What attention heads read and write, from the weights alone: OV and QK circuits, copying scores, composition.
 
-Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT and MLAGPT.
+Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Works for GPT, MLAGPT and HFModel, whose
+weights are seen by what it does with a token that stands alone.
 
 Shapes: L layers, H heads, C width, d size of a query and a key, d_v of a value (both C/H in MHA), V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from analysis.forward import device_of, rope_of
+from analysis.forward import Model, device_of, logits, run
+from analysis.hf_model import HFModel
 from core.cli.machine import to_float64
 from model import GPT, Block, CausalSelfAttention
 from model_mla import MultiHeadLatentAttention
@@ -77,45 +80,93 @@ def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def effective_embeddings(model: GPT, ids: np.ndarray | Tensor, batch_size: int = 1024) -> Tensor:
+def effective_embeddings(model: Model, ids: np.ndarray | Tensor, batch_size: int = 1024) -> Tensor:
     """
     Token embeddings (n, C) as later layers see them: E + MLP_0(E), without block 0's attention and without positions.
 
-    ids: token ids (n,). GPT-2's MLP 0 rewrites the embedding; with raw E, heads that copy appear not to.
+    ids: token ids (n,). GPT-2's MLP 0 rewrites the embedding; with raw E, heads that copy appear not to. In a HFModel
+    the bias of block 0's attention stays.
     """
-    block, parts = model.transformer.h[0], []
+    parts = []
     for chunk in torch.as_tensor(ids, device=device_of(model)).split(batch_size):
-        x = model.transformer.wte(chunk)
-        parts.append(x + block.mlp(block.ln_2(x)))
+        if isinstance(model, HFModel):
+            x = model.embeddings(chunk[:, None])
+            if model.config.n_layer > 1:
+                x = model.run(chunk[:, None], x, stop=1, edit=lambda layer, z: torch.zeros_like(z))
+            parts.append(x[:, 0])
+        else:
+            block, x = model.transformer.h[0], model.transformer.wte(chunk)
+            parts.append(x + block.mlp(block.ln_2(x)))
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def copying_eigenvalues(model: GPT, ids: np.ndarray | Tensor) -> np.ndarray:
+def values_alone(model: Model, layer: int, x: Tensor) -> Tensor:
+    """The heads' values (n, H, d_v) in a layer for tokens with residual streams x (n, C) that see only themselves."""
+    found: list[Tensor] = []
+
+    def keep(layer: int, z: Tensor) -> Tensor:
+        found.append(z[:, :, 0])
+        return z
+
+    alone = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    run(model, alone, x[:, None], layer, layer + 1, edit=keep)
+    return found[0]
+
+
+def output_weights(model: Model, layer: int) -> Tensor:
+    """Each head's part of a layer's output projection: (H, C, d_v)."""
+    if isinstance(model, HFModel):
+        return model.output_weights(layer)
+    return head_weights(model.transformer.h[layer].attn)[3]
+
+
+@torch.no_grad()
+def copying_eigenvalues(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     """
     Copying score of every head: Re(sum lambda) / sum |lambda| over the eigenvalues of W_U W_OV W_E, array (L, H).
 
     Between -1 and 1; 1 is pure copying (Elhage et al. 2021). ids: token ids (n,) that W_E and W_U are restricted to.
     W_E are the `effective_embeddings`. The V x V product has the nonzero eigenvalues of the d_v x d_v product
-    W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f are folded in.
+    W_V W_E W_U W_O. Embeddings are normed as by ln_1; the gains of ln_1 and ln_f are folded in. Of a HFModel, W_V W_E
+    are the values of tokens alone without their constant part, and at most 2048 of the ids are taken.
     """
-    ids, gain = torch.as_tensor(ids, device=device_of(model)), model.transformer.ln_f.weight
-    C = model.config.n_embd
-    middle = torch.zeros(C, C, device=gain.device, dtype=gain.dtype)
-    for chunk in ids.split(1024):
-        embedding = effective_embeddings(model, chunk)
-        unembedding = model.lm_head.weight[chunk] * gain
-        middle += F.layer_norm(embedding, (C,)).T @ (unembedding - unembedding.mean(-1, keepdim=True))
+    ids = torch.as_tensor(ids, device=device_of(model))
+    products = products_of_values(model, ids) if isinstance(model, HFModel) else products_of_weights(model, ids)
     scores = []
-    for block in model.transformer.h:
-        _, _, w_v, w_o = stream_weights(block)
-        values = torch.linalg.eigvals(to_float64(w_v @ middle @ w_o))
+    for product in products:
+        values = torch.linalg.eigvals(to_float64(product))
         scores.append(values.real.sum(-1) / values.abs().sum(-1).clamp_min(1e-30))
     return torch.stack(scores).cpu().numpy()
 
 
+def products_of_weights(model: GPT, ids: Tensor) -> Iterator[Tensor]:
+    """W_V W_E W_U W_O (H, d_v, d_v) of each layer, from the weights."""
+    C, gain = model.config.n_embd, model.transformer.ln_f.weight
+    middle = torch.zeros(C, C, device=gain.device, dtype=gain.dtype)
+    subtracts_mean = isinstance(model.transformer.ln_f, nn.LayerNorm)
+    norm = F.layer_norm if subtracts_mean else F.rms_norm
+    for chunk in ids.split(1024):
+        unembedding = model.lm_head.weight[chunk] * gain
+        if subtracts_mean:
+            unembedding = unembedding - unembedding.mean(-1, keepdim=True)
+        middle += norm(effective_embeddings(model, chunk), (C,)).T @ unembedding
+    for block in model.transformer.h:
+        _, _, w_v, w_o = stream_weights(block)
+        yield w_v @ middle @ w_o
+
+
+def products_of_values(model: HFModel, ids: Tensor) -> Iterator[Tensor]:
+    """The same from the values of tokens alone."""
+    ids = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 2048)).long()]
+    embedding, unembedding = effective_embeddings(model, ids), model.unembedding(ids)
+    for layer in range(model.config.n_layer):
+        values = values_alone(model, layer, embedding) - values_alone(model, layer, torch.zeros_like(embedding[:1]))
+        yield torch.einsum('nhv,nc,hcw->hvw', values, unembedding, model.output_weights(layer))
+
+
 @torch.no_grad()
-def copying_tokens(model: GPT, ids: np.ndarray | Tensor, top: int = 5, max_logits: int = 2**24) -> np.ndarray:
+def copying_tokens(model: Model, ids: np.ndarray | Tensor, top: int = 5, max_logits: int = 2**24) -> np.ndarray:
     """
     The fraction of tokens `ids` (n,) that a head attending to them ranks among its `top` output logits: array (L, H).
 
@@ -123,17 +174,17 @@ def copying_tokens(model: GPT, ids: np.ndarray | Tensor, top: int = 5, max_logit
     max_logits: logits computed at a time.
     """
     ids = torch.as_tensor(ids, device=device_of(model))
-    embedding, rope = effective_embeddings(model, ids), rope_of(model, 1)
-    n_head, step = model.config.n_head, max(1, max_logits // model.config.vocab_size)
+    embedding, n_head = effective_embeddings(model, ids), model.config.n_head
+    step = max(1, max_logits // model.config.vocab_size)
     own_id, fractions = ids.repeat_interleave(n_head), []
-    for block in model.transformer.h:
-        _, _, v = block.attn.qkv(block.ln_1(embedding)[:, None], rope)  # one-token sequences: (n, H, 1, d_v)
-        v = repeat_heads(v, n_head)
-        out = torch.einsum('nhd,hcd->nhc', v[:, :, 0], head_weights(block.attn)[3]).flatten(0, 1)
+    for layer in range(model.config.n_layer):
+        v = values_alone(model, layer, embedding)
+        out = torch.einsum('nhd,hcd->nhc', v, output_weights(model, layer)).flatten(0, 1)
         hits = []
-        for rows, own in zip(model.transformer.ln_f(out).split(step), own_id.split(step), strict=True):
-            logits = model.lm_head(rows)
-            hits.append((logits >= logits.gather(1, own[:, None])).sum(1) <= top)  # counts the token itself and ties
+        for rows, own in zip(out.split(step), own_id.split(step), strict=True):
+            normed = run(model, own[:, None], rows[:, None], start=model.config.n_layer)[:, 0]
+            scores = logits(model, normed)
+            hits.append((scores >= scores.gather(1, own[:, None])).sum(1) <= top)  # counts the token itself and ties
         fractions.append(torch.cat(hits).view(-1, n_head).float().mean(0))
     return torch.stack(fractions).cpu().numpy()
 
@@ -142,20 +193,22 @@ def copying_tokens(model: GPT, ids: np.ndarray | Tensor, top: int = 5, max_logit
 
 
 @torch.no_grad()
-def composition(model: GPT) -> dict[str, np.ndarray]:
+def composition(model: Model) -> dict[str, np.ndarray]:
     """
     How strongly each head reads what each head of an earlier layer writes: {'q', 'k', 'v'} -> lift (L, H, L, H).
 
     Entry [l1, h1, l2, h2] is nan unless l1 < l2. Elhage et al. 2021 define the scores, in row-vector convention, as
       k: |W_OV1 W_QK2^T| / (|W_OV1| |W_QK2|)   q: |W_OV1 W_QK2| / (..)   v: |W_OV1 W_OV2| / (|W_OV1| |W_OV2|)
     in Frobenius norms. Lift is C score^2. With a random rotation between the two circuits its expectation is 1 at any
-    rank, so MHA and MLA can be compared. All norms come from a head's small Gram matrices.
+    rank, so MHA and MLA can be compared. All norms come from a head's small Gram matrices. Raises ValueError for a
+    HFModel whose weights have other shapes.
     """
     L, H, C = model.config.n_layer, model.config.n_head, model.config.n_embd
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}
     layers = []
-    for block in model.transformer.h:
-        q, k, v, o = stream_weights(block)
+    for layer in range(L):
+        hf = isinstance(model, HFModel)
+        q, k, v, o = model.stream_weights(layer) if hf else stream_weights(model.transformer.h[layer])
         grams = dict(q=q @ q.mT, k=k @ k.mT, v=v @ v.mT, o=o.mT @ o)
         layers.append((dict(q=q, k=k, v=v, o=o), grams))
     for second in range(1, L):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from analysis import style
 from core.cli import machine
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
@@ -29,9 +30,6 @@ from core.text.tokenizer import load_tokenizer
 from model import GPT
 from model_mla import MLAConfig
 
-# of different brightness, to be distinguishable in grey
-COLORS = ('#1f3b73', '#e07b39', '#4f9a94', '#9b2226', '#8f7fb8', '#c9a227')
-MARKERS = 'os^Dv*'
 # differ between any two runs, and say nothing about what they learned
 OF_THE_RUN = {'out_dir', 'resume', 'overwrite', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log'}
 OF_THE_RUN |= {'threads', 'device', 'backend', 'data_dir', 'eval_only', 'always_save_checkpoint', 'log_interval'}
@@ -191,19 +189,27 @@ def side_by_side(runs: list[Run], width: int) -> str:
     return '\n'.join('  '.join(cell.ljust(column) for cell in row).rstrip() for row in rows) + '\n'
 
 
+def looks(runs: list[Run]) -> list[dict]:
+    """How each run's line is drawn: by its attention and the size of its latent, with variants of the same."""
+    found: list[tuple[str, float]] = []
+    for run in runs:
+        sizes = (run.saved or {}).get('model_args', {})
+        found.append((run.label[:3], sizes.get('n_latent', 0) / sizes.get('n_embd', 1)))
+    return [style.look(*kind, variant=found[:number].count(kind)) for number, kind in enumerate(found)]
+
+
 def curves(runs: list[Run]) -> Figure:
     """Losses over iterations, and the cache of each run."""
     figure = Figure(figsize=(13, 4.8), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.2))
     drawn = []
-    for number, run in enumerate(runs):
-        look = dict(color=COLORS[number % 6], marker=MARKERS[number % 6], markersize=4)
+    for run, look in zip(runs, looks(runs), strict=True):
         left.plot(*logged(run, 'loss'), color=look['color'], linewidth=0.6, alpha=0.35)  # of single batches
-        for split, line in (('val', '-'), ('train', '--')):
+        for split, more in (('val', {}), ('train', dict(marker='', linewidth=0.9))):
             x, y = logged(run, f'{split}_loss')
             x, y = x[x > 0], y[x > 0]
             if len(x):
-                left.plot(x, y, line, label=f'{run.label}: {split}', **look)
+                left.plot(x, y, label=f'{run.label}: {split}', **look | more)
                 drawn.append((x, y))
     left.set_xscale('log')
     if drawn:
@@ -216,8 +222,7 @@ def curves(runs: list[Run]) -> Figure:
         left.legend(loc='upper right', fontsize=8)
     corpora = {run.numbers['corpus'] for run in runs if run.numbers}
     left.set(xlabel='iteration', ylabel='loss (nats per token)', title=' and '.join(sorted(corpora)))
-    left.grid(alpha=0.3, which='both')
-    measured = [(COLORS[number % 6], run) for number, run in enumerate(runs) if run.numbers]
+    measured = [(look['color'], run) for look, run in zip(looks(runs), runs, strict=True) if run.numbers]
     places = np.arange(len(measured))
     sizes = [run.numbers['cache_bytes_per_token'] for _, run in measured]
     bars = right.barh(places, sizes, color=[color for color, _ in measured])

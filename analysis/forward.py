@@ -1,29 +1,41 @@
 """
 A forward pass that shows each layer's queries, keys, values and attention pattern, and can change them.
 
-Works for GPT and MLAGPT. One layer's patterns are in memory at a time, so memory doesn't grow with depth. Models must
-be in eval mode.
+Works for GPT, MLAGPT and HFModel, any causal language model of transformers. One layer's patterns are in memory at a
+time, so memory doesn't grow with depth. Models must be in eval mode.
 
 Shapes: B batch, T tokens, L layers, H heads, C width, d size of a query and a key, d_v of a value, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from analysis.hf_model import HFModel, Seen
 from model import GPT
 from ops.kernels import attention_pattern, fast_attention, repeat_heads
 
+Model = GPT | HFModel
 Edit = Callable[[int, Tensor], Tensor]  # (layer, the heads' outputs) -> what takes their place
 
 
-def device_of(model: GPT) -> torch.device:
+def device_of(model: Model) -> torch.device:
     """Where a model's weights are."""
-    return model.lm_head.weight.device
+    return next(model.parameters()).device
+
+
+def untrained(model: Model, seed: int) -> Model:
+    """A model of the same shape, with initial values."""
+    if isinstance(model, HFModel):
+        return model.fresh(seed)
+    fresh = type(model)(model.config).eval().to(device_of(model))
+    fresh.init_weights(seed)
+    return fresh
 
 
 def embed(model: GPT, tokens: Tensor) -> Tensor:
@@ -47,33 +59,39 @@ def rope_of(model: GPT, T: int) -> Tensor | None:
 
 
 @dataclass
-class Attention:
-    """What one layer computes; the heads of queries that share keys and values have copies of them."""
+class Attention(Seen):
+    """What one layer of ours computes; the heads of queries that share keys and values have copies of them."""
 
     q: Tensor  # (B, H, T, d)
     k: Tensor  # (B, H, T, d)
     v: Tensor  # (B, H, T, d_v)
-    pattern: Tensor  # (B, H, T, T)
     normed: Tensor  # (B, T, C), the layer's normed input
 
 
 @torch.no_grad()
 def run(
-    model: GPT,
-    x: Tensor,
+    model: Model,
+    tokens: Tensor,
+    x: Tensor | None = None,
     start: int = 0,
-    visit: Callable[[int, Attention], object] | None = None,
+    stop: int | None = None,
+    visit: Callable[[int, Any], object] | None = None,
     edit: Edit | None = None,
     qkv: Callable[[int, nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """
-    Run the residual stream x (B, T, C) through the blocks from `start` on; returns the output of ln_f (B, T, C).
+    Run token ids (B, T) through a model; returns the output of its last norm (B, T, C).
 
-    visit(layer, Attention): called for each layer; without it no pattern is computed. edit(layer, z) -> z: replaces the
-    heads' outputs z (B, H, T, d_v). qkv(layer, attn, normed, rope): replaces attn.qkv(normed, rope).
+    x: the residual stream (B, T, C) at the input of layer `start`, where the layers below needn't run again. stop: the
+    layer before which to end; returns the residual stream at its input. visit(layer, Attention): called for each layer
+    (of a HFModel with a Seen); without it no pattern is computed. edit(layer, z) -> z: replaces the heads' outputs z
+    (B, H, T, d_v). qkv(layer, attn, normed, rope): replaces attn.qkv(normed, rope), in our own models.
     """
-    rope = rope_of(model, x.size(1))
-    for layer in range(start, model.config.n_layer):
+    if isinstance(model, HFModel):
+        return model.run(tokens, x, start, stop, visit, edit)
+    stop = model.config.n_layer if stop is None else stop
+    x, rope = embed(model, tokens) if x is None else x, rope_of(model, tokens.size(1))
+    for layer in range(start, stop):
         block = model.transformer.h[layer]
         attn, normed = block.attn, block.ln_1(x)
         q, *kv = attn.qkv(normed, rope) if qkv is None else qkv(layer, attn, normed, rope)
@@ -82,24 +100,29 @@ def run(
             z = fast_attention(q, k, v, attn.scale)
         else:
             pattern = attention_pattern(q, k, attn.scale)
-            visit(layer, Attention(q, k, v, pattern, normed))
+            visit(layer, Attention(pattern, q, k, v, normed))
             z = pattern @ v
         z = z if edit is None else edit(layer, z)
         x = x + attn.c_proj(z.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.ln_2(x))
-    return model.transformer.ln_f(x)
+    return x if stop < model.config.n_layer else model.transformer.ln_f(x)
+
+
+def logits(model: Model, hidden: Tensor) -> Tensor:
+    """The logits (n, V) of outputs of the last norm (n, C)."""
+    return model.logits(hidden) if isinstance(model, HFModel) else model.lm_head(hidden)
 
 
 @torch.no_grad()
-def patterns(model: GPT, tokens: Tensor) -> Tensor:
+def patterns(model: Model, tokens: Tensor) -> Tensor:
     """The attention patterns of all layers for token ids (B, T): (L, B, H, T, T) on the CPU. For a few sequences."""
     seen: list[Tensor] = []
-    run(model, embed(model, tokens), visit=lambda layer, a: seen.append(a.pattern.cpu()))
+    run(model, tokens, visit=lambda layer, a: seen.append(a.pattern.cpu()))
     return torch.stack(seen)
 
 
 @torch.no_grad()
-def token_losses(model: GPT, hidden: Tensor, targets: Tensor, max_logits: int = 2**24) -> Tensor:
+def token_losses(model: Model, hidden: Tensor, targets: Tensor, max_logits: int = 2**24) -> Tensor:
     """
     Cross-entropy (n,) in nats of targets (n,) given the output of ln_f, hidden (n, C).
 
@@ -107,7 +130,7 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, max_logits: int = 
     """
     step = max(1, max_logits // model.config.vocab_size)
     parts = [
-        F.cross_entropy(model.lm_head(hidden[first : first + step]), targets[first : first + step], reduction='none')
+        F.cross_entropy(logits(model, hidden[first : first + step]), targets[first : first + step], reduction='none')
         for first in range(0, len(targets), step)
     ]
     return torch.cat(parts)
@@ -115,7 +138,7 @@ def token_losses(model: GPT, hidden: Tensor, targets: Tensor, max_logits: int = 
 
 @torch.no_grad()
 def text_losses(
-    model: GPT, tokens: Tensor, positions: Sequence[int] | None = None, batch_size: int = 8, edit: Edit | None = None
+    model: Model, tokens: Tensor, positions: Sequence[int] | None = None, batch_size: int = 8, edit: Edit | None = None
 ) -> np.ndarray:
     """
     Loss of predicting each token but the first of token ids (N, T): float32 array (N, T-1), in nats.
@@ -126,7 +149,7 @@ def text_losses(
     out = torch.full((len(tokens), tokens.size(1) - 1), float('nan'))
     for first in range(0, len(tokens), batch_size):
         part = tokens[first : first + batch_size].to(device_of(model))
-        hidden = run(model, embed(model, part), edit=edit)[:, index]
+        hidden = run(model, part, edit=edit)[:, index]
         targets = part[:, index + 1]
         losses = token_losses(model, hidden.flatten(0, 1), targets.flatten())
         out[first : first + len(part), index] = losses.view(targets.shape).float().cpu()
@@ -134,16 +157,16 @@ def text_losses(
 
 
 @torch.no_grad()
-def head_means(model: GPT, tokens: Tensor, batch_size: int = 8) -> Tensor:
+def head_means(model: Model, tokens: Tensor, batch_size: int = 8) -> Tensor:
     """The mean output of every head at each position over token ids (N, T): (L, H, T, d_v)."""
-    totals = [torch.zeros(()) for _ in model.transformer.h]
+    totals = [torch.zeros(()) for _ in range(model.config.n_layer)]
 
     def add(layer: int, z: Tensor) -> Tensor:
         totals[layer] = totals[layer].to(z) + z.sum(0)
         return z
 
     for part in tokens.split(batch_size):
-        run(model, embed(model, part.to(device_of(model))), edit=add)
+        run(model, part.to(device_of(model)), edit=add)
     return torch.stack(totals) / len(tokens)
 
 

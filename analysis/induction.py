@@ -1,5 +1,5 @@
 """
-Induction heads of a GPT or an MLAGPT: test sequences, scores, controls and ablations. Arrays in, arrays out, no files.
+Induction heads of a model: test sequences, scores, controls and ablations. Arrays in, arrays out, no files.
 
 An induction head (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022,
 arXiv:2209.11895) continues a repeated sequence: from the current token it attends to the token that followed the
@@ -7,7 +7,7 @@ earlier occurrence, and copies it. This takes two layers: a previous-token head 
 residual stream, and the induction head matches the current token against it.
 
 Notable features:
-- the same measurements for MHA and MLA, a few sequences at a time
+- the same measurements for GPT, MLAGPT and HFModel, a few sequences at a time
 - exact on known patterns: a perfect head scores 1.000, uniform attention scores chance (tests/analysis)
 - every score is returned per sequence, for confidence intervals over sequences (stats.bootstrap)
 
@@ -25,13 +25,13 @@ from torch.nn import functional as F
 
 from analysis import forward, stats
 from analysis.bigrams import repeated_pairs
-from analysis.forward import Attention, device_of, embed, token_losses
-from model import GPT
+from analysis.forward import Model, device_of, token_losses
+from analysis.hf_model import Seen
 
 Scores = dict[str, np.ndarray]
 Heads = list[tuple[int, int]]  # (layer, head)
 
-SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token')
+SCORES = ('induction', 'prefix_matching', 'duplicate_token', 'previous_token', 'sink')
 
 
 # ---- repeated sequences ----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def chance(repeats: Repeats) -> float:
     return (1.0 / (repeats.query.double() + 1)).mean().item()
 
 
-def repeat_losses(model: GPT, hidden: Tensor, repeats: Repeats) -> Tensor:
+def repeat_losses(model: Model, hidden: Tensor, repeats: Repeats) -> Tensor:
     """Losses (B, Q-1) of the tokens that the repetition makes predictable, given ln_f's output hidden (B, T, C)."""
     rows = torch.arange(len(repeats), device=hidden.device)[:, None]
     query = repeats.query[:, :-1]  # the last token has no successor in the sequence
@@ -164,6 +164,7 @@ def pattern_scores(pattern: Tensor, repeats: Repeats) -> dict[str, Tensor]:
       prefix_matching  mean_i sum of A[i, j + 1] over all earlier j with the same token (arXiv:2209.11895)
       duplicate_token  mean_i A[i, match(i)]
       previous_token   mean over all i >= 1 of A[i, i - 1]
+      sink             mean over all i >= 1 of A[i, 0]: attention to the first token, whatever it is
     """
     tokens, query, match = repeats.tokens, repeats.query, repeats.match
     T = tokens.size(1)
@@ -177,6 +178,7 @@ def pattern_scores(pattern: Tensor, repeats: Repeats) -> dict[str, Tensor]:
         'prefix_matching': prefix.mean(1),
         'duplicate_token': pattern[sequence, :, query, match].mean(1),
         'previous_token': pattern.diagonal(-1, 2, 3).mean(-1),
+        'sink': pattern[:, :, 1:, 0].mean(-1),
     }
 
 
@@ -188,6 +190,7 @@ def natural_scores(pattern: Tensor, tokens: Tensor) -> dict[str, Tensor]:
       induction        mean_i sum_j A[i, j + 1]
       duplicate_token  mean_i sum_j A[i, j]
       previous_token   mean over all i >= 1 of A[i, i - 1]
+      sink             mean over all i >= 1 of A[i, 0]: attention to the first token, whatever it is
     The first two are NaN for a window without a token that occurs twice.
     """
     same = (tokens[:, :, None] == tokens[:, None]).tril(-1)  # (B, i, j)
@@ -197,6 +200,7 @@ def natural_scores(pattern: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         'induction': (pattern * follows[:, None]).sum((-1, -2)) / queries,
         'duplicate_token': (pattern * same[:, None]).sum((-1, -2)) / queries,
         'previous_token': pattern.diagonal(-1, 2, 3).mean(-1),
+        'sink': pattern[:, :, 1:, 0].mean(-1),
     }
 
 
@@ -206,7 +210,7 @@ def uniform_pattern(T: int) -> Tensor:
 
 
 @torch.no_grad()
-def text_scores(model: GPT, tokens: Tensor) -> tuple[Scores, Scores]:
+def text_scores(model: Model, tokens: Tensor) -> tuple[Scores, Scores]:
     """`natural_scores` of all heads on windows of text (N, T), each (N, L, H), and those of uniform attention, (N,)."""
 
     def scores(window: Tensor) -> dict[str, Tensor]:
@@ -218,15 +222,15 @@ def text_scores(model: GPT, tokens: Tensor) -> tuple[Scores, Scores]:
 
 
 def score_layers(
-    model: GPT, tokens: Tensor, score: Callable[[int, Attention], dict[str, Tensor]]
+    model: Model, tokens: Tensor, score: Callable[[int, Seen], dict[str, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """
     One forward pass over token ids (B, T): ln_f's output (B, T, C), and scores, each (B, L, H), on the CPU.
 
-    score(layer, Attention): those of one layer, each (B, H). Its pattern is freed as soon as it is scored.
+    score(layer, Seen): those of one layer, each (B, H). Its pattern is freed as soon as it is scored.
     """
     layers: list[dict[str, Tensor]] = []
-    hidden = forward.run(model, embed(model, tokens), visit=lambda layer, a: layers.append(score(layer, a)))
+    hidden = forward.run(model, tokens, visit=lambda layer, a: layers.append(score(layer, a)))
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
 
 
@@ -236,7 +240,7 @@ def joined(parts: list[dict[str, Tensor]]) -> Scores:
 
 
 @torch.no_grad()
-def head_scores(model: GPT, repeats: Repeats, batch_size: int = 16, losses: bool = True) -> Scores:
+def head_scores(model: Model, repeats: Repeats, batch_size: int = 16, losses: bool = True) -> Scores:
     """
     Every head's scores on every sequence: a float32 array (N, L, H) for each of SCORES.
 
@@ -278,15 +282,15 @@ def calls(measured: dict) -> dict[str, np.ndarray]:
     highest score of any untrained head.
     """
     found = {'induction': measured['called']}
-    for name in ('previous_token', 'duplicate_token'):
+    for name in ('previous_token', 'duplicate_token', 'sink'):
         found[name] = measured[name]['low'] > measured['nulls'][name]
     return found | {'copying': measured['copying_eigenvalues'] > measured['nulls']['copying']}
 
 
-def is_untrained(model: GPT) -> bool:
-    """True if every norm gain is exactly 1 and every bias exactly 0: the initial values, which training changes."""
-    vectors = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
-    return all(bool((p == (0.0 if name.endswith('bias') else 1.0)).all()) for name, p in vectors)
+def is_untrained(model: Model) -> bool:
+    """True if every norm gain and every bias is exactly 0 or exactly 1: the initial values, which training changes."""
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return all(bool((p == 0).all() or (p == 1).all()) for p in vectors)
 
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ def is_untrained(model: GPT) -> bool:
 
 @torch.no_grad()
 def ablate_each_head(
-    model: GPT, repeats: Repeats, progress: Callable[[], object] = lambda: None
+    model: Model, repeats: Repeats, progress: Callable[[], object] = lambda: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     The loss on repeated tokens without ablation and with each head mean-ablated: arrays (N,) and (L, H, N).
@@ -303,23 +307,23 @@ def ablate_each_head(
     information about tokens is removed. progress: called after each head.
     """
     repeats = repeats.to(device_of(model))
-    x, rope = embed(model, repeats.tokens), forward.rope_of(model, repeats.tokens.size(1))
+    tokens, x = repeats.tokens, None
     ablated = np.zeros((model.config.n_layer, model.config.n_head, len(repeats)), dtype=np.float32)
-    for layer, block in enumerate(model.transformer.h):
+    for layer in range(model.config.n_layer):
         for head in range(model.config.n_head):
-            hidden = forward.run(model, x, start=layer, edit=forward.replacing_heads([(layer, head)]))
+            hidden = forward.run(model, tokens, x, layer, edit=forward.replacing_heads([(layer, head)]))
             ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).cpu()
             progress()
-        x = block(x, rope)
-    return repeat_losses(model, model.transformer.ln_f(x), repeats).mean(1).cpu().numpy(), ablated
+        x = forward.run(model, tokens, x, layer, layer + 1)  # after the last layer: the output of the last norm
+    return repeat_losses(model, x, repeats).mean(1).float().cpu().numpy(), ablated
 
 
 @torch.no_grad()
-def ablate_together(model: GPT, repeats: Repeats, heads: Heads) -> np.ndarray:
+def ablate_together(model: Model, repeats: Repeats, heads: Heads) -> np.ndarray:
     """The loss on repeated tokens (N,) with all `heads` mean-ablated at once."""
     repeats = repeats.to(device_of(model))
-    hidden = forward.run(model, embed(model, repeats.tokens), edit=forward.replacing_heads(heads))
-    return repeat_losses(model, hidden, repeats).mean(1).cpu().numpy()
+    hidden = forward.run(model, repeats.tokens, edit=forward.replacing_heads(heads))
+    return repeat_losses(model, hidden, repeats).mean(1).float().cpu().numpy()
 
 
 def matched_heads(heads: Heads, n_head: int, rng: np.random.Generator) -> Heads:
@@ -333,7 +337,7 @@ def matched_heads(heads: Heads, n_head: int, rng: np.random.Generator) -> Heads:
 
 
 def ablate_cumulatively(
-    model: GPT, repeats: Repeats, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
+    model: Model, repeats: Repeats, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
 ) -> list[dict]:
     """
     How much the loss on repeated tokens rises with the first k heads of `ranking` ablated, for each k of `counts`.
@@ -372,7 +376,7 @@ def bigram_losses(losses: np.ndarray, tokens: Tensor) -> dict:
 
 @torch.no_grad()
 def ablate_on_text(
-    model: GPT, tokens: Tensor, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
+    model: Model, tokens: Tensor, ranking: Heads, counts: Iterable[int], draws: int = 4, seed: int = 0
 ) -> list[dict]:
     """
     What the first k heads of `ranking` are worth on windows of text (N, T), for each k of `counts`: a list of dicts.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.circuits import up_weights
-from analysis.forward import Attention, device_of, embed, rope_of, run
+from analysis.forward import Attention, device_of, rope_of, run
 from analysis.induction import Repeats, joined, repeat_losses, score_layers
 from core.cli.machine import to_float64
 from model_mla import MLAGPT, MultiHeadLatentAttention
@@ -40,7 +40,7 @@ def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> lis
         squares[layer] += (latent.T @ latent).cpu()
 
     for part in repeats.batches(batch_size, device_of(model)):
-        run(model, embed(model, part.tokens), visit=add)
+        run(model, part.tokens, visit=add)
     mean = total / repeats.tokens.numel()
     return [(m, s / repeats.tokens.numel() - m[:, None] * m) for m, s in zip(mean, squares, strict=True)]
 
@@ -129,18 +129,18 @@ def ablate_latent(
     """
     repeats = repeats.to(device_of(model))
     moments = moments or latent_moments(model, repeats)
-    ranges, x = latent_bands(model.config.n_latent, bands), embed(model, repeats.tokens)
+    ranges, like = latent_bands(model.config.n_latent, bands), model.lm_head.weight
     shape = (model.config.n_layer, len(ranges), len(repeats))
     out = {'keys': np.zeros(shape, np.float32), 'values': np.zeros(shape, np.float32)}
     for layer, (mean, covariance) in enumerate(moments):
-        components = torch.linalg.eigh(covariance)[1].flip(-1).to(x)
+        components = torch.linalg.eigh(covariance)[1].flip(-1).to(like)
         for path, band in [(path, band) for path in out for band in range(len(ranges))]:
             first, last = ranges[band]
-            changed = without_directions(layer, components[:, first:last], mean.to(x), path)
-            hidden = run(model, x, qkv=changed)
+            changed = without_directions(layer, components[:, first:last], mean.to(like), path)
+            hidden = run(model, repeats.tokens, qkv=changed)
             out[path][layer, band] = repeat_losses(model, hidden, repeats).mean(1).cpu()
             progress()
-    return dict(out, bands=ranges, base=repeat_losses(model, run(model, x), repeats).mean(1).cpu().numpy())
+    return dict(out, bands=ranges, base=repeat_losses(model, run(model, repeats.tokens), repeats).mean(1).cpu().numpy())
 
 
 # ---- decoupled RoPE --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ lists. Tables are returned as text, figures as matplotlib Figures.
 import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -154,14 +155,21 @@ def describe(facts: dict) -> str:
     return f'{facts["name"]}: {facts["file"]}, {what}'
 
 
-SORTS = {'induction': 'induction', 'previous': 'previous_token', 'duplicate': 'duplicate_token', 'copying': 'copying'}
-ON_TEXT = ('induction', 'duplicate_token', 'previous_token')
+SORTS = {
+    'induction': 'induction',
+    'previous': 'previous_token',
+    'duplicate': 'duplicate_token',
+    'sink': 'sink',
+    'copying': 'copying',
+}
+ON_TEXT = ('induction', 'duplicate_token', 'previous_token', 'sink')
 LEGEND = """columns:
   head       layer.head; * is called what the table is sorted by: above the highest score of any head of untrained
              models, and for induction also above a shuffled copy, with copying > 0
   induction  attention from a token's second occurrence to what followed its first, on held-out sequences
   gap        the same with other tokens between the copies; prefix: with four copies, to all earlier successors
   dupl.      attention to the token's earlier occurrence; prev.: to the previous token
+  sink       attention to the first token, whatever it is; a head that attends to nothing else is idle
   copying    -1 to 1: does the head raise the logits of what it attends to? top-5: how often it is among the top 5
   K-lift     how strongly the keys read the output of an earlier head, over chance, and which head that is (from)
   ablation   rise of the loss on repeated tokens without the head, in nats per token
@@ -171,7 +179,7 @@ LEGEND = """columns:
 def head_table(result: dict, show: int = 10, sort: str = 'induction') -> str:
     """The `show` first heads of one model by `sort`, a name in SORTS, with their scores, and the model's totals."""
     ablation = result.get('ablation')
-    heading = 'head    induction [95 %]        gap    prefix dupl.  prev.  copying  top-5  K-lift  from'
+    heading = 'head    induction [95 %]        gap    prefix dupl.  prev.  sink   copying  top-5  K-lift  from'
     lines = [heading + ('     ablation' if ablation else '')]
     # chosen on other sequences than those that are reported
     order = ranked(result['copying_eigenvalues'] if sort == 'copying' else result[SORTS[sort]]['ranking'])
@@ -189,7 +197,7 @@ def head_line(result: dict, at: Head, called: bool) -> str:
     """The scores of one head of a model."""
     layer, head = at
     reads, lift = '', float('nan')
-    if layer:
+    if layer and result['composition_lift']:
         lifts = result['composition_lift']['k'][:, :, layer, head]
         source = np.unravel_index(np.nanargmax(lifts), lifts.shape)
         reads, lift = f'{source[0]}.{source[1]}', lifts[source]
@@ -198,6 +206,7 @@ def head_line(result: dict, at: Head, called: bool) -> str:
         result['four copies']['prefix_matching'],
         result['duplicate_token'],
         result['previous_token'],
+        result['sink'],
     ]
     scores = '  '.join(f'{score["mean"][at]:.3f}' for score in others)
     copying = f'{result["copying_eigenvalues"][at]:+7.2f} {result["copying_top5"][at]:6.2f}'
@@ -229,7 +238,7 @@ def text_lines(found: dict, show: int, sort: str) -> list[str]:
     """The first heads on a text of the user's own, by `sort` (copying is no matter of text: by induction)."""
     by = SORTS[sort] if SORTS[sort] in ON_TEXT else 'induction'
     windows = f'{found["windows"]} window{"s" * (found["windows"] > 1)} of {found["tokens"]} tokens'
-    headings = '  '.join(f'{heading + " [95 %]":<22}' for heading in ('induction', 'duplicate', 'previous'))
+    headings = '  '.join(f'{heading + " [95 %]":<22}' for heading in ('induction', 'duplicate', 'previous', 'sink'))
     lines = [f'on {found["file"]}, {windows}, by {by.replace("_", " ")}:', f'head   {headings}']
     for at in ranked(found[by]['mean'])[:show]:
         scores = [at_head(found[name], at) for name in ON_TEXT]
@@ -246,8 +255,12 @@ def summary_lines(result: dict) -> list[str]:
         f'controls: chance {result["chance"]:.3f}, random init {result["random_null"]:.3f} (highest of all heads of '
         f'{len(result["random_init"])} models), shuffled copy {result["shuffled"]["mean"].max():.3f} (highest of all '
         'heads)',
+        f'attention to the first token, mean of all heads: {result["sink"]["mean"].mean():.3f}; chance '
+        f'{result["sink"]["chance"]:.3f}, random init up to {result["nulls"]["sink"]:.3f}',
         f'loss on repeated tokens {with_interval(result["repeat_loss"])}',
     ]
+    if not result['composition_lift']:
+        lines.append(f'K-lift is missing: {result["composition_missing"]}')
     if context:
         lines.append(
             f'in-context score {with_interval(context, "+.3f")}: loss at token {context["late"]} minus token '
@@ -368,18 +381,18 @@ def formation_curves(runs: list[dict]) -> Figure:
 
 
 def packed_patterns(pattern: Tensor) -> str:
-    """The lower triangles of patterns (L, H, T, T) at one byte per weight, in base64 for the page."""
+    """The lower triangles of patterns (L, H, T, T) at one byte per weight, deflated and in base64 for the page."""
     rows, columns = np.tril_indices(pattern.size(-1))
     weights = (pattern[..., rows, columns] * 255).round().numpy().astype(np.uint8)
-    return base64.b64encode(weights.tobytes()).decode('ascii')
+    return base64.b64encode(zlib.compress(weights.tobytes())).decode('ascii')
 
 
 def page(models: list[dict]) -> str:
     """
     patterns.html with the data of some models, one dict each.
 
-    name: a line of text; layers, heads: ints; scores, called: (L, H); sequences: a list of dicts with title, tokens (a
-    list of str) and data (packed_patterns).
+    name: a line of text; layers, heads: ints; scores, called: dicts of (L, H); sequences: a list of dicts with title,
+    tokens (a list of str) and data (packed_patterns).
     """
     template = Path(__file__).with_name('patterns.html').read_text(encoding='utf-8')
     # '<' is escaped, or a token could end the script element

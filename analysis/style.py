@@ -1,15 +1,18 @@
 """
-How figures look: one color, line and marker for each attention wherever it is drawn, and sizes for the README's column.
+How figures look: every color, one look for each attention wherever it is drawn, and sizes for the README's column.
 
 MHA is orange, GQA and MQA are green, MLA is blue: the smaller its latent, the lighter and the more broken the line.
 Every look differs from the others in brightness or line, so that figures can be read in grey. Importing this module
 sets matplotlib's defaults.
 """
 
+import re
+
 import matplotlib
+from matplotlib.axes import Axes
 
 WIDTH = 9  # inches: 900 pixels of the README's column, at which 10 points are 14 pixels
-GREY = '#8c8c8c'  # lines that only help to read
+GREY = '#8c8c8c'  # lines that only help to read, and what a line is compared with
 
 matplotlib.rcParams.update(
     {
@@ -51,12 +54,31 @@ VARIANTS: tuple[dict, ...] = (
 )
 
 
+def latent_of(label: str) -> float:
+    """n_latent / n_embd of the model with this label, such as 'MLA, r=C/2' or 'MLA, r=2C/3'; 0 where it names none."""
+    found = re.search(r'r ?= ?(\d*)C(?:/(\d+))?', label)
+    return int(found[1] or 1) / int(found[2] or 1) if found else 0.0
+
+
 def look(label: str, latent: float = 0.0, variant: int = 0) -> dict:
     """
     The keys with which matplotlib draws a model's line.
 
-    label: begins with MHA, GQA, MQA or MLA. latent: of MLA, n_latent / n_embd. variant: 1 to 3 for further models of
-    the same attention, which get hollow markers and a line of their own.
+    label: begins with MHA, GQA, MQA or MLA. latent: of MLA, n_latent / n_embd, where the label doesn't name it.
+    variant: 1 to 3 for further models of the same attention, which get hollow markers and a line of their own.
     """
+    latent = latent or latent_of(label)
     of_mla = next(look for least, look in LATENTS if latent >= least)
     return OTHERS.get(label[:3], of_mla) | VARIANTS[variant % len(VARIANTS)]
+
+
+def label_ends(axes: Axes, gap: float = 0.07) -> None:
+    """Write the label of each line beside its right end, `gap` of the height apart, in place of a legend."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith('_')]
+    axes.get_ylim()  # settles the limits, on which the places depend
+    to_fraction, last = axes.transData + axes.transAxes.inverted(), float('-inf')
+    ends = [(to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], line) for line in lines]
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        last = max(height, last + gap)
+        place = dict(xycoords='axes fraction', va='center', fontsize=8.5, color=line.get_color())
+        axes.annotate(str(line.get_label()), (1.02, last), **place)

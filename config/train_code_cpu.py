@@ -5,8 +5,8 @@
 # $ python train.py config/train_code_cpu.py
 # $ python find_induction_heads.py --models=out-code-cpu
 #
-# Small batches, because heads form after fewer tokens then; four layers, because with two the previous-token head forms
-# in the second, where no later layer reads it (RESULTS.md).
+# Small batches, because heads form after fewer tokens then; four layers, because the induction heads read a
+# previous-token head of an earlier layer (results/induction-text.md).
 
 out_dir = 'out-code-cpu'
 wandb_run_name = 'code-mha'

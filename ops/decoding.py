@@ -61,6 +61,7 @@ class Decoder:
         idx: torch.Tensor,
         max_new_tokens: int,
         use_cache: bool = True,
+        cache: str = 'float',
         num_samples: int = 1,
         top_p: float | None = None,
         valid_ids: int | None = None,
@@ -70,10 +71,9 @@ class Decoder:
         fixed: bool | None = None,
     ):
         """
-        model: a GPT; idx (B, t): the prompts. num_samples: sequences per prompt. top_p, valid_ids, generator: as for
-        `draw`. stop_token: a sequence that has it is
-        filled up with it. on_token: called with each new column (B * num_samples,). fixed: decode by a FixedStep (None:
-        on CUDA only).
+        model: a GPT; idx (B, t): the prompts. cache: its kind, of cache.KINDS. num_samples: sequences per prompt.
+        top_p, valid_ids, generator: as for `draw`. stop_token: a sequence that has it is filled up with it. on_token:
+        called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only).
         """
         self.model, self.window = model, model.config.block_size
         self.rules: dict[str, Any] = dict(top_p=top_p, valid_ids=valid_ids, generator=generator)
@@ -84,7 +84,7 @@ class Decoder:
         self.casts: dict = {}
         prompt = idx[:, -self.window :]
         if use_cache:
-            self.cache = model.init_cache(idx.size(0), prompt.size(1) + max_new_tokens)
+            self.cache = model.init_cache(idx.size(0), prompt.size(1) + max_new_tokens, kind=cache)
         self.logits = self.run(prompt)
         if num_samples > 1:
             idx, self.logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, self.logits))

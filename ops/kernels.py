@@ -27,6 +27,9 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ops import packed
+from ops.packed import Packed
+
 
 @functools.cache
 def cpu_is_intel() -> bool:
@@ -251,10 +254,10 @@ def attend_rows(
     return scores.softmax(dim=-1).to(v.dtype).view(B, K, G, -1) @ v
 
 
-def attend_group(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def attend_group(q: torch.Tensor, k: Any, v: Any, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """One query per head, the heads that share keys as rows: q (B, K, H/K, size), k, v (B, K, S, .); mask (1, S)."""
+    if isinstance(k, Packed):
+        return packed.attend(q, k, v, scale, mask)
     if q.is_cuda and (mask is not None or q.size(-1) > 256):
         return attend_rows(q, k, v, scale, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -262,8 +265,8 @@ def attend_group(
 
 def fast_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: Any,
+    v: Any,
     scale: float,
     p_drop: float = 0.0,
     mask: torch.Tensor | None = None,
@@ -272,13 +275,15 @@ def fast_attention(
     softmax(q k^T scale) v: q (B, H, T, size), k (B, K, S, size), v (B, K, S, d) -> (B, H, T, d).
 
     Where K < H, each key/value head serves H/K neighbouring query heads. mask: bool (T or 1, S), which keys each query
-    sees; None: causal, the queries being the last T of the S positions. p_drop: of the pattern's entries.
+    sees; None: causal, the queries being the last T of the S positions. p_drop: of the pattern's entries. k and v may
+    be Packed where T is 1 (see `packed.attend`).
     """
     T, S = q.size(-2), k.size(-2)
+    if T == 1 and (k.size(1) < q.size(1) or isinstance(k, Packed)):
+        # the queries of a group become the rows of one matrix: no key or value is copied
+        rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
+        return attend_group(rows, k, v, scale, mask).flatten(1, 2).unsqueeze(2)
     if k.size(1) < q.size(1):
-        if T == 1:  # the queries of a group become the rows of one matrix: no key or value is copied
-            rows = q.reshape(q.size(0), k.size(1), -1, q.size(-1))
-            return attend_group(rows, k, v, scale, mask).reshape(*q.shape[:-1], v.size(-1))
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     square = mask is None and T == S
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()

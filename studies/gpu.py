@@ -61,9 +61,9 @@ LONGEST = (2, 32) if rehearse else (64, 16384)  # a batch and a context
 AFTERWARDS = 20 if rehearse else 240  # seconds of the last part for what follows its trainings
 LEAST = 5 if rehearse else 360  # seconds without which the last part isn't worth its start
 # what a rehearsal sets instead: keys of bench.py, of trainings, and of what prepares their data and reads them
-SMALL_BENCH = dict(n_layer=1, n_head=4, n_embd=64, vocab_size=300, device='cpu', dtype='float32', rounds=2, threads=1)
+SMALL_BENCH = dict(n_layer=1, n_head=4, n_embd=64, vocab_size=300, device='cpu', dtype='float32', rounds=1, threads=1)
 SMALL_BENCH |= dict(batch_size=2, block_size=32, n_kv_heads='2,1', n_latents='32,16', contexts='8,32', new_tokens=8)
-SMALL_BENCH |= dict(prompt_tokens=4, most=4, megabytes=1, compile=False)
+SMALL_BENCH |= dict(prompt_tokens=4, most=4, compile=False)
 SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, device='cpu', threads=1, compile=False)
 SMALL_RUN |= dict(eval_interval=10, eval_iters=2, warmup_iters=2, lr_decay_iters=20, max_iters=iterations or 20)
 SMALL_RUN |= dict(keep_checkpoints=10)
@@ -166,7 +166,6 @@ def all_parts():
         'profile': Part(f'Kernels of a training step, {small}, {where}', 300, kernels),
         'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, play),
         'train_350m': Part(f'Training steps, {large}, not compiled, {where}', 150, wide),
-        'data': Part('The data path', 120, [bench('data', mode='data', megabytes=64, batch_size=32)]),
         'pair': Part('A pair on source code, for the time that is left', 0, code),
     }
 

@@ -1,14 +1,14 @@
 """
-The study behind RESULTS.md: does MLA form induction heads? When, how strong, in which layers, and how with a latent?
+Does MLA form induction heads on repeated tokens? When, how strong, in which layers, and how with a latent?
 
 $ python studies/induction.py                    # short form: minutes on two cores
 $ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
-$ python studies/induction.py --reuse=assets/induction_study.json    # RESULTS.md's tables from its numbers, in seconds
+$ python studies/induction.py --reuse=assets/induction_study.json    # its tables and picture again, in seconds
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
-writes tables.md, study.json and formation.png into out_dir. Finished runs are kept: repeat the command to continue
-after an interruption. --results=RESULTS.md replaces the tables between that file's <!-- study --> marks. Run it from
-the repository root.
+writes the tables and, beside the picture, a .json with every number. Finished runs are kept: repeat the command to
+continue after an interruption. MLA has the shape and the initial values of version 0.1.0, with which the figures of
+results/induction-repeats.md were measured. Run it from the repository root.
 """
 
 import sys
@@ -34,11 +34,12 @@ from studies.measure import best_heads, formed, measure, measurement, places, re
 
 # ----------------------------------------------------------------------------------------------------------------------
 full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
-out_dir = 'out-study'  # runs and tables
+out_dir = 'out-study'  # the runs
+figure = ''  # the picture, with the numbers in a .json beside it; '': formation.png in out_dir
+table = ''  # a file for the tables; '': tables.md in out_dir
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
-reuse = ''  # the study.json of an earlier study: its tables and pictures are made again, nothing is trained
-results = ''  # a file whose <!-- study --> ... <!-- /study --> part is replaced by the tables
+reuse = ''  # the .json of an earlier study: its tables and picture are made again, nothing is trained
 data_dir = 'data'
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
@@ -47,6 +48,7 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 FORMED = 0.5  # an induction head has formed when the best induction score exceeds this
 TUNING = 200  # iterations of fine-tuning after a conversion
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
+HEAD = WIDTH // 4  # the head size
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def train_and_measure(run):
     steps, folder = snapshots(), run['folder']
     if not os.path.exists(os.path.join(folder, f'ckpt_{steps[-1]:06}.pt')):
         keys = {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
-        keys |= dict(latent_init='gpt2', kv_lr=1.0)  # with which the figures of RESULTS.md were measured
+        keys |= dict(latent_init='gpt2', n_nope=HEAD // 2 if run['pos'] == 'rope' else HEAD)
         keys |= dict(max_iters=steps[-1], keep_checkpoints=','.join(map(str, steps)))
         keys |= dict(out_dir=folder, data_dir=data_dir, resume='auto', threads=1)
         subprocesses.run_script('train.py', ['config/train_repeats.py', keys], folder)
@@ -266,7 +268,7 @@ def conversion_table(converted):
 
 
 def tables(outcomes, converted):
-    """{title: table} of each part of RESULTS.md."""
+    """{title: table} of each part."""
     found = {
         f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})': formation_table(outcomes),
         f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats': head_table(outcomes),
@@ -280,38 +282,28 @@ def tables(outcomes, converted):
     return found
 
 
-def around_marks(path):
-    """The text before <!-- study --> and after <!-- /study --> in a file. UserError if it doesn't have these marks."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            before, rest = file.read().split('<!-- study -->')
-        return before, rest.split('<!-- /study -->')[1]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f'{path} has no <!-- study --> ... <!-- /study --> part for the tables; add them') from error
-
-
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def formation_figure(outcomes):
-    """Best induction score over iterations: the mean over seeds with the seeds thin, a panel per kind of positions."""
-    figure = Figure(figsize=(style.WIDTH, 5.2))
-    axes = dict(zip(('learned', 'rope'), figure.subplots(1, 2, sharey=True), strict=True))
-    for (pos, name), group in groups(outcomes, LAYERS).items():
-        look = style.look(name, group[0]['n_latent'] / WIDTH)
-        ended = sum(o['score'] > FORMED for o in group)
-        curves = np.array([[score for _, score in o['curve']] for o in group])
-        iterations = [iteration for iteration, _ in group[0]['curve']]
-        thin = dict(color=look['color'], linestyle=look['linestyle'], linewidth=0.6, alpha=0.45)
-        axes[pos].plot(iterations, curves.T, **thin)
-        axes[pos].plot(iterations, curves.mean(0), label=f'{name}: {ended} of {len(group)} end above {FORMED}', **look)
-    for pos, axis in axes.items():
+    """Best induction score over iterations: a panel per model, a line per run."""
+    shapes = groups(outcomes, LAYERS)
+    columns = list(dict.fromkeys(name for _, name in shapes))
+    figure = Figure(figsize=(style.WIDTH, 4.4))
+    axes = figure.subplots(2, len(columns), sharex=True, sharey=True, squeeze=False)
+    for (pos, name), group in shapes.items():
+        axis = axes[int(pos == 'rope')][columns.index(name)]
+        look = style.look(name, group[0]['n_latent'] / WIDTH) | dict(marker='', linestyle='-', linewidth=1.2)
+        for run in group:
+            axis.plot(*zip(*run['curve'], strict=True), **look)
         axis.axhline(FORMED, color=style.GREY, linewidth=0.6)
-        axis.set(xlabel='iteration', title='RoPE' if pos == 'rope' else 'learned positions', ylim=(0, 1))
-        axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.13))
-    axes['learned'].set_ylabel('best induction score (mean, and thin: each seed)')
-    title = f'When induction heads form on repeated random tokens: {LAYERS} layers, C = {WIDTH}'
-    figure.suptitle(f'{title}\nMLA from the initial values of version 0.1.0')
+        ended = sum(run['score'] > FORMED for run in group)
+        axis.text(0.97, 0.55, f'{ended} of {len(group)}', transform=axis.transAxes, ha='right', weight='bold')
+        axis.set(ylim=(0, 1), title=name if pos == 'learned' else '')
+    for row, name in zip(axes, ('learned positions', 'RoPE'), strict=True):
+        row[0].set_ylabel(f'{name}\nbest induction score')
+    figure.supxlabel('iteration (a line is a run; bold: how many end above 0.5)', fontsize=9)
+    figure.suptitle('MHA forms induction heads in every run; narrow latents, and MLA with RoPE, in few')
     return figure
 
 
@@ -320,8 +312,9 @@ def formation_figure(outcomes):
 if seeds == 1:
     raise UserError('seeds is 1; it must be at least 2, as one gives no interval, or 0 for the default')
 arguments.check_folder(out_dir)
-if results:
-    around_marks(results)  # fail before the training, not after it
+for key in ('figure', 'table'):
+    if config[key]:
+        arguments.check_file(config[key], key)
 if reuse:
     with reading(reuse):
         earlier = read_json(reuse)
@@ -346,11 +339,9 @@ intro = (
 )
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts.items())])
 os.makedirs(out_dir, exist_ok=True)
-report.save_text(os.path.join(out_dir, 'tables.md'), text)
-settings = dict(config, full=full, max_iters=max_iters)
-report.save_json(os.path.join(out_dir, 'study.json'), dict(config=settings, runs=outcomes, conversions=converted))
-report.save_figure(os.path.join(out_dir, 'formation.png'), picture)
-if results:
-    before, after = around_marks(results)
-    report.save_text(results, f'{before}<!-- study -->\n{text}<!-- /study -->{after}')
+report.save_text(table or os.path.join(out_dir, 'tables.md'), text)
+path = figure or os.path.join(out_dir, 'formation.png')
+report.save_figure(path, picture)
+if not reuse:
+    report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=outcomes, conversions=converted))
 errors.output(text)

@@ -14,8 +14,15 @@ $ python studies/induction_text.py --full=True --reuse=assets/induction_text.jso
 2. With --prose=DATASET, a text that rewards induction little: MHA on it as it is, and with a share of its tokens
    replaced by copies of what stood up to 200 tokens before. Does repetition make heads form?
 
-Finished runs are kept: repeat the command to continue. Writes text.md, and beside `figure` a .json with every number.
-Run it from the repository root.
+Finished runs are kept: repeat the command to continue. Writes the tables, and beside the picture a .json with every
+number. The published numbers were gathered by these commands, one after another, each with --full=True and
+--reuse=FILE, the numbers so far:
+$ python studies/induction_text.py --seeds=1 --rates=4e-3 --prose=imdb
+$ python studies/induction_text.py --rates=2e-3,4e-3,8e-3 --arms="MHA;MLA, r=C/2"
+$ python studies/induction_text.py --rates=4e-3,8e-3 --arms="MHA;MQA;MLA, r=C/2;MLA, r=C/4;MLA, r=C/2, R=3d/4"
+$ python studies/induction_text.py --seeds=1 --rates=1.6e-2 --arms="MLA, r=C/2"
+A run of 5000 iterations takes 8 to 13 minutes on one core, and measuring it two to three. Run it from the repository
+root.
 """
 
 import sys
@@ -40,12 +47,12 @@ from analysis.report import cells
 from core.cli import arguments, errors, files, subprocesses
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
-from studies.arms import Arm, choose, mla
 from studies.measure import best_heads, formed, measure, measurement, places, read_json, reading, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-induction-text'  # the runs
 figure = ''  # the picture, with the numbers in a .json beside it; '': text.png in out_dir
+table = ''  # a file for the tables; '': text.md in out_dir
 full = False  # every arm and seed, 5000 iterations
 dataset = 'code'
 prose = ''  # a data set that rewards induction little, for part 2; '': no part 2
@@ -59,8 +66,16 @@ jobs = 0  # concurrent trainings with one thread each; 0: the cores that this pr
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-EVERY = [Arm('MHA'), Arm('MQA'), mla('1/2'), mla('1/4'), mla('1/2', 'latent norm'), mla('1/2', 'R=3d/4')]
-ARMS = {arm.label: arm for arm in EVERY}
+# Every model and its keys of train.py. MLA's rotated dimensions are cut out of the head (32), as in version 0.1.0.
+HALF = dict(attention='mla', n_latent=64, n_nope=16, n_rope=16)
+ARMS = {
+    'MHA': {},
+    'MQA': dict(n_kv_head=1),
+    'MLA, r=C/2': HALF,
+    'MLA, r=C/4': HALF | dict(n_latent=32),
+    'MLA, r=C/2, latent norm': HALF | dict(latent_norm=True),
+    'MLA, r=C/2, R=3d/4': HALF | dict(n_nope=8, n_rope=24),
+}
 C, SEED = 128, 1337  # n_embd of config/train_code_cpu.py, and the first seed
 SHARES = (0.0, 0.1, 0.3)  # of tokens that are copies, in part 2
 RATE, RATES = 4e-3, '2e-3,4e-3,8e-3,1.6e-2'  # the config's learning rate, and the grid of the full form
@@ -94,8 +109,9 @@ def mixed(share):
 def planned(arm, seed=SEED, rate=RATE, share=None):
     """A run: a dict of name, arm, share of copies (None: of code), rate, seed."""
     corpus = 'code' if share is None else f'prose{round(100 * share)}'
-    name = f'{corpus}-{arm.slug}-s{seed}' + f'-lr{rate:g}' * (rate != RATE)
-    return dict(name=name, arm=arm.label, share=share, rate=rate, seed=seed)
+    slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.lower().replace(', ', '-'))
+    name = f'{corpus}-{slug}-s{seed}' + f'-lr{rate:g}' * (rate != RATE)
+    return dict(name=name, arm=arm, share=share, rate=rate, seed=seed)
 
 
 def read_study(path):
@@ -121,7 +137,7 @@ def train_and_measure(run):
     if run['share'] is not None:
         keys = dict(dataset=mixed(run['share']), data_dir=os.path.join(out_dir, 'data'))
     if not os.path.exists(os.path.join(folder, f'ckpt_{steps[-1]:06}.pt')):
-        keys |= ARMS[run['arm']].keys(C)
+        keys |= ARMS[run['arm']]
         keys |= dict(out_dir=folder, resume='auto', seed=run['seed'], checkpoint_interval=500)
         keys |= dict(learning_rate=run['rate'], min_lr=run['rate'] / 10, keep_checkpoints=','.join(map(str, steps)))
         keys |= dict(max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations)
@@ -250,7 +266,7 @@ def rate_table(outcomes):
 
 
 def tables(outcomes):
-    """The text of RESULTS.md's tables."""
+    """The text of all tables."""
     parts = {
         f'Every learning rate, seed {SEED}': rate_table(outcomes),
         'Formation': formation_table(outcomes),
@@ -269,68 +285,53 @@ def tables(outcomes):
     return intro + '\n\n' + '\n'.join(f'**{title}**\n\n{table}' for title, table in parts.items())
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- picture ---------------------------------------------------------------------------------------------------------
 
 PANELS = {
-    'induction': 'best induction score',
-    'previous': 'best previous-token score',
-    'gain': 'what a repeated bigram saves (nats)',
+    'induction': 'best induction\nscore',
+    'previous': 'best previous-\ntoken score',
+    'gain': 'a repeated bigram\nsaves (nats)',
 }
 
 
 def draw_arms(outcomes):
-    """Scores and the gain of repeated bigrams over tokens, on a log axis, and the score over the loss."""
-    figure = Figure(figsize=(style.WIDTH, 7.4))
-    axes = figure.subplots(2, 2).flatten()
+    """Scores and the gain of repeated bigrams over tokens: a column per model, a line per run at its best rate."""
     groups = by_arm(outcomes)
-    for arm, group in groups.items():
-        look = ARMS[arm].look()
-        thin = dict(color=look['color'], linestyle=look['linestyle'], linewidth=0.6, alpha=0.4)
-        tokens = [step['tokens'] / 1e6 for step in group[0]['curve']]
-        for axis, key in zip(axes, PANELS, strict=False):
-            curves = [[step['gain']['mean'] if key == 'gain' else step[key] for step in o['curve']] for o in group]
-            axis.plot(tokens, np.transpose(curves), **thin)
-            axis.plot(tokens, np.mean(curves, 0), label=arm, **look)
-        for o in group:
-            losses = [loss_of(dict(step, repeated_share=o['repeated_share'])) for step in o['curve']]
-            axes[3].plot(losses, [step['induction'] for step in o['curve']], **look)
-    for axis, title in zip(axes, PANELS.values(), strict=False):
-        axis.set(xscale='log', xlabel='million tokens', title=title)
-        axis.set_xticks([0.1, 0.3, 1, 3], ['0.1', '0.3', '1', '3'])
-        axis.minorticks_off()
-    axes[3].set(xlabel='loss on validation text (nats per token)', title='best induction score at equal loss')
-    axes[3].invert_xaxis()
-    for axis in (axes[0], axes[1], axes[3]):
-        axis.set_ylim(0, 1)
-    axes[0].legend()
-    seeds = max(len(group) for group in groups.values())
-    title = f'4 layers, C = {C}, RoPE, each at its best learning rate; ' + (
-        f'up to {seeds} seeds, thin: each' if seeds > 1 else 'one seed'
-    )
-    figure.suptitle(f'Induction heads form on source code\n{title}')
-    return figure
-
-
-def draw_prose(outcomes):
-    """Best induction score over tokens by the share of copies in prose."""
-    figure = Figure(figsize=(style.WIDTH, 4.4))
-    axis = figure.subplots()
-    for number, o in enumerate(of_prose(outcomes)):
-        tokens, scores = zip(*((step['tokens'] / 1e6, step['induction']) for step in o['curve']), strict=True)
-        axis.plot(tokens, scores, label=f'{o["share"]:.0%} copied', **style.look('MHA', variant=number))
-    axis.set(xscale='log', ylim=(0, 1), xlabel='million tokens', ylabel='best induction score')
-    axis.set_title(f'MHA on prose, by the share of copied tokens: 4 layers, C = {C}')
-    axis.legend()
+    figure = Figure(figsize=(style.WIDTH, 5.2))
+    axes = figure.subplots(len(PANELS), len(groups), sharex=True, sharey='row', squeeze=False)
+    for column, (arm, group) in zip(axes.T, groups.items(), strict=True):
+        look = style.look(arm) | dict(marker='', linestyle='-', linewidth=1.2)
+        for run in group:
+            tokens = [step['tokens'] / 1e6 for step in run['curve']]
+            for axis, key in zip(column, PANELS, strict=True):
+                axis.plot(
+                    tokens, [step['gain']['mean'] if key == 'gain' else step[key] for step in run['curve']], **look
+                )
+        column[0].axhline(FORMED, color=style.GREY, linewidth=0.6)
+        column[0].set(title=arm.replace(', r', ' r').replace(', ', '\n'), ylim=(0, 1))
+        column[1].set(ylim=(0, 1))
+        column[2].set(xscale='log')
+        column[2].set_xticks([0.1, 1], ['0.1', '1'])
+        column[2].minorticks_off()
+    for axis, title in zip(axes[:, 0], PANELS.values(), strict=True):
+        axis.set_ylabel(title)
+    figure.supxlabel('million tokens (a line is a run at the best learning rate of its model)', fontsize=9)
+    figure.suptitle('MHA, MQA and MLA form induction heads on source code on some seeds and not on others')
     return figure
 
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-chosen = choose(arms, EVERY) if arms else [] if reuse else EVERY if full else [EVERY[0], EVERY[2]]
+chosen = list(ARMS) if full else ['MHA', 'MLA, r=C/2']
+if arms or reuse:
+    chosen = [name.strip() for name in arms.split(';')] if arms else []
+if unknown := set(chosen) - set(ARMS):
+    raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 grid = arguments.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
 arguments.check_folder(out_dir)
-if figure:
-    arguments.check_file(figure, 'figure')
+for key in ('figure', 'table'):
+    if config[key]:
+        arguments.check_file(config[key], key)
 about, outcomes = dict(dataset=dataset, prose=prose, iterations=iterations), []
 if reuse:
     numbers = read_study(reuse)
@@ -345,18 +346,17 @@ if chosen:
     for name in filter(None, (dataset, prose)):
         TokenData(os.path.join(data_dir, name), 256)  # a missing one is an error now, not later
     plans = [planned(arm, rate=rate) for rate in grid for arm in chosen]
-    plans += [planned(ARMS['MHA'], share=share) for share in SHARES] if prose else []
+    plans += [planned('MHA', share=share) for share in SHARES] if prose else []
     outcomes = do(plans, outcomes)
     best = {arm: group[0]['rate'] for arm, group in by_arm(outcomes).items()}
     more = range(SEED + 1, SEED + (seeds or (3 if full else 1)))
-    outcomes = do([planned(arm, seed, best[arm.label]) for seed in more for arm in chosen], outcomes)
+    outcomes = do([planned(arm, seed, best[arm]) for seed in more for arm in chosen], outcomes)
 outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), o['rate'], o['share'] or 0))
 text = tables(outcomes)
 errors.output(text)
 os.makedirs(out_dir, exist_ok=True)
-report.save_text(os.path.join(out_dir, 'text.md'), text)
+report.save_text(table or os.path.join(out_dir, 'text.md'), text)
 path = figure or os.path.join(out_dir, 'text.png')
 report.save_figure(path, draw_arms(outcomes))
-if of_prose(outcomes):
-    report.save_figure(os.path.splitext(path)[0] + '_prose.png', draw_prose(outcomes))
-report.save_json(os.path.splitext(path)[0] + '.json', dict(config=about, runs=report.plain(outcomes)))
+if chosen:
+    report.save_json(os.path.splitext(path)[0] + '.json', dict(config=about, runs=report.plain(outcomes)))

@@ -61,6 +61,8 @@ CHOICES = {
     'optimizer': ('adamw', 'muon'),
     'blocks': ('modern', 'gpt2'),
     'weights': ('float', 'int8'),
+    'cache': ('float', 'int8', 'int4'),
+    'basis': ('', 'hadamard', 'components', 'balanced'),
     'resume': ('no', 'yes', 'auto'),
     'compile': ('auto', True, False),
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'),

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.cli.errors import UserError
 from core.convert import hf_tokenizer, llama
-from core.text.tokenizer import NO_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from core.text.published_tokenizer import PublishedTokenizer
+from core.text.tokenizer import NO_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from model import GPTConfig
 
 ARCHITECTURE = 'llama'
@@ -47,8 +49,9 @@ NEUTRAL = {  # further keys that a Llama's file may have, and the value that ask
     'rope.scaling.factor': 1,
 }
 WIDTHS = ('rope.dimension_count', 'attention.key_length', 'attention.value_length')  # all the head size
-NORMAL, UNUSED, BYTE = 1, 5, 6  # types of tokens
+NORMAL, CONTROL, UNUSED, BYTE = 1, 3, 5, 6  # types of tokens
 SPACE = '\u2581'  # SentencePiece's
+TOKENS = 'tokenizer.ggml'
 SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the first; the second described the converter
 
 
@@ -88,19 +91,26 @@ def read(file: str) -> tuple[dict[str, Any], float, dict[str, Tensor], dict[str,
     return settings, eps, tensors, tokenizer_meta(keys, settings['vocab_size'])
 
 
+def about(file: str) -> dict[str, str]:
+    """The 'organization' and 'license' that a file which `read` can read states, as far as it does."""
+    fields = import_gguf().GGUFReader(file).fields
+    stated = {key: fields[f'general.{key}'] for key in ('organization', 'license') if f'general.{key}' in fields}
+    return {key: ' '.join(str(field.contents()).split()) for key, field in stated.items()}
+
+
 def tokenizer_meta(keys: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The meta of our tokenizer that encodes as a file's does; one that is none of ours stands for no text here."""
-    kind, pre = keys.get('tokenizer.ggml.model'), keys.get('tokenizer.ggml.pre')
-    types = keys.get('tokenizer.ggml.token_type', [])
-    pieces = [
-        piece for piece, type in zip(keys.get('tokenizer.ggml.tokens', []), types, strict=False) if type != UNUSED
-    ]
+    """The meta of a file's tokenizer: byte pairs, or one of ours; any other stands for no text here."""
+    kind, pre = keys.get(f'{TOKENS}.model'), keys.get(f'{TOKENS}.pre')
+    types = keys.get(f'{TOKENS}.token_type', [])
+    pieces = keys.get(f'{TOKENS}.tokens', [])
+    used = {piece: i for i, (piece, type) in enumerate(zip(pieces, types, strict=False)) if type != UNUSED}
     ours: Tokenizer | None = None
-    if kind == 'gpt2' and pre == 'gpt-2':
-        merges = [tuple(pair.split(' ')) for pair in keys.get('tokenizer.ggml.merges', [])]
-        return hf_tokenizer.meta_of({piece: i for i, piece in enumerate(pieces)}, merges, {})
-    if kind == 'llama' and keys.get('tokenizer.ggml.add_space_prefix') is False:
-        chars = [piece.replace(SPACE, ' ') for piece in pieces]
+    if kind == 'gpt2' and pre in hf_tokenizer.SPLITS:
+        special, end = [piece for piece, i in used.items() if types[i] == CONTROL], keys.get(f'{TOKENS}.eos_token_id')
+        whole = hf_tokenizer.byte_level(used, keys.get(f'{TOKENS}.merges', []), pre, special)
+        return hf_tokenizer.meta_of(whole, next((piece for piece, i in used.items() if i == end), None))
+    if kind == 'llama' and keys.get(f'{TOKENS}.add_space_prefix') is False:
+        chars = [piece.replace(SPACE, ' ') for piece in used]
         if chars == byte_pieces():
             ours = ByteTokenizer()
         elif len(set(chars)) == len(chars) and all(len(char) == 1 for char in chars):
@@ -207,22 +217,32 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
     if tokenizer is None:
         writer.add_tokenizer_model('no_vocab')
         return
-    if isinstance(tokenizer, BytePairTokenizer):
-        whole = json.loads(tokenizer.fast_tokenizer().to_str())['model']
-        pieces, special = sorted(whole['vocab'], key=whole['vocab'].get), tokenizer.end_of_text
+    types: dict[str, int] = {}
+    if tokenizer.byte_pair:
+        fast = tokenizer.fast_tokenizer()
+        whole = json.loads(fast.to_str())
+        pre = next((name for name, split in hf_tokenizer.SPLITS.items() if split == whole['pre_tokenizer']), None)
+        if whole['model']['type'] != 'BPE' or pre is None:
+            raise UserError('a GGUF file has no name for how the tokenizer of this model cuts text; use --format=hf')
+        special, pieces = tokenizer.end_of_text, {i: piece for piece, i in fast.get_vocab().items()}
+        if isinstance(tokenizer, PublishedTokenizer):
+            types = {token['content']: CONTROL for token in whole['added_tokens'] if token['special']}
         writer.add_tokenizer_model('gpt2')
-        writer.add_tokenizer_pre('gpt-2')
-        writer.add_token_merges([' '.join(pair) for pair in whole['merges']])
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([' '.join(pair) for pair in whole['model']['merges']])
     else:
         in_bytes = isinstance(tokenizer, ByteTokenizer)
         chars = byte_pieces() if in_bytes else [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
-        pieces, special = [char.replace(' ', SPACE) for char in chars], tokenizer.encode(tokenizer.special_token)[0]
+        pieces = {i: char.replace(' ', SPACE) for i, char in enumerate(chars)}
+        special = tokenizer.encode(tokenizer.special_token)[0]
+        types = {piece: BYTE for piece in pieces.values() if piece.startswith('<0x')}
         writer.add_tokenizer_model('llama')
         writer.add_token_scores([0.0] * vocab_size)
         writer.add_add_space_prefix(False)
-    padding = vocab_size - len(pieces)  # rows of the embedding that no text uses
-    writer.add_token_list([*pieces, *(f'[unused {i}]' for i in range(padding))])
-    writer.add_token_types([*(BYTE if piece.startswith('<0x') else NORMAL for piece in pieces), *[UNUSED] * padding])
+    ids = range(vocab_size)  # some are rows of the embedding that no text uses
+    writer.add_token_list([pieces.get(i, f'[unused {i}]') for i in ids])
+    writer.add_token_types([types.get(pieces[i], NORMAL) if i in pieces else UNUSED for i in ids])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
-        add(special)
+        if special is not None:
+            add(special)
     writer.add_add_bos_token(False)

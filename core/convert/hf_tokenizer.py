@@ -10,19 +10,20 @@ import json
 import os
 from typing import Any
 
+from core.cli.errors import UserError
 from core.text.byte_pairs import are_pieces, byte_letters, merges_of
-from core.text.tokenizer import (
-    END_OF_TEXT,
-    NO_TEXT,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    tokenizer_of,
-)
+from core.text.published_tokenizer import PublishedTokenizer
+from core.text.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
+from core.text.tokenizer import kind_to_prepare as named_kind
+from core.text.tokenizer_base import END_OF_TEXT, NO_TEXT, Tokenizer
 
 FILES = ('tokenizer.json', 'tokenizer_config.json')  # what `write` writes
+# how text is cut before merges, by the names that GGUF files have for it: GPT-2's words, and digits one by one
+WORDS = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+SPLITS: dict[str, dict[str, Any]] = {
+    'gpt-2': WORDS,
+    'smollm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, WORDS]},
+}
 GPT2_MERGES = '04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0'  # SHA-256: 'first second' a line
 
 
@@ -44,61 +45,120 @@ def write(folder: str, tokenizer: Tokenizer, block_size: int) -> None:
         json.dump(settings, file, indent=2)
 
 
+def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer] | Tokenizer:
+    """What --tokenizer names: a class of core.text.tokenizer, or the tokenizer in a folder. UserError."""
+    if tokenizer in TOKENIZERS or not os.path.isdir(tokenizer):
+        return named_kind(tokenizer, vocab_size)
+    if vocab_size:
+        raise UserError(
+            f'--vocab_size has no meaning for the tokenizer in {tokenizer}, which is complete; leave it out'
+        )
+    try:
+        meta = read(tokenizer, 0)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = tokenizer_of(meta) if meta else None
+    if found is None:
+        raise UserError(f'{tokenizer} has no tokenizer.json that can be read; choose another folder with --tokenizer')
+    if found.load().encode('a b') != found.encode('a') + found.encode(' b'):
+        raise UserError(
+            f'the tokenizer in {tokenizer} puts a space in front of each text, so that long texts, which are encoded '
+            'in parts, would get other tokens; choose another with --tokenizer'
+        )
+    return found
+
+
 def read(folder: str, vocab_size: int) -> dict[str, Any]:
     """
-    The meta of our tokenizer that encodes as the one in a folder does. vocab_size: the model's.
+    The meta of the tokenizer in a folder: one of ours where it encodes as that does. vocab_size: the model's.
 
-    A tokenizer that is none of ours is {'tokenizer': 'none', ...}: its ids stand for no text here. Without any, it is
-    GPT-2's for a model of its vocabulary size, else {}. ValueError where the files are damaged.
+    One that the library tokenizers doesn't know is {'tokenizer': 'none', ...}: its ids stand for no text here. Without
+    any, it is GPT-2's for a model of its vocabulary size, else {}. ValueError where the files are damaged.
     """
     try:
-        found = read_files(folder)
-        if found is None:
+        whole = read_file(folder)
+        if whole is None:
             inferred = tokenizer_of({}, vocab_size)
             return inferred.meta() if inferred else {}
-        return meta_of(*found)
+        return meta_of(whole, read_end(folder))
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"the tokenizer in {folder} can't be read ({error}); copy it again") from error
 
 
-def read_files(folder: str) -> tuple[Any, list, dict] | None:
-    """A folder's vocabulary {piece: id}, merges and tokenizer.json ({} in the older form of two files), or None."""
+def read_file(folder: str) -> dict[str, Any] | None:
+    """A folder's tokenizer.json, or what stands for it where there is the older form of two files; None without."""
 
     def path(name):
         return os.path.join(folder, name)
 
     if os.path.isfile(path('tokenizer.json')):
         with open(path('tokenizer.json'), encoding='utf-8') as file:
-            whole = json.load(file)
-        vocab, merges = whole['model']['vocab'], whole['model'].get('merges', [])
-        # older versions of the library write a merge as one string
-        return vocab, [tuple(pair.split(' ')) if isinstance(pair, str) else tuple(pair) for pair in merges], whole
+            return json.load(file)
     if os.path.isfile(path('vocab.json')) and os.path.isfile(path('merges.txt')):
         with open(path('vocab.json'), encoding='utf-8') as file:
             vocab = json.load(file)
         with open(path('merges.txt'), encoding='utf-8') as file:
             lines = [line.rstrip('\n') for line in file if line.strip() and not line.startswith('#version')]
-        return vocab, [tuple(line.split(' ')) for line in lines], {}
+        return byte_level(vocab, lines, 'gpt-2', [END_OF_TEXT] * (END_OF_TEXT in vocab))
     return None
 
 
-def meta_of(vocab: Any, merges: list, whole: dict) -> Any:
-    """The meta of a tokenizer (see `read`)."""
-    if not isinstance(vocab, dict):  # SentencePiece's pieces with their scores
+def read_end(folder: str) -> str | None:
+    """The name of the end-of-text token in a folder's tokenizer_config.json, or None."""
+    try:
+        with open(os.path.join(folder, FILES[1]), encoding='utf-8') as file:
+            found = json.load(file).get('eos_token')
+    except FileNotFoundError:
+        return None
+    return found['content'] if isinstance(found, dict) else found
+
+
+def byte_level(vocab: dict[str, int], merges: list[str], split: str, special: list[str]) -> dict[str, Any]:
+    """The tokenizer.json of a byte-pair encoding. split: a key of SPLITS; special: names of special tokens."""
+    plain = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
+    return {
+        'version': '1.0',
+        'added_tokens': [{'id': vocab[name], 'content': name, **plain} for name in special],
+        'normalizer': None,
+        'pre_tokenizer': SPLITS[split],
+        'post_processor': None,
+        'decoder': WORDS,
+        'model': {'type': 'BPE', 'vocab': vocab, 'merges': [pair.split(' ') for pair in merges]},
+    }
+
+
+def meta_of(whole: dict[str, Any], end: str | None = None) -> dict[str, Any]:
+    """The meta of a tokenizer.json (see `read`). end: the end-of-text token where there is no END_OF_TEXT."""
+    vocab = whole['model']['vocab']
+    if isinstance(vocab, dict) and (ours := our_own(whole, vocab)):
+        return ours.meta()
+    try:
+        import tokenizers
+
+        fast = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    except Exception:  # the library raises nothing more specific
         return {'tokenizer': NO_TEXT, 'vocab_size': len(vocab)}
+    ids = fast.get_vocab()
+    found = ids.get(END_OF_TEXT, ids.get(end) if end else None)
+    return PublishedTokenizer(fast.to_str(), max(ids.values()) + 1, found).meta()
+
+
+def our_own(whole: dict[str, Any], vocab: dict[str, int]) -> Tokenizer | None:
+    """The tokenizer of ours that encodes as a tokenizer.json with this vocabulary does, or None."""
     pieces, letters = sorted(vocab, key=lambda piece: vocab[piece]), byte_letters()
-    kind, splits = whole.get('model', {}).get('type', 'BPE'), whole.get('pre_tokenizer') or {}
-    in_bytes = not whole or (splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space'))
-    ours: Tokenizer | None = None
+    kind, splits = whole['model'].get('type', 'BPE'), whole.get('pre_tokenizer') or {}
+    # older versions of the library write a merge as one string
+    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in whole['model'].get('merges', [])]
+    in_bytes = splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space')
     if [vocab[piece] for piece in pieces] != list(range(len(pieces))) or whole.get('normalizer'):
-        pass
-    elif kind == 'WordLevel' and splits.get('pattern') == {'Regex': r'[\s\S]'}:
-        ours = CharTokenizer(''.join(pieces)) if all(len(piece) == 1 for piece in pieces) else None
-    elif kind == 'BPE' and in_bytes and not splits.get('use_regex', True):
-        ours = ByteTokenizer() if pieces == ['\0', *letters[1:]] and not merges else None
-    elif kind == 'BPE' and in_bytes and pieces[-1] == END_OF_TEXT:
-        ours = byte_pairs(pieces[:-1], merges, letters)
-    return ours.meta() if ours else {'tokenizer': NO_TEXT, 'vocab_size': len(pieces)}
+        return None
+    if kind == 'WordLevel' and splits.get('pattern') == {'Regex': r'[\s\S]'}:
+        return CharTokenizer(''.join(pieces)) if all(len(piece) == 1 for piece in pieces) else None
+    if kind != 'BPE' or not in_bytes:
+        return None
+    if not splits.get('use_regex', True):
+        return ByteTokenizer() if pieces == ['\0', *letters[1:]] and not merges else None
+    return byte_pairs(pieces[:-1], merges, letters) if pieces[-1] == END_OF_TEXT else None
 
 
 def byte_pairs(pieces: list[str], merges: list, letters: list[str]) -> Tokenizer | None:

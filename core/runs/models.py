@@ -29,7 +29,7 @@ ALWAYS_WRITTEN = (*NANOGPT_ARGS, 'n_latent', 'n_nope', 'n_rope', 'n_value')  # t
 
 def attention_of(model: GPT) -> str:
     """'mha' or 'mla'."""
-    return 'mla' if isinstance(model, MLAGPT) else 'mha'
+    return next(kind for kind, (model_class, _) in reversed(KINDS.items()) if isinstance(model, model_class))
 
 
 def attention_params(model: GPT) -> int:

@@ -17,7 +17,7 @@ import torch
 from core.cli import errors, ranges
 from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
-from core.convert.factorize_rope import collect_turn, to_published_mla
+from core.convert.factorize_rope import collect_inputs, to_published_mla
 from core.runs import models
 from core.runs.checkpoint import OTHER_COPY
 from core.runs.folder import RunFolder
@@ -219,8 +219,8 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
         text = list(training_text(data, count, keys['batch_size']))
         statistics = collect_statistics(model.to(device), text)
         if keys['n_rope'] and model.config.pos == 'rope':
-            turn = collect_turn(model, text)
-            model = to_published_mla(model, statistics, turn, keys['n_latent'], keys['n_rope'])
+            inputs = collect_inputs(model, text)
+            model = to_published_mla(model, statistics, inputs, keys['n_latent'], keys['n_rope'])
         else:
             model = to_mla(model, keys['n_latent'], statistics)
     shape = {'block_size': keys['block_size']}  # a pretrained model can be shortened

@@ -74,15 +74,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Plan:
-    """A model that is only planned: its class and config, and the dtype of its products."""
+    """A model that is only planned: its class and config, the dtype of its products, and the kind of its cache."""
 
-    def __init__(self, model_class: type[GPT], config: GPTConfig, dtype: str = 'bfloat16'):
+    def __init__(self, model_class: type[GPT], config: GPTConfig, dtype: str = 'bfloat16', cache: str = 'float'):
         self.model_class, self.config, self.dtype = model_class, config, dtype
         self.name = label_of(config)  # 'MHA', 'GQA-4', 'MQA' or 'MLA, r=64'
-        self.bytes_each = machine.DTYPES[dtype].itemsize  # of a weight while decoding, and of a cached number
+        self.bytes_each = machine.DTYPES[dtype].itemsize  # of a weight while decoding
         with torch.device('meta'):
             model = model_class(config)
-            self.cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype]).bytes_per_token  # of one sequence
+            self.cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token  # of one sequence
         self.training_flops = model.flops_per_token()
         counts: Counter[str] = Counter()
         for name, parameter in model.named_parameters():

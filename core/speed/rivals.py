@@ -117,17 +117,6 @@ def random_data(folder: str, vocab_size: int, block_size: int, seed: int) -> Non
         tokens.tofile(os.path.join(folder, f'{split}.bin'))
 
 
-def random_words(path: str, size: float, seed: int) -> None:
-    """Write `size` bytes of random words to `path`; their frequencies follow Zipf's law, as those of a language do."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list('etaoinshrdlucmfwypvbgkjqxz'))
-    words = [''.join(rng.choice(letters, length)) for length in rng.integers(1, 12, size=20000)]
-    with open(path, 'w', encoding='utf-8') as file:
-        while file.tell() < size:
-            line = rng.zipf(1.2, size=200000) % len(words)
-            file.write(' '.join(words[i] for i in line) + '\n')
-
-
 # ---- steps to be timed -----------------------------------------------------------------------------------------------
 
 
@@ -251,10 +240,10 @@ class SeparateTraining:
 class Decoding:
     """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
 
-    def __init__(self, model: GPT, batch_size: int, context: int, captured: bool = True):
-        """captured: on a GPU, as a CUDA graph."""
+    def __init__(self, model: GPT, batch_size: int, context: int, captured: bool = True, kind: str = 'float'):
+        """captured: on a GPU, as a CUDA graph. kind: of the cache."""
         self.model, self.context = model, context
-        self.cache = model.init_cache(batch_size, context)
+        self.cache = model.init_cache(batch_size, context, kind=kind)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         self.step: Callable = functools.partial(model, cache=self.cache)
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}

@@ -4,13 +4,11 @@ Measure time and memory: alternating rounds, medians and quartiles, peak memory,
 `device` is 'cpu' or a CUDA device. Nothing here knows a model.
 """
 
-import contextlib
 import gc
 import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,16 +115,6 @@ def peak_bytes(function: Callable[[], Any], device: str = 'cpu') -> int:
     return peak
 
 
-def most_memory(process: subprocess.Popen) -> int | None:
-    """Wait for a subprocess.Popen. Returns its peak memory in bytes, read every 50 ms; None anywhere but on Linux."""
-    most = None
-    while process.poll() is None:
-        with contextlib.suppress(OSError, StopIteration), open(f'/proc/{process.pid}/status', encoding='ascii') as file:
-            most = next(int(line.split()[1]) << 10 for line in file if line.startswith('VmHWM:'))
-        time.sleep(0.05)
-    return most
-
-
 def largest(peak: Callable[[int], Any], most: int) -> tuple[int, Any]:
     """
     The largest size from 1 to `most` for which peak(size) isn't None, and that value; (0, None) where there is none.
@@ -163,9 +151,9 @@ def cpu_name() -> str:
 
 
 def cpu_flops(dtype: str) -> float:
-    """FLOP/s of matrix multiplications on the CPU, measured: the fastest of eight, 2048 x 2048."""
+    """FLOP/s of matrix multiplications on the CPU, measured: the fastest of four, 2048 x 2048."""
     a, b = (torch.ones(2048, 2048, dtype=machine.DTYPES[dtype]) for _ in range(2))
-    return 2 * 2048**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(8))
+    return 2 * 2048**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(4))
 
 
 def cpu_bandwidth() -> float:

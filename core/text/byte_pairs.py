@@ -114,6 +114,17 @@ def byte_level_bpe(
     return fast
 
 
+def word_level(ids: dict[str, int], pattern: str, special_token: str) -> 'tokenizers.Tokenizer':
+    """A tokenizer that cuts text into the matches of a pattern, each with an id. special_token: one of the strings."""
+    import tokenizers
+
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=special_token))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
+    fast.decoder = tokenizers.decoders.Fuse()
+    fast.add_special_tokens([tokenizers.AddedToken(special_token, normalized=False)])
+    return fast
+
+
 def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The merges of a byte-pair encoding in the order of their ranks: for each token, the two tokens that form it."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

@@ -203,7 +203,7 @@ class TextFiles:
     `characters`, all that occur if the tokenizer learns from those. UserError if a file can't be read.
     """
 
-    def __init__(self, files: list[Path], kind: type[Tokenizer], documents: str = 'file') -> None:
+    def __init__(self, files: list[Path], kind: type[Tokenizer] | Tokenizer, documents: str = 'file') -> None:
         self.files, self.kind, self.documents = files, kind, documents
         self.lengths: list[int] = []
         seen = np.zeros(0x110000, dtype=bool)
@@ -261,8 +261,13 @@ def lines(stream: Iterable[str], whole: bool) -> Iterator[Piece]:
         yield rest, whole
 
 
+def learn_from(kind: type[Tokenizer] | Tokenizer, material: Any, vocab_size: int = 0) -> Tokenizer:
+    """A tokenizer of this kind, or this one itself, loaded. material and vocab_size: see Tokenizer.learn."""
+    return (kind if isinstance(kind, Tokenizer) else kind.learn(material, vocab_size)).load()
+
+
 def learn(
-    kind: type[Tokenizer], characters: str, training: Iterable[Piece], size: int, vocab_size: int = 0
+    kind: type[Tokenizer] | Tokenizer, characters: str, training: Iterable[Piece], size: int, vocab_size: int = 0
 ) -> Tokenizer:
     """
     A tokenizer of this kind, loaded; learned, if required, from what the data set holds.
@@ -274,7 +279,7 @@ def learn(
     if kind.learned_from == 'text':
         sample = sample_evenly((text for text, _ in training), size, LEARN_FROM)
         material = tqdm(sample, desc='learning', unit=' texts', unit_scale=True, disable=None)
-    return kind.learn(material, vocab_size).load()
+    return learn_from(kind, material, vocab_size)
 
 
 def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:
@@ -289,6 +294,6 @@ def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:
         position += len(text)
 
 
-def encoding_bar(kind: type[Tokenizer], total: int) -> tqdm:
+def encoding_bar(kind: type[Tokenizer] | Tokenizer, total: int) -> tqdm:
     """A progress bar over `total` characters, or bytes, that are encoded."""
     return tqdm(desc='encoding', total=total, unit='B' if kind.reads_bytes else 'char', unit_scale=True, disable=None)

@@ -54,13 +54,17 @@ def cut_point(text: str, longest: int = LONGEST_RUN) -> int:
     """
     The last index > 0 at which `text` can be cut without a change of its byte-pair encoding, or 0 if there is none.
 
-    That is in front of a space or newline that a visible character follows: there GPT-2's pattern always starts a new
-    word, the text in front of it splits as if it ended there, and merges never cross words. A text of more than
-    `longest` characters without such a place is cut at its end, which can change the encoding of one word.
+    That is in front of a space between two visible characters, or else of such a newline: there the patterns of GPT-2
+    and of later models start a new word, the text in front of it splits as if it ended there, and merges never cross
+    words. (Some put newlines behind punctuation into one word with it.) A text of more than `longest` characters
+    without such a place is cut at its end, which can change the encoding of one word.
     """
-    for i in range(len(text) - 2, 0, -1):
-        if text[i] in ' \n' and not text[i + 1].isspace():
-            return i
+    for space in ' \n':
+        at = text.rfind(space, 1, len(text) - 1)
+        while at > 0:
+            if not text[at + 1].isspace() and not text[at - 1].isspace():
+                return at
+            at = text.rfind(space, 1, at)
     return len(text) if len(text) > longest else 0
 
 
@@ -156,8 +160,9 @@ def write_dataset(
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=f'unfinished-{os.getpid()}-', dir=folder) as beside:
+        for left in folder.glob('unfinished-tokens-*'):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix='unfinished-tokens-', dir=folder) as beside:
             new: dict[str, Path] = {}  # {name: the file that becomes it}
             for split in SPLITS:
                 parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
@@ -187,27 +192,6 @@ def write_dataset(
     except OSError as error:
         raise UserError(f"can't write the data set {folder}: {error.strerror or error}") from error
     return meta
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary folders, and earlier versions' temporary files, that killed processes left in `folder`."""
-    for path in [*folder.glob('unfinished-*-*'), *folder.glob('*.tmp')]:
-        found = re.fullmatch(r'unfinished-(\d+)-.*|.*\.(\d+)\.tmp', path.name)
-        if found and not is_running(int(found[1] or found[2])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """True if a process with this number runs on this machine, or if the operating system doesn't say."""
-    if os.name == 'nt':
-        return True  # os.kill would send a signal there
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class GrowingSplit:

@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 from core.cli.arguments import names
 from core.cli.errors import UserError, notice, output
+from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
-from core.text.tokenizer import kind_to_prepare
 from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ suffixes = '.py'  # which of their files to read
 megabytes = 0  # read at most so many megabytes (10^6 bytes) of files, the same ones each time; 0: all
 name = 'code'  # the data set is written to data/NAME; train with --dataset=NAME
 out_dir = ''  # write to this folder instead of data/NAME
-tokenizer = 'byte'  # char, byte, bpe or gpt2
+tokenizer = 'byte'  # char, byte, bpe, gpt2 or a folder with a tokenizer.json
 vocab_size = 0  # bpe: number of ids; 0: 4096
 val_fraction = 0.1  # the chance of a file to be in the validation split
 split_seed = 1337  # decides which files those are, and which ones --megabytes takes

@@ -43,9 +43,10 @@ from tqdm import tqdm
 
 from core.cli.errors import UserError, notice, output
 from core.cli.files import write_json
+from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
 from core.text.meta import SPLITS, token_dtype
-from core.text.tokenizer import kind_to_prepare, load_tokenizer
+from core.text.tokenizer import load_tokenizer
 from core.text.write_dataset import CHUNK, GrowingSplit, batches, chunks, in_order, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ suffixes = '.parquet,.jsonl,.jsonl.gz'  # which files of a folder to read
 column = 'text'  # the column, or the JSON key, with the text of a document
 name = ''  # the data set is written to data/NAME; train with --dataset=NAME; '': the hub's NAME
 out_dir = ''  # write to this folder instead of data/NAME
-tokenizer = 'gpt2'  # gpt2, bpe or byte
+tokenizer = 'gpt2'  # gpt2, bpe, byte or a folder with a tokenizer.json
 vocab_size = 0  # bpe: number of ids; 0: 4096
 tokens = 1_000_000_000_000  # stop after so many training tokens; these would be 2 TB
 shard_tokens = 2_000_000_000  # more training tokens than this are written to several files of this size; 0: one file
@@ -298,7 +299,9 @@ try:
         encoder = load_tokenizer(progress['encoder'])
     else:
         text = learning_text(stream) if kind.learned_from else None
-        encoder = kind.learn(text and tqdm(text, desc='learning', unit=' texts', disable=None), vocab_size).load()
+        encoder = text_files.learn_from(
+            kind, text and tqdm(text, desc='learning', unit=' texts', disable=None), vocab_size
+        )
     dtype = token_dtype(encoder.n_vocab)
     folder.mkdir(parents=True, exist_ok=True)
     growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}

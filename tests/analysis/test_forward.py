@@ -22,7 +22,7 @@ def test_patterns_times_values_are_the_layers_output(variant):
 
     with torch.no_grad():
         for visit in (check, None):
-            hidden = forward.run(model, forward.embed(model, tokens), visit=visit)
+            hidden = forward.run(model, tokens, visit=visit)
             torch.testing.assert_close(hidden, model.hidden(tokens), atol=1e-12, rtol=0)
 
 
@@ -30,7 +30,7 @@ def test_a_run_that_starts_in_the_middle_gives_the_same_output():
     model, tokens = random_model('mla', n_layer=3), torch.arange(20)[None]
     with torch.no_grad():
         x, rope = forward.embed(model, tokens), forward.rope_of(model, 20)
-        later = forward.run(model, model.transformer.h[0](x, rope), start=1)
+        later = forward.run(model, tokens, model.transformer.h[0](x, rope), start=1)
         torch.testing.assert_close(later, model.hidden(tokens), atol=1e-12, rtol=0)
 
 
@@ -106,8 +106,7 @@ def test_heads_are_replaced_by_their_mean_over_sequences(variant):
             z[:, 0], z[:, 2] = z[:, 0].mean(0), z[:, 2].mean(0)
         return z
 
-    x = forward.embed(model, tokens)
-    got, wanted = (forward.run(model, x, edit=change) for change in (edit, by_hand))
-    assert (got - wanted).abs().max() < 1e-12 and (got - forward.run(model, x)).abs().max() > 1e-3
+    got, wanted = (forward.run(model, tokens, edit=change) for change in (edit, by_hand))
+    assert (got - wanted).abs().max() < 1e-12 and (got - forward.run(model, tokens)).abs().max() > 1e-3
     losses = forward.text_losses(model, tokens, batch_size=2, edit=edit)
     assert not np.allclose(losses, forward.text_losses(model, tokens))

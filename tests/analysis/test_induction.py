@@ -184,7 +184,7 @@ def test_random_control_heads_come_from_the_same_layers():
 def test_the_loss_on_repeats_counts_predictable_tokens_only():
     model, these = random_model('mha'), induction.repeated_sequences(4, 8, np.arange(39), bos=39, seed=1)
     with torch.no_grad():
-        hidden = forward.run(model, forward.embed(model, these.tokens))
+        hidden = forward.run(model, these.tokens)
         losses = induction.repeat_losses(model, hidden, these)
     # [BOS] x x: the first token of the second copy is not predictable, the other seven are
     np.testing.assert_allclose(losses, forward.text_losses(model, these.tokens)[:, 9:], rtol=1e-5)

@@ -34,7 +34,7 @@ def test_moments_are_those_of_the_latent():
     def collect(layer, a):
         seen.append(latent.content_latent(model.transformer.h[layer].attn, a.normed, rope).flatten(0, 1))
 
-    forward.run(model, forward.embed(model, these.tokens), visit=collect)
+    forward.run(model, these.tokens, visit=collect)
     mean, covariance = latent.latent_moments(model, these, batch_size=4)[1]
     torch.testing.assert_close(mean, seen[1].mean(0), atol=1e-10, rtol=0)
     torch.testing.assert_close(covariance, torch.cov(seen[1].T, correction=0), atol=1e-10, rtol=0)
@@ -43,13 +43,12 @@ def test_moments_are_those_of_the_latent():
 def test_latent_directions_of_the_planted_model_serve_keys_or_values():
     model, these = planted('mla'), repeats()
     base = induction.head_scores(model, these)['repeat_loss'].mean()
-    x, zero = forward.embed(model, these.tokens), torch.zeros(48)
-    directions = torch.eye(48)
+    zero, directions = torch.zeros(48), torch.eye(48)
     losses = {}
     for path in ('keys', 'values'):
         for name, part in (('matching', slice(0, V)), ('copying', slice(V, 2 * V))):
             changed = latent.without_directions(1, directions[:, part], zero, path)
-            hidden = forward.run(model, x, qkv=changed)
+            hidden = forward.run(model, these.tokens, qkv=changed)
             losses[path, name] = induction.repeat_losses(model, hidden, these).mean().item()
     assert losses['keys', 'copying'] == pytest.approx(base, abs=1e-5)
     assert losses['values', 'matching'] == pytest.approx(base, abs=1e-5)
@@ -87,5 +86,5 @@ def test_content_and_position_add_up_to_the_logit():
                 rows.append(logits[n, :, i, j] - logits[n, :, i, : i + 1].mean(-1))
         whole.append(torch.stack(rows).view(4, 8, -1).mean(1))
 
-    forward.run(model, forward.embed(model, these.tokens), visit=add)
+    forward.run(model, these.tokens, visit=add)
     np.testing.assert_allclose(parts['content'] + parts['position'], torch.stack(whole, 1), atol=1e-5)

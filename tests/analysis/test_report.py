@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def test_cells_show_a_mean_with_its_interval_or_its_range():
 
 def test_packed_patterns_are_the_patterns_to_a_255th():
     pattern = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)).tril()
-    packed = np.frombuffer(base64.b64decode(report.packed_patterns(pattern)), np.uint8).reshape(2, 3, -1)
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(report.packed_patterns(pattern))), np.uint8).reshape(
+        2, 3, -1
+    )
     for i in range(7):  # row by row, as the page reads them
         row = packed[..., i * (i + 1) // 2 : (i + 1) * (i + 2) // 2]
         np.testing.assert_allclose(row / 255, pattern[..., i, : i + 1], atol=0.5 / 255 + 1e-6)
@@ -46,7 +49,7 @@ def test_packed_patterns_are_the_patterns_to_a_255th():
 
 def test_a_token_can_not_end_the_pages_script():
     tokens = ['</script><script>alert(1)</script>', '<!--', 'a;\nb', '__DATA__']
-    model = dict(name='m', layers=1, heads=1, scores=np.zeros((1, 1)), called=np.zeros((1, 1), bool),
+    model = dict(name='m', layers=1, heads=1, scores=dict(induction=np.zeros((1, 1))), called={},
                  sequences=[dict(title='t', tokens=tokens, data='')])  # fmt: skip
     page = report.page([model])
     assert page.count('</script>') == 1 and '<!--' not in page.split('const MODELS')[1]

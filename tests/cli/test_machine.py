@@ -1,12 +1,10 @@
 """core/cli/machine.py: which device and dtype 'auto' becomes, and what processes agree on."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support import forking
 from support.fake_cuda import FakeCuda
-from support.training import ROOT, environment, torchrun
+from support.training import torchrun
 
 from core.cli import machine
 from core.cli.errors import UserError
@@ -99,17 +97,15 @@ def in_two_processes(program, tmp_path):
     """The lines that two processes `say` which torchrun starts with `program`, after PREPARE: a set."""
     script = tmp_path / 'program.py'
     script.write_text(PREPARE + program + '\nranks.exit()\n')
-    done = subprocess.run(
-        [sys.executable, *torchrun(2), script], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=dict(environment(), PYTHONPATH=str(ROOT)),
-    )  # fmt: skip
+    done = forking.run('-m', [*torchrun(2)[1:], script], 240)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split('\n')) - {''}
 
 
 PREPARE = """
-import os
+import os, sys
 import torch
+sys.path.insert(0, os.getcwd())
 from core.cli import machine
 from core.runs import processes
 from model_mla import MLAGPT, MLAConfig
@@ -199,5 +195,5 @@ print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()
 
 
 def test_denormal_numbers_are_zero_in_every_thread():
-    done = subprocess.run([sys.executable, '-c', DENORMALS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forking.run('-c', [DENORMALS])
     assert done.stdout == '0 10\n', done.stderr

@@ -1,12 +1,10 @@
 """The scripts on Apple's GPUs, pretended on a CPU: none needs float64 there, or an operand on another device."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support import forking
 from support.pretended_mps import PretendedMPS
-from support.training import COMMON, ROOT, environment, log_of
+from support.training import COMMON, ROOT, log_of
 
 PROGRAM = ROOT / 'tests' / 'support' / 'pretended_mps.py'
 
@@ -14,9 +12,7 @@ PROGRAM = ROOT / 'tests' / 'support' / 'pretended_mps.py'
 def on_mps(script, **keys):
     """The stdout of a script with device='mps' and these keys."""
     arguments = [f'--{key}={value}' for key, value in dict(keys, device='mps').items()]
-    done = subprocess.run(
-        [sys.executable, PROGRAM, script, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment()
-    )
+    done = forking.run(PROGRAM, [script, *arguments])
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,12 +2,11 @@
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from support import ROOT
+from support import ROOT, forking
 
 from core.cli import subprocesses
 from core.cli.errors import UserError
@@ -85,8 +84,8 @@ def test_a_signal_stops_the_subprocesses_in_order(how, tmp_path):
     """A training that a study has started saves, and the study waits for that; nothing keeps running."""
     (tmp_path / 'child.py').write_text(CHILD)
 
-    process = subprocess.Popen([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}){PARENT}', how],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    command = [forking.interpreter(), '-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}){PARENT}', how]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     logs = [tmp_path / f'run{n}' / 'log.txt' for n in range(2)]
     if how == 'one':
         assert process.stdout.readline() == 'running\n'

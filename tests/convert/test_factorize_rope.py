@@ -8,10 +8,19 @@ from support.models import assert_close
 from test_factorize import batches, logits, trained_like
 
 from core.convert.factorize import collect_statistics, to_mla
-from core.convert.factorize_rope import RotatedLayer, as_complex, as_real, collect_turn, to_published_mla
+from core.convert.factorize_rope import (
+    RotatedLayer,
+    Scores,
+    as_complex,
+    as_real,
+    collect_inputs,
+    from_rotated,
+    to_published_mla,
+)
 from core.text.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, rope_table
 from model_mla import MLAGPT
+from ops import kernels
 from ops.kernels import repeat_heads
 
 C, d = 32, 8
@@ -59,15 +68,28 @@ def test_other_shapes_without_rotations_are_exact_at_full_rank(changes, text):
     assert_close(logits(mla, batches()[0]), logits(model, batches()[0]))
 
 
+def published(model, n_latent=0, n_rope=0, text=None):
+    """The published shape, from statistics and scores on some text."""
+    text = batches() if text is None else text
+    return to_published_mla(model, collect_statistics(model, text), collect_inputs(model, text), n_latent, n_rope)
+
+
+def turned(model, turn, n_latent, n_rope):
+    """The same with a given mean turn (d/2,) for all layers, and no factors that are fitted to text."""
+    statistics = collect_statistics(model, batches())
+    rotated = [RotatedLayer(block, own, turn) for block, own in zip(model.transformer.h, statistics, strict=True)]
+    return from_rotated(model, rotated, None, n_latent, n_rope)
+
+
 def test_gqa_keeps_the_size_of_its_cache_by_default_and_mha_half_of_n_embd():
     for shape, size in (('gqa', C), ('mqa', 2 * d), ('mha', C // 2)):
         assert to_mla(rotated(shape)).config.n_latent == size
 
 
 def test_a_converted_model_decodes_with_its_cache_as_without():
-    for convert in (lambda m, s, t: to_mla(m, 12, s), lambda m, s, t: to_published_mla(m, s, t, 12)):
+    for convert in (lambda m: to_mla(m, 12, collect_statistics(m, batches())), lambda m: published(m, 12)):
         model, idx = rotated('gqa'), batches(1)[0]
-        mla = convert(model, collect_statistics(model, batches()), collect_turn(model, batches()))
+        mla = convert(model)
         cache = mla.init_cache(len(idx))
         with torch.no_grad():
             steps = [mla(idx[:, i : i + 1], cache=cache)[0] for i in range(idx.size(1))]
@@ -81,7 +103,7 @@ def test_a_converted_model_decodes_with_its_cache_as_without():
 def test_mqa_is_the_published_shape_exactly(shape):
     """Its one key becomes the shared one, whole; the latent holds nothing but its d values."""
     model = rotated(shape)
-    mla = to_published_mla(model, collect_statistics(model, batches()), collect_turn(model, batches()), d, d)
+    mla = published(model, d, d)
     assert mla.init_cache(1).bytes_per_token == model.init_cache(1).bytes_per_token
     for idx in batches(2, seed=7):
         assert (logits(mla, idx) - logits(model, idx)).abs().max() < 1e-10 * logits(model, idx).abs().max()
@@ -93,7 +115,7 @@ def test_scores_are_exact_at_the_distance_that_content_keys_are_turned_for(shape
     """What stays rotated is right at any distance, and the rest at this one; the latent loses nothing at n_embd."""
     model, distance, idx = rotated(shape), 3, batches(1, seed=7)[0]
     turn = torch.complex(*rope_table(d, 16, model.config.rope_theta).double()[:, distance])
-    mla = to_published_mla(model, collect_statistics(model, batches()), turn, C, n_rope)
+    mla = turned(model, turn, C, n_rope)
     with torch.no_grad():
         x = model.transformer.h[0].ln_1(model.transformer.wte(idx))
         scores = []
@@ -116,7 +138,7 @@ def test_frequencies_that_stay_are_those_that_matter():
             for block in model.transformer.h:
                 for part in block.attn.c_attn.weight[:64].unflatten(0, (8, 8)), block.attn.c_attn.bias[:64].view(8, 8):
                     part[:, used.start : used.stop] *= 100
-        mla = to_published_mla(model, collect_statistics(model, batches()), torch.zeros(4).cdouble(), 16, 4)
+        mla = turned(model, torch.zeros(4).cdouble(), 16, 4)
         assert mla.config.rope_theta == pytest.approx(theta)
 
 
@@ -125,9 +147,7 @@ def test_a_frequency_whose_turn_is_known_need_not_stay(turn, theta):
     """Where all keys are equally far away, the constant turn is right: frequencies 0 and 2 stay, or 0 and 1."""
     model = rotated('mha')
     turn = torch.tensor(turn).to(torch.complex128)
-    assert to_published_mla(
-        model, collect_statistics(model, batches()), turn, 16, 4
-    ).config.rope_theta == pytest.approx(theta)
+    assert turned(model, turn, 16, 4).config.rope_theta == pytest.approx(theta)
 
 
 def test_the_shared_key_is_that_of_the_heads_that_ask_for_it():
@@ -138,7 +158,7 @@ def test_the_shared_key_is_that_of_the_heads_that_ask_for_it():
         for rows in block.attn.c_attn.weight, block.attn.c_attn.bias:
             rows[: 2 * d] *= 1e-8
             rows[C : C + d] *= 100
-    mla = to_published_mla(model, collect_statistics(model, batches()), torch.zeros(d // 2).cdouble(), C, d)
+    mla = turned(model, torch.zeros(d // 2).cdouble(), C, d)
     with torch.no_grad():
         x = block.ln_1(model.transformer.wte(idx))
         q, k, _ = block.attn.qkv(x, model.rope)
@@ -153,6 +173,24 @@ def test_complex_rows_and_back():
     assert torch.equal(as_real(as_complex(rows)), rows)
 
 
+def scores_of(model, layer=0):
+    block = model.transformer.h[layer]
+    return Scores(block.attn, collect_inputs(model, batches())[layer], model.rope)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_scores_on_text_are_those_of_the_model(shape):
+    model = rotated(shape)
+    x, attention = collect_inputs(model, batches())[1], model.transformer.h[1].attn
+    assert x.shape == (32, 16, C)
+    with torch.no_grad():
+        q, k, _ = attention.qkv(x, model.rope)
+        exact = attention.scale * q @ repeat_heads(k, 4).mT
+    found = scores_of(model, 1)
+    assert_close(found.targets, exact)
+    assert_close(found.attention, exact.masked_fill(~torch.ones(16, 16).tril().bool(), -torch.inf).softmax(-1))
+
+
 def test_the_turn_is_the_mean_over_the_distances_that_are_attended_to():
     """Heads that attend evenly: the mean over all pairs of a query and a key that it sees."""
     model = rotated('gqa')
@@ -160,10 +198,35 @@ def test_the_turn_is_the_mean_over_the_distances_that_are_attended_to():
         for block in model.transformer.h:
             block.attn.c_attn.weight[:C] = 0
             block.attn.c_attn.bias[:C] = 0
-    angles = torch.arange(16)[:, None] - torch.arange(16)
+    angles, found = torch.arange(16)[:, None] - torch.arange(16), scores_of(model).mean_turn()
     for i, frequency in enumerate(10000.0 ** (-torch.arange(0, d, 2) / d)):
         even = torch.stack([torch.exp(1j * frequency * angles[t, : t + 1]).mean() for t in range(16)]).mean()
-        assert abs(collect_turn(model, batches())[i] - even) < 1e-5
+        assert abs(found[i] - even) < 1e-5
+
+
+def test_fitted_factors_are_those_that_the_scores_were_made_with():
+    """Scores of content and of one rotated pair, with other factors for each head, are found again to the ridge."""
+    model = rotated('gqa')
+    scores, kept = scores_of(model), torch.tensor([0])
+    layer = RotatedLayer(model.transformer.h[0], collect_statistics(model, batches())[0], torch.zeros(4).cdouble())
+    generator = torch.Generator().manual_seed(3)
+    content, rotary = (torch.randn(4, n, dtype=torch.complex128, generator=generator) for n in (4, 1))
+    shared, queries, keys = layer.split(kept, content, rotary)
+    x = torch.nn.functional.pad(collect_inputs(model, batches())[0], (0, 1), value=1.0)
+    q = (x[:, None] @ queries.mT).unflatten(-1, (-1, 2))
+    q = torch.view_as_complex(q.contiguous())
+    k = torch.view_as_complex((x[:, None] @ keys.mT).unflatten(-1, (-1, 2)).contiguous())
+    z = torch.view_as_complex((x @ shared.mT).unflatten(-1, (-1, 2)).contiguous())[:, None] * scores.turn[:, kept]
+    scores.targets = scores.scale * (q[..., :4] @ k.mH + (q[..., 4:] * scores.turn[:, kept]) @ z.mH).real
+    for found, true in zip(layer.fitted(kept, scores), (content, rotary), strict=True):
+        assert (found - true).abs().max() < 0.05 * true.abs().max()
+
+
+def test_inputs_are_of_evenly_spaced_windows(monkeypatch):
+    model, text = rotated('mha'), batches()
+    whole = collect_inputs(model, text)[0]
+    monkeypatch.setattr('core.convert.factorize_rope.FIT_TOKENS', 256)
+    assert_close(collect_inputs(model, text)[0], whole[::2])
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -202,33 +265,59 @@ def test_text_says_which_directions_matter(trained):
         assert 0 < rise(model, to_mla(model, n_latent, statistics), windows) < 0.9 * weights
 
 
-def test_text_says_how_far_back_heads_look(trained):
-    """Content keys turned by the mean of what is attended to lose less than keys that aren't turned at all."""
+def test_text_says_which_errors_matter(trained):
+    """Errors of keys by the queries' energies and of values by W_O, and not all alike."""
     model, text, windows = trained
-    statistics, turn = collect_statistics(model, text), collect_turn(model, text)
-    measured, none = (rise(model, to_published_mla(model, statistics, t, 64, 16), windows) for t in (turn, turn**0))
-    assert 0 < measured < 0.9 * none
-    layer = RotatedLayer(model.transformer.h[0], statistics[0], turn)
-    assert (layer.saved > 0).all()
+    statistics = collect_statistics(model, text)
+    plain = to_mla(model, 24, statistics, balance=False)
+    assert 0 < rise(model, to_mla(model, 24, statistics), windows) < 0.95 * rise(model, plain, windows)
+
+
+def pattern_error(model, mla, x):
+    """The mean of how much attention the first layer gives to other keys, on inputs x (N, T, C)."""
+    patterns = []
+    for each in (model, mla):
+        attention = each.transformer.h[0].attn
+        q, k, _ = attention.qkv(x, each.rope)
+        patterns.append(kernels.attention_pattern(q, repeat_heads(k, 4), attention.scale))
+    return (patterns[0] - patterns[1]).abs().sum(-1).mean().item() / 2
+
+
+def test_text_says_how_far_back_heads_look_and_what_is_left_to_each(trained):
+    """Content keys turned by the mean of what is attended to lose less than others; fitted patterns are closer."""
+    model, text, windows = trained
+    statistics, inputs = collect_statistics(model, text), collect_inputs(model, text)
+    scores = [Scores(block.attn, x, model.rope) for block, x in zip(model.transformer.h, inputs, strict=True)]
+    converted = []
+    for power in (0, 1):
+        turns = [score.mean_turn() ** power for score in scores]
+        layers = [RotatedLayer(*layer) for layer in zip(model.transformer.h, statistics, turns, strict=True)]
+        converted.append(from_rotated(model, layers, None, 64, 8))
+    assert (layers[0].saved > 0).all()
+    assert 0 < rise(model, converted[1], windows) < 0.9 * rise(model, converted[0], windows)
+    with torch.no_grad():
+        x = model.transformer.h[0].ln_1(model.transformer.wte(windows[:, :-1]))
+        plain, fitted = (pattern_error(model, mla, x) for mla in (converted[1], published(model, 64, 8, text)))
+    assert 0 < fitted < plain
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line():
-    statistics, turn = collect_statistics(rotated('mha'), batches()), torch.ones(d // 2).cdouble()
+    statistics, inputs = collect_statistics(rotated('mha'), batches()), collect_inputs(rotated('mha'), batches())
     refused = [
         (lambda: to_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
         (lambda: to_mla(to_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
         (lambda: to_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
         (lambda: to_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
-        (lambda: to_published_mla(to_mla(rotated('mha')), statistics, turn), 'only a GPT with multi-head attention'),
-        (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, turn), 'rotates 4 of the 8 dimensions'),
-        (lambda: to_published_mla(trained_like(), statistics, turn), "pos='learned' and no rotations to keep"),
-        (lambda: to_published_mla(rotated('mha'), statistics[:1], turn), '1 layers of statistics'),
-        (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=3), 'n_rope=3 must be an even number'),
-        (lambda: to_published_mla(rotated('mha'), statistics, turn, n_rope=10), 'from 2 to the head size, 8'),
-        (lambda: collect_turn(rotated('mha'), []), 'there is no text'),
+        (lambda: to_published_mla(to_mla(rotated('mha')), statistics, inputs), 'only a GPT with multi-head attention'),
+        (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, inputs), 'rotates 4 of the 8 dimensions'),
+        (lambda: to_published_mla(trained_like(), statistics, inputs), "pos='learned' and no rotations to keep"),
+        (lambda: to_published_mla(rotated('mha'), statistics[:1], inputs), '1 layers of statistics'),
+        (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=3), 'n_rope=3 must be an even number'),
+        (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=10), 'from 2 to the head size, 8'),
+        (lambda: collect_inputs(rotated('mha'), []), 'there is no text'),
     ]
     for convert, message in refused:
         with pytest.raises(ValueError, match=message) as error:

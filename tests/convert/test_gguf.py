@@ -1,17 +1,20 @@
 """GGUF files of Llama's shape: written here and read back, read by transformers, and run by llama.cpp where it is."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from support.native import BLOCK, IDX, VOCAB, logit_difference, our_llama, their_llama
+from support.native import BLOCK, IDX, VOCAB, byte_pairs_of_digits, foreign, logit_difference, our_llama
 from transformers import LlamaForCausalLM
 
 from core.cli.errors import UserError
-from core.convert import gguf_file
+from core.convert import gguf_file, hf_tokenizer
 from core.runs import models
 from core.text.byte_pairs import learn_bpe
-from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 CHARS = "\n $abcdefghijklmnopqrstuvwxyz.,;:!?\u00e9-'"
 TOKENIZERS = {
@@ -60,44 +63,6 @@ def test_transformers_reads_the_file_as_our_model(tied, tmp_path):
     assert logit_difference(model, theirs) < 1e-5
 
 
-def foreign(file, keys=(), tensors=(), arch='llama', quantized=None, without=()):
-    """A GGUF file of a Llama of transformers, as a converter writes it, with further keys and tensors."""
-    theirs = their_llama(intermediate_size=64, hidden_size=64, num_attention_heads=4, rms_norm_eps=1e-6)
-    config, state = theirs.config, theirs.state_dict()
-    writer = gguf.GGUFWriter(str(file), arch)
-    sizes = {'block_count': 3, 'context_length': BLOCK, 'embedding_length': 64, 'feed_forward_length': 64,
-             'attention.head_count': 4, 'attention.head_count_kv': 2, 'rope.dimension_count': 16}  # fmt: skip
-    for key, value in sizes.items():
-        if key not in without:
-            writer.add_uint32(f'{arch}.{key}', value)
-    writer.add_float32(f'{arch}.attention.layer_norm_rms_epsilon', config.rms_norm_eps)
-    for key, value in keys:
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    for name, tensor in state.items():
-        for part, heads in (('q_proj', 4), ('k_proj', 2)):
-            if part in name:
-                tensor = tensor.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(tensor.shape)
-        values = tensor.numpy()
-        if quantized and tensor.dim() == 2:
-            packed = gguf.quants.quantize(values, quantized)
-            writer.add_tensor(gguf_file.own_name(name), packed, raw_dtype=quantized)
-            state[name] = torch.tensor(gguf.quants.dequantize(packed, quantized))
-        else:
-            writer.add_tensor(gguf_file.own_name(name), values)
-    for name, values in tensors:
-        writer.add_tensor(name, values)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    quantities = {name: value for name, value in state.items() if quantized and value.dim() == 2}
-    for name in quantities:  # back from what the numbers stand for
-        for part, heads in (('q_proj', 4), ('k_proj', 2)):
-            if part in name:
-                state[name] = state[name].reshape(heads, -1, 2, 64).swapaxes(1, 2).reshape(state[name].shape)
-    theirs.load_state_dict(state)
-    return theirs
-
-
 @pytest.mark.parametrize('kind', [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1,
                                   gguf.GGMLQuantizationType.BF16], ids=str)  # fmt: skip
 def test_a_file_of_another_maker_gives_its_logits(kind, tmp_path):
@@ -139,6 +104,30 @@ def test_a_damaged_file_is_refused(tmp_path):
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="model.gguf' can't be loaded"):
             models.pretrained(str(file))
+
+
+def test_byte_pairs_of_another_maker_encode_text_and_are_written_again(tmp_path):
+    fast = byte_pairs_of_digits()
+    theirs = foreign(tmp_path / 'model.gguf', tokenizer=fast, quantized=gguf.GGMLQuantizationType.Q4_1)
+    ours, saved = models.pretrained(str(tmp_path / 'model.gguf'))
+    assert logit_difference(ours.eval(), theirs) < 1e-5
+    tokenizer = load_tokenizer(saved['tokenizer'])
+    text = 'the 17  cats<|endoftext|>'
+    assert tokenizer.encode(text, special=True) == fast.encode(text).ids != tokenizer.encode(text)
+    assert (
+        tokenizer.end_of_text == fast.token_to_id('<|endoftext|>') and tokenizer.decode(tokenizer.encode(text)) == text
+    )
+    gguf_file.write(str(tmp_path / 'again.gguf'), ours.config, ours.state_dict(), tokenizer, 'again')
+    assert models.pretrained(str(tmp_path / 'again.gguf'))[1]['tokenizer'] == saved['tokenizer']
+
+
+def test_byte_pairs_that_a_file_has_no_name_for_are_refused_in_one_line(tmp_path):
+    fast = byte_pairs_of_digits()
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = load_tokenizer(hf_tokenizer.meta_of(json.loads(fast.to_str())))
+    model = our_llama(vocab_size=tokenizer.n_vocab)
+    with pytest.raises(UserError, match='use --format=hf'):
+        gguf_file.write(str(tmp_path / 'model.gguf'), model.config, model.state_dict(), tokenizer, 'tiny')
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)

@@ -105,7 +105,7 @@ def furnish(place, repository):
     letters = {i: letter for i, letter in enumerate('abcdefghijkl')}
     content = {'vocab_size': 12, 'itos': letters, 'stoi': {letter: i for i, letter in letters.items()}}
     (place / 'data' / 'nano' / 'meta.pkl').write_bytes(pickle.dumps(content))
-    study = json.loads((ROOT / 'assets' / 'induction_study.json').read_text())
+    study = json.loads((ROOT / 'assets' / 'induction_repeats.json').read_text())
     study['runs'] = [run for run in study['runs'] if run['seed'] < 1339 and run['n_latent'] in (0, 16)]
     (place / 'study.json').write_text(json.dumps(study))
     for name, ms in (('before', 2.0), ('after', 2.1)):
@@ -137,7 +137,7 @@ NEW = ['{place}/out', '{place}/out/deep/er', '{place}/out $x$', '{place}/out\u4e
 OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/config.py/x', '{place}/out\x1b[31m',
            '{place}/out\udcff', '{place}/' + 'a' * 300, '{place}/' + 'b/' * 2500, '/proc/nowhere', '/dev/null', '',
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
-WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'results', 'profile')
+WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'table', 'profile')
 READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files',
         'text', 'nanogpt', 'start', 'prose')  # fmt: skip
 VALID = {
@@ -164,7 +164,7 @@ LEFT_OUT = dict.fromkeys(
     ('compile', 'wandb_log', 'download', 'huggingface', 'full', 'convert'), ('true', 'yes', '1', 'on')
 )
 LEFT_OUT |= {
-    'mode': ('data', 'train', 'sample'),
+    'mode': ('train', 'sample'),
     'follow': tuple(map(str, range(1, 17))),
     'input': ('/', '..', '{place}', ''),
     'reuse': ('',),

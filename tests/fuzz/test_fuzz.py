@@ -2,8 +2,8 @@
 2,000 random command lines and 500 damaged files against all scripts: each succeeds, or ends within a minute in one line
 and exit code 2 (bench.py's comparison: 1), and then has changed nothing. A case is a function of its number.
 
-A tenth of them runs by default, all with FUZZ=1 (pytest -n 2 tests/fuzz/test_fuzz.py: 150 s on two cores). To repeat
-one: FUZZ_CASE='line 1234' or FUZZ_CASE='damage 56', which prints what the script said.
+A twentieth of them runs by default, all with FUZZ=1 (pytest -n 2 tests/fuzz/test_fuzz.py: 150 s on two cores). To
+repeat one: FUZZ_CASE='line 1234' or FUZZ_CASE='damage 56', which prints what the script said.
 """
 
 import os
@@ -16,7 +16,7 @@ ALL = bool(os.environ.get('FUZZ'))
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='forking.py needs os.fork')]
 ONE = os.environ.get('FUZZ_CASE')
 CHUNK = 25
-CASES = [('line', n) for n in range(2000 if ALL else 200)] + [('damage', n) for n in range(500 if ALL else 50)]
+CASES = [('line', n) for n in range(2000 if ALL else 100)] + [('damage', n) for n in range(500 if ALL else 25)]
 CHUNKS = [CASES[i : i + CHUNK] for i in range(0, len(CASES), CHUNK)]
 if ONE:
     CHUNKS = [[(ONE.split()[0], int(ONE.split()[1]))]]

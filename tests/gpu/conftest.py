@@ -1,7 +1,8 @@
 """
 The tests of this folder run where there is a CUDA GPU, and are skipped elsewhere.
 
-REHEARSE_GPU=1 runs them on the CPU, all but those that need what only CUDA has: it shows that the tests run.
+REHEARSE_GPU=1 runs those on the CPU that don't need what only CUDA has, each with its first parameters: it shows that
+they run.
 """
 
 import os
@@ -14,11 +15,14 @@ REHEARSAL = bool(os.environ.get('REHEARSE_GPU')) and not torch.cuda.is_available
 
 
 def pytest_collection_modifyitems(items):
+    rehearsed = set()
     for item in items:
         if Path(__file__).parent not in item.path.parents or torch.cuda.is_available():
             continue
-        if not REHEARSAL or item.get_closest_marker('cuda'):
+        if not REHEARSAL or item.get_closest_marker('cuda') or item.function in rehearsed:
             item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+        else:
+            rehearsed.add(item.function)
 
 
 @pytest.fixture(params=['0', pytest.param('1', marks=pytest.mark.cuda)])

@@ -20,6 +20,7 @@ def test_bfloat16_learns_as_float32_does(attention, data_dir, tmp_path):
     assert exact != rounded and float(rounded[-1]) < float(rounded[0]) - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='needs a C++ compiler')
 def test_a_compiled_model_learns_as_an_eager_one_does(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))

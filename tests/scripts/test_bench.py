@@ -10,7 +10,7 @@ from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--rounds=2', '--device=cpu', '--threads=1']
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--rounds=1', '--device=cpu', '--threads=1']
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 
@@ -76,13 +76,23 @@ def test_int8_is_timed_beside_float(tmp_path):
     assert share and int(share[1]) <= 100  # of the bandwidth
 
 
-LIMITED = (*forking.MODULES, 'support.limited_memory')
+def test_a_cache_in_few_bits_is_timed_beside_float(tmp_path):
+    keys = ['--contexts=8', '--batch_sizes=1', '--new_tokens=0', '--n_latents=16', '--uncached_tokens=0']
+    bench('--mode=sample', *keys, '--cache=int4', f'--json={tmp_path}/a.json', f'--plot={tmp_path}/a.png')
+    sizes = {name: row['bytes_per_token'] for name, row in timed(tmp_path / 'a.json').items()}
+    # two heads of 16 numbers, keys and values: 8 bytes and a scale each; a latent of 16 the same
+    assert sizes == {'MHA': 256, 'MLA, r=16': 64, 'MHA, int4 cache': 4 * 10, 'MLA, r=16, int4 cache': 10}
+
+
+def with_little_memory(*arguments):
+    """The finished process of bench.py on the GPU that support/limited_memory.py pretends."""
+    program = "import runpy, support.limited_memory; runpy.run_path('bench.py', run_name='__main__')"
+    return forking.run('-c', [program, *TINY, *arguments])
 
 
 def test_a_model_whose_cache_does_not_fit_is_named_and_the_others_are_timed(tmp_path):
     keys = ['--contexts=8,16', '--batch_sizes=1,2', '--n_latents=16', '--new_tokens=0', '--uncached_tokens=0']
-    arguments = [*TINY, '--mode=sample', *keys, f'--json={tmp_path}/a.json', f'--plot={tmp_path}/a.png']
-    done = forking.run('bench.py', arguments, modules=LIMITED)
+    done = with_little_memory('--mode=sample', *keys, f'--json={tmp_path}/a.json', f'--plot={tmp_path}/a.png')
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / 'a.json').read_text())['steps']
     lacking = {(row['name'], row['batch_size'], row['context']) for row in rows if 'out_of_memory' in row}
@@ -93,7 +103,7 @@ def test_a_model_whose_cache_does_not_fit_is_named_and_the_others_are_timed(tmp_
 
 def test_the_largest_batch_is_found(tmp_path):
     keys = ['--mode=memory', '--block_size=16', '--n_kv_heads=1', '--most=100', f'--json={tmp_path}/a.json']
-    done = forking.run('bench.py', [*TINY, *keys], modules=LIMITED)
+    done = with_little_memory(*keys)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / 'a.json').read_text())['largest']
     assert [(row['name'], row['largest_batch']) for row in rows] == [('MHA', 3), ('MQA', 3), ('MLA, r=16', 3)]
@@ -112,16 +122,6 @@ def test_texts_are_timed_with_nanogpt_and_hugging_face(tmp_path):
     assert 'number of parameters' not in done.stdout + done.stderr
 
 
-def test_tokenizing_and_batches_are_timed(tmp_path):
-    text = tmp_path / 'text.txt'
-    text.write_text('to be or not to be\n' * 20000)
-    bench('--mode=data', f'--text={text}', '--batch_size=4', '--block_size=32', f'--json={tmp_path}/a.json')
-    rows = timed(tmp_path / 'a.json', 'tokenizing')
-    assert rows['tokenize, byte']['tokens'] == rows['tokenize, char']['tokens'] == text.stat().st_size
-    assert rows['tokenize, bpe']['tokens'] == 7 * 20000 + 1  # six words and a line end; the end of the text
-    assert list(timed(tmp_path / 'a.json', 'batches')) == ['batch, ours', 'batch, row by row']
-
-
 @pytest.mark.parametrize(
     'arguments, expected',
     [
@@ -131,7 +131,6 @@ def test_tokenizing_and_batches_are_timed(tmp_path):
         (['--n_head=5'], 'n_embd=32'),
         (['--mode=train', '--without=magic'], "without is 'magic'; it must be a list of memory, fused, loss"),
         (['--mode=train', '--nanogpt=nowhere'], "nanoGPT can't be measured"),
-        (['--mode=data', '--text=nowhere.txt'], 'nowhere.txt is missing'),
     ],
 )
 def test_bad_input_gets_one_line(arguments, expected):

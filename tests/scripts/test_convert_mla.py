@@ -99,6 +99,22 @@ def test_to_grouped_queries_and_from_them_to_mla_of_the_same_cache(monkeypatch, 
     assert rows[0]['cache_bytes_per_token'] == rows[1]['cache_bytes_per_token'] and abs(rows[1]['rise']) < 1e-5
 
 
+@pytest.mark.parametrize('basis', ['hadamard', 'components', 'balanced'])
+def test_another_basis_costs_nothing_of_a_conversion_and_of_an_mla_model(basis, monkeypatch, tmp_path):
+    report, flags = tmp_path / 'out.json', (f'--json={tmp_path / "out.json"}', f'--basis={basis}')
+    plain = convert(monkeypatch, tmp_path, '--n_latent=6', flags[0])
+    expected = json.loads(report.read_text())['rows'][1]['val_loss']
+    convert(monkeypatch, tmp_path, '--n_latent=6', f'--out_dir={tmp_path / "rotated"}', *flags)
+    assert json.loads(report.read_text())['rows'][1]['val_loss'] == pytest.approx(expected, abs=1e-5)
+    convert(monkeypatch, tmp_path, f'--source={plain}', f'--out_dir={tmp_path / "again"}', *flags)
+    before, after = json.loads(report.read_text())['rows']
+    assert (before['method'], after['method']) == ('MLA, r=6', basis) and abs(after['rise']) < 1e-5
+    with pytest.raises(UserError, match='MLA already'):
+        convert(monkeypatch, tmp_path, f'--source={plain}', f'--out_dir={tmp_path / "more"}', '--n_latent=4', *flags)
+    with pytest.raises(UserError, match='basis is for a latent'):
+        convert(monkeypatch, tmp_path, f'--out_dir={tmp_path / "gqa"}', '--n_kv_head=1', *flags)
+
+
 def test_weights_alone_need_no_text(monkeypatch, tmp_path, capsys):
     save_model(tmp_path / 'mha', dataset='')
     with pytest.raises(UserError, match='--dataset'):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -54,9 +55,22 @@ def test_planted_heads_are_found_in_both_models(tmp_path):
     # the page embeds the patterns: head 1.1's last query attends to its match
     entry = page_of(out)[1]
     n = len(entry['sequences'][0]['tokens'])
-    packed = np.frombuffer(base64.b64decode(entry['sequences'][0]['data']), np.uint8).reshape(2, 2, -1)
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(entry['sequences'][0]['data'])), np.uint8).reshape(2, 2, -1)
     assert packed.shape[-1] == n * (n + 1) // 2
     assert packed[1, 1, (n - 1) * n // 2 + n // 2] == 255
+
+
+@pytest.mark.parametrize('kind', ['mha', 'mla'])
+def test_what_is_attended_to_is_rounded_as_a_cache_would(kind, tmp_path):
+    """The score of a planted head changes and stays high."""
+    folder = save(tmp_path / f'out-{kind}', planted(kind))
+    scores = {}
+    for cache in ('float', 'int4'):
+        out = tmp_path / cache
+        done = find(f'--models={folder}', f'--out_dir={out}', f'--cache={cache}', '--ablate=False', '--html=False')
+        assert done.returncode == 0, done.stderr
+        scores[cache] = json.loads((out / 'induction.json').read_text())['models'][0]['induction']['mean'][1][1]
+    assert scores['int4'] != scores['float'] and scores['int4'] > 0.5
 
 
 def test_models_without_training_are_refused(tmp_path):

@@ -1,13 +1,9 @@
 """train.py --init_from with other people's weights: GPT-2 folders, checkpoints, and MHA that becomes MLA on the way."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import forking
 
 from core.convert.factorize import collect_statistics, to_mla
 from core.runs import checkpoint as checkpoints
@@ -39,9 +35,7 @@ def train(script, folder, *flags):
     flags = [f'--data_dir={folder / "data"}', '--dataset=letters', '--block_size=16', '--batch_size=4', *flags]
     flags += ['--max_iters=2', '--warmup_iters=0', '--lr_decay_iters=2', '--learning_rate=1e-9', '--min_lr=0']
     flags += ['--eval_interval=2', '--eval_iters=4', '--gradient_accumulation_steps=1', '--device=cpu', '--threads=1']
-    command = [sys.executable, script, *flags]
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return forking.run(script, flags)
 
 
 def test_mha_becomes_mla_on_the_way(prepared, tmp_path):

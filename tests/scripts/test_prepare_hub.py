@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.preparing import ROOT, files_of, ids_of, start
+from support import forking
+from support.preparing import ROOT, files_of, ids_of
 from support.training import assert_same_run, run
 
 from core.cli.errors import UserError
@@ -130,7 +131,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tokenizer, how, numb
     out_dir = tmp_path / 'stopped'
     arguments = [f'--{key}={value}' for key, value in {**keys, 'out_dir': out_dir}.items()]
     program = STOPPED.format(script=str(ROOT / HUB), number=number, signal=how)
-    done = start('-c', program, *arguments)
+    done = forking.run('-c', [program, *arguments])
     assert done.returncode == (-signal.SIGKILL if how == 'SIGKILL' else 143), done.stderr
     assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
     before = json.loads((out_dir / 'progress.json').read_text())
@@ -201,7 +202,7 @@ def test_the_commit_of_the_hub_stays_when_a_stopped_run_goes_on(prepare, pages, 
 
 def test_without_a_network_it_says_so_at_once():
     begun = time.monotonic()
-    done = start(HUB, '--hub=owner/pages', '--tokenizer=byte', HF_HUB_OFFLINE='1')
+    done = forking.run(HUB, ['--hub=owner/pages', '--tokenizer=byte'])
     assert done.returncode == 2 and time.monotonic() - begun < 100
     assert done.stderr.splitlines()[-1].startswith("error: can't read owner/pages: ")
     assert not (ROOT / 'data' / 'pages').exists()
@@ -241,18 +242,23 @@ def test_bad_input_gets_one_line(prepare, pages, tmp_path):
     assert not (tmp_path / 'out' / 'meta.json').exists()
 
 
-@pytest.mark.parametrize('flag, code', [('--column=id', 2), ('--tokens=20000', 0)])
-def test_a_stop_in_the_middle_of_a_file_ends_the_process(flag, code, tmp_path):
-    """Threads of PyArrow that still read ahead would abort it two times in five, or keep it from ending."""
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+    """A Parquet file of 12 MB that no compression makes small."""
     import pyarrow
     import pyarrow.parquet
 
-    draw = random.Random(0)
-    texts = [''.join(draw.choices('abcdef ', k=3000)) for _ in range(4000)]
-    table = pyarrow.table({'text': texts, 'id': range(len(texts))})
-    pyarrow.parquet.write_table(table, tmp_path / 'large.parquet', row_group_size=300)
-    for number in range(4):
-        command = [sys.executable, HUB, f'--input={tmp_path}/large.parquet', f'--out_dir={tmp_path}/{number}', flag]
+    path, draw = tmp_path_factory.mktemp('large') / 'large.parquet', random.Random(0)
+    table = pyarrow.table({'text': [draw.randbytes(1500).hex() for _ in range(4000)], 'id': range(4000)})
+    pyarrow.parquet.write_table(table, path, row_group_size=300)
+    return path
+
+
+@pytest.mark.parametrize('flag, code', [('--column=id', 2), ('--tokens=20000', 0)])
+def test_a_stop_in_the_middle_of_a_file_ends_the_process(flag, code, large, tmp_path):
+    """Threads of PyArrow that still read ahead would abort it two times in five, or keep it from ending."""
+    for number in range(2):
+        command = [sys.executable, HUB, f'--input={large}', f'--out_dir={tmp_path}/{number}', flag]
         done = subprocess.run([*command, '--tokenizer=byte', '--val_fraction=0.5'], cwd=ROOT, capture_output=True,
                               text=True, timeout=100)  # fmt: skip
         assert done.returncode == code, done.stderr

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from support import forking
 from support.preparing import ROOT, files_of, ids_of, unspaced
 
 from core.cli.errors import UserError
@@ -127,16 +128,27 @@ def test_a_learned_encoding_of_text_without_spaces(prepare, tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
+SLOWLY = """
+import runpy, time
+from core.text.tokenizer import CharTokenizer
+encode = CharTokenizer.encode_array
+CharTokenizer.encode_array = lambda *given: time.sleep(0.5) or encode(*given)
+runpy.run_path('data/text/prepare.py', run_name='__main__')
+"""
+
+
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_encoding_leaves_the_old_data_set(number, code, tmp_path):
-    (tmp_path / 'in.txt').write_text('the cat sat on the mat ' * 2_000_000)
+    (tmp_path / 'in.txt').write_text('the cat sat on the mat ' * 2_000_000)  # 175 pieces of half a second
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'train.bin').write_bytes(b'old')
-    command = [sys.executable, TEXT, f'--input={tmp_path / "in.txt"}', f'--out_dir={tmp_path / "out"}', '--workers=1']
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    keys = [f'--input={tmp_path / "in.txt"}', f'--out_dir={tmp_path / "out"}', '--workers=1']
+    process = subprocess.Popen(
+        [forking.interpreter(), '-c', SLOWLY, *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and not list((tmp_path / 'out').glob('unfinished-*')):
         time.sleep(0.001)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code and 'Traceback' not in err, err
     assert files_of(tmp_path / 'out') == {'train.bin': b'old'}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import forking
 from support.preparing import ROOT, files_of, ids_of, start
 
 from core.cli.errors import UserError
@@ -99,7 +100,7 @@ def test_as_a_user_runs_it(tmp_path):
     done = start('prepare.py', *arguments, cwd=ROOT / 'data' / 'shakespeare_char', LC_ALL='C', PYTHONUTF8='0')
     assert done.returncode == 0, done.stderr
     assert TokenData(tmp_path / 'out', 4).meta['chars'] == ' aenv\u00ef' and done.stdout.count('\n') == 1
-    done = start(CHAR, '--input=nowhere.txt')
+    done = forking.run(CHAR, ['--input=nowhere.txt'])
     assert done.returncode == 2 and done.stdout == ''
     assert done.stderr.splitlines()[-1].startswith("error: --input=nowhere.txt can't be read")
     assert 'Traceback' not in done.stderr
@@ -235,7 +236,7 @@ def test_plays_of_the_package_index_take_its_place(corpus, tmp_path, monkeypatch
 
 def test_the_help_of_both_scripts():
     for script, text in ((GPT2, "GPT-2's tokens"), (CHAR, '--tokenizer')):
-        assert text in start(script, '--help').stdout
+        assert text in forking.run(script, ['--help']).stdout
 
 
 def test_tinyshakespeare_in_gpt2_tokens(prepare, shared_data, gpt2_cache, tmp_path):

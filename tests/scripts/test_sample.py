@@ -123,6 +123,13 @@ def test_same_seed_same_text(model):
     assert not torch.equal(one[0], one[1])  # samples differ from each other
 
 
+def test_a_cache_in_few_bits_is_what_generate_uses(model, monkeypatch):
+    kinds, init_cache = [], model.init_cache
+    monkeypatch.setattr(model, 'init_cache', lambda *a, kind='float': kinds.append(kind) or init_cache(*a, kind=kind))
+    free, few = generated(model, temperature=0), generated(model, temperature=0, cache='int8')
+    assert kinds == ['float', 'int8'] and free.shape == few.shape
+
+
 def test_stop_token(model):
     free = generated(model, num_samples=4)
     stop = free[0, 8].item()
@@ -319,7 +326,7 @@ def test_from_the_shell(tmp_path):
     save(tmp_path, GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=1, n_embd=8)), tokenizer=META)
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     run = dict(cwd=ROOT, env=environment, capture_output=True, text=True, encoding='utf-8')
-    wrong = subprocess.run([sys.executable, 'sample.py', f'--out_dir={tmp_path}', '--start=h?'], **run)
+    wrong = subprocess.run([forking.interpreter(), 'sample.py', f'--out_dir={tmp_path}', '--start=h?'], **run)
     assert wrong.returncode == 2 and wrong.stdout == '' and 'Traceback' not in wrong.stderr
     assert wrong.stderr.splitlines()[-1].startswith("error: the character '?'")
     head = f'"{sys.executable}" sample.py --out_dir="{tmp_path}" --max_new_tokens=300 | head -c 5'

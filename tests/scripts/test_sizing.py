@@ -56,6 +56,8 @@ def test_parameters_flops_and_cache_are_those_of_the_real_model(variant):
     assert plan.training_flops == model.flops_per_token()
     assert plan.cache_bytes == model.init_cache(2, 7, torch.bfloat16).bytes_per_token
     assert planned(variant, 'float32').cache_bytes == model.init_cache(1).bytes_per_token
+    in_bits = Plan(plan.model_class, plan.config, 'float32', 'int4')
+    assert in_bits.cache_bytes == model.init_cache(1, kind='int4').bytes_per_token < plan.cache_bytes / 2
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -119,6 +119,7 @@ def test_a_second_interrupt_stops_at_once(data_dir, tmp_path):
     assert process.wait(timeout=30) in (85, 130)
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_logs_offline_and_a_resumed_run_keeps_its_id(data_dir, tmp_path, monkeypatch):
     pytest.importorskip('wandb')
     for name in ('WANDB_API_KEY', 'WANDB_MODE'):

@@ -10,8 +10,7 @@ from core.speed import timing
 
 pytestmark = pytest.mark.slow
 
-PARTS = ['tests', 'train', 'decode', 'texts', 'train_eager', 'memory', 'profile', 'shakespeare', 'train_350m', 'data',
-         'pair']  # fmt: skip
+PARTS = ['tests', 'train', 'decode', 'texts', 'train_eager', 'memory', 'profile', 'shakespeare', 'train_350m', 'pair']
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 
@@ -56,17 +55,17 @@ def test_every_part_runs_once(tmp_path):
 
 
 def test_a_part_without_time_is_run_again_by_the_next_call(tmp_path):
-    done = rehearse(tmp_path, '--parts=shakespeare,data', '--iterations=1000000', '--minutes=0.3', code=2)
+    done = rehearse(tmp_path, '--parts=shakespeare,train_350m', '--iterations=1000000', '--minutes=0.15', code=2)
     assert done.stderr.splitlines()[-1].startswith('error: shakespeare')
-    assert 'shakespeare: out of time' in done.stderr and 'data: no time left' in done.stderr
-    rehearse(tmp_path, '--parts=shakespeare,data', '--iterations=1')
+    assert 'shakespeare: out of time' in done.stderr and 'train_350m: no time left' in done.stderr
+    rehearse(tmp_path, '--parts=shakespeare,train_350m', '--iterations=1')
     parts = json.loads((tmp_path / 'gpu.json').read_text())['parts']
-    assert {name: part['status'] for name, part in parts.items()} == {'shakespeare': 'done', 'data': 'done'}
+    assert {name: part['status'] for name, part in parts.items()} == {'shakespeare': 'done', 'train_350m': 'done'}
 
 
 def test_trainings_of_the_last_part_share_its_time(tmp_path):
     """Both are stopped before their last iteration, save, and are compared."""
-    rehearse(tmp_path, '--parts=pair', '--iterations=100000', '--minutes=1.5')
+    rehearse(tmp_path, '--parts=pair', '--iterations=100000', '--minutes=0.9')
     logs = [(tmp_path / f'code-{arm}' / 'log.csv').read_text().splitlines() for arm in ('mha', 'mla')]
     assert all(2 < len(log) < 100_000 for log in logs)
     assert all((tmp_path / f'code-{arm}' / 'ckpt.pt').exists() for arm in ('mha', 'mla'))
@@ -75,7 +74,7 @@ def test_trainings_of_the_last_part_share_its_time(tmp_path):
 @pytest.mark.parametrize(
     'arguments, expected',
     [
-        (['--rehearse', '--parts=x,data'], 'unknown parts: x; choose from tests, train, decode'),
+        (['--rehearse', '--parts=x,memory'], 'unknown parts: x; choose from tests, train, decode'),
         (['--rehearse', '--nanogpt=nowhere'], 'has no model.py; --nanogpt must be the folder of a nanoGPT checkout'),
         (['--device=cpu'], 'unknown key --device'),
     ],

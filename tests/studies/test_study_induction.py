@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support import ROOT, forking
+from support import forking
 from support.planted import randomized, save
 
 from model import GPT, GPTConfig
@@ -12,6 +12,7 @@ from model_mla import MLAGPT, MLAConfig
 
 pytestmark = pytest.mark.slow
 
+QUICKLY = 'tests/support/quick_study.py'
 STEP, SEEDS = 10, (1337, 1338)
 SCORES = {'MHA': (0.75, 0.85), 'MLA-r16': (0.5, 0.6)}  # of the best head, by seed: made up
 NAMES = [
@@ -24,7 +25,7 @@ NAMES = [
 
 def study(out_dir, data_dir, *more):
     keys = (f'--out_dir={out_dir}', f'--data_dir={data_dir}', f'--max_iters={STEP}', '--jobs=1', *more)
-    return forking.run('studies/induction.py', keys, seconds=200)
+    return forking.run(QUICKLY, ('studies/induction.py', *keys), seconds=600)
 
 
 def trained_like(kind):
@@ -78,11 +79,9 @@ def row_of(text, *cells):
 
 
 def test_the_tables_show_the_runs_numbers(finished):
-    results = finished / 'RESULTS.md'
-    results.write_text('above\n<!-- study -->\nold\n<!-- /study -->\nbelow\n')
-    done = study(finished / 'out', finished / 'data', f'--results={results}')
+    done = study(finished / 'out', finished / 'data', f'--table={finished}/a.md', f'--figure={finished}/study.png')
     assert done.returncode == 0, done.stderr
-    text = (finished / 'out' / 'tables.md').read_text()
+    text = (finished / 'a.md').read_text()
     row = row_of(text, 'learned', 'MHA')
     assert row[3] == str(STEP) and row[4] == '0.800 [0.750, 0.850]' and row[5] == '0.75, 0.85'
     row = row_of(text, 'rope', 'MLA r=16 (C/4)')
@@ -93,24 +92,15 @@ def test_the_tables_show_the_runs_numbers(finished):
     assert row_of(paired, 'learned', 'MLA r=16 (C/4)')[3] == '-0.250'
     converted = row_of(text[text.index(', converted, and 200') :], 'MLA r=16 (C/4)')
     assert converted[2].startswith('0.800') and converted[5] == '0.550 [0.500, 0.600]'
-    found = json.loads((finished / 'out' / 'study.json').read_text())['runs']
+    found = json.loads((finished / 'study.json').read_text())['runs']
     assert [run['name'] for run in found] == NAMES and found[2]['latent']['effective_rank'] > 1
-    assert results.read_text() == f'above\n<!-- study -->\n{text}<!-- /study -->\nbelow\n'
-    assert (finished / 'out' / 'formation.png').read_bytes().startswith(b'\x89PNG')
+    assert (finished / 'study.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_results_md_has_the_tables_of_the_published_numbers(tmp_path):
-    done = forking.run('studies/induction.py', ('--reuse=assets/induction_study.json', f'--out_dir={tmp_path}'))
-    assert done.returncode == 0, done.stderr
-    tables = (tmp_path / 'tables.md').read_text()
-    # after them comes the table of the text models, which are not kept
-    assert f'<!-- study -->\n{tables}' in (ROOT / 'RESULTS.md').read_text()
-
-
-def test_the_tables_can_be_made_again_from_the_study_json(finished, tmp_path):
+def test_the_tables_can_be_made_again_from_the_numbers(finished, tmp_path):
     done = study(finished / 'out', finished / 'data')
     assert done.returncode == 0, done.stderr
-    keys = ('studies/induction.py', (f'--reuse={finished}/out/study.json', f'--out_dir={tmp_path}/again'))
+    keys = ('studies/induction.py', (f'--reuse={finished}/out/formation.json', f'--out_dir={tmp_path}/again'))
     again = forking.run(*keys, seconds=200)
     assert again.returncode == 0 and again.stdout == done.stdout
     assert (tmp_path / 'again' / 'formation.png').stat().st_size > 10000
@@ -134,20 +124,16 @@ def test_missing_runs_are_trained_and_measured_and_the_others_kept(finished, tmp
     assert 9 < new['in_context']['early'] <= 34  # tokens up to the period, of 8 to 32, and one more are masked
     assert before == {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in before}
     best = new['ranking'][0]
-    run = next(run for run in json.loads((out / 'study.json').read_text())['runs'] if run['pos'] == 'rope' and
+    run = next(run for run in json.loads((out / 'formation.json').read_text())['runs'] if run['pos'] == 'rope' and
                run['name'].endswith('r16-s1338'))  # fmt: skip
-    changed = json.loads((out / 'study.json').read_text())['conversions'][1]
+    changed = json.loads((out / 'formation.json').read_text())['conversions'][1]
     assert changed['seed'] == 1338 and changed['mha']['best'] == 0.85  # the template's MHA, random weights
     assert changed['converted']['repeat_loss'] != changed['tuned']['repeat_loss']
     assert run['best'] == best and run['score'] == new['induction']['mean'][best[0]][best[1]] and run['formed'] is None
 
 
 def test_bad_keys_are_errors_before_anything_is_trained(tmp_path):
-    plain = tmp_path / 'plain.md'
-    plain.write_text('no marks')
-    cases = (('--seeds=1', 'seeds'), (f'--results={plain}', '<!-- study -->'))
-    for key, complaint in cases:
+    for key, complaint in (('--seeds=1', 'seeds'), (f'--table={tmp_path}', 'table')):
         done = study(tmp_path / 'out', tmp_path / 'data', key)
         assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
         assert complaint in done.stderr and not (tmp_path / 'out').exists()
-    assert plain.read_text() == 'no marks'

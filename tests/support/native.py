@@ -1,9 +1,13 @@
 """Tiny models of the two forms that others serve, ours and those of transformers, and what both must agree in."""
 
+import json
+
+import gguf
+import tokenizers
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from core.convert import published
+from core.convert import gguf_file, published
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
@@ -81,3 +85,75 @@ def check_generation(ours, theirs):
     for row, start in enumerate(starts):
         alone = ours.generate(prompts[row : row + 1, start:], new, temperature=0)
         assert torch.equal(padded[row : row + 1, start:], alone)
+
+
+# ---- files of other makers ----------------------------------------------------------------------------------------
+
+
+def byte_pairs_of_digits():
+    """Bytes, merges that never join digits, and two special tokens in front: as SmolLM2 has it."""
+    special = ['<|endoftext|>', '<|im_start|>']
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=letters, special_tokens=special, show_progress=False
+    )
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.train_from_iterator(
+        ['The 17  cats,\n\n  caf\u00e9 -> 2024', 'the cats and the caf\u00e9s,   2024  '] * 9, trainer
+    )
+    return fast
+
+
+def foreign(file, keys=(), tensors=(), arch='llama', quantized=None, without=(), tokenizer=None):
+    """A GGUF file of a Llama of transformers, as a converter writes it, with further keys and tensors."""
+    vocab = tokenizer.get_vocab() if tokenizer else {}
+    shape = dict(intermediate_size=64, hidden_size=64, num_attention_heads=4, vocab_size=len(vocab) or VOCAB)
+    theirs = their_llama(**shape, rms_norm_eps=1e-6, tie_word_embeddings=bool(vocab))
+    config, state = theirs.config, dict(theirs.state_dict())
+    if vocab:
+        del state['lm_head.weight']
+    writer = gguf.GGUFWriter(str(file), arch)
+    sizes = {'block_count': 3, 'context_length': BLOCK, 'embedding_length': 64, 'feed_forward_length': 64,
+             'attention.head_count': 4, 'attention.head_count_kv': 2, 'rope.dimension_count': 16}  # fmt: skip
+    for key, value in sizes.items():
+        if key not in without:
+            writer.add_uint32(f'{arch}.{key}', value)
+    writer.add_float32(f'{arch}.attention.layer_norm_rms_epsilon', config.rms_norm_eps)
+    for key, value in keys:
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    if vocab:
+        whole = json.loads(tokenizer.to_str())
+        special = {token['content'] for token in whole['added_tokens']}
+        writer.add_tokenizer_model('gpt2')
+        writer.add_tokenizer_pre('smollm')
+        writer.add_token_list(sorted(vocab, key=vocab.get))
+        writer.add_token_types([3 if piece in special else 1 for piece in sorted(vocab, key=vocab.get)])
+        writer.add_token_merges([' '.join(pair) for pair in whole['model']['merges']])
+        writer.add_eos_token_id(vocab['<|im_start|>'])
+    for name, tensor in state.items():
+        for part, heads in (('q_proj', 4), ('k_proj', 2)):
+            if part in name:
+                tensor = tensor.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(tensor.shape)
+        values = tensor.numpy()
+        if quantized and tensor.dim() == 2:
+            packed = gguf.quants.quantize(values, quantized)
+            writer.add_tensor(gguf_file.own_name(name), packed, raw_dtype=quantized)
+            state[name] = torch.tensor(gguf.quants.dequantize(packed, quantized))
+        else:
+            writer.add_tensor(gguf_file.own_name(name), values)
+    for name, values in tensors:
+        writer.add_tensor(name, values)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    quantities = {name: value for name, value in state.items() if quantized and value.dim() == 2}
+    for name in quantities:  # back from what the numbers stand for
+        for part, heads in (('q_proj', 4), ('k_proj', 2)):
+            if part in name:
+                state[name] = state[name].reshape(heads, -1, 2, 64).swapaxes(1, 2).reshape(state[name].shape)
+    theirs.load_state_dict(state, strict=not vocab)
+    return theirs

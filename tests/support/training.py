@@ -64,17 +64,20 @@ def run(script, data_dir, out_dir, launcher=(), fresh=False, processes=1, **chan
 
     processes: how many train together. They are forks where there are forks, and torchrun's otherwise.
     """
-    if processes > 1 and not hasattr(os, 'fork'):
+    fresh = fresh or not hasattr(os, 'fork')
+    if processes > 1 and fresh:
         launcher = torchrun(processes)
     arguments = command(script, data_dir, out_dir, launcher, **changes)
-    if not (fresh or launcher) and hasattr(os, 'fork'):
-        return forking.run(script, arguments[2:], processes=processes)
+    if not fresh:
+        return forking.run(arguments[1], arguments[2:], 240, processes=processes)
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment())
 
 
-def started(script, data_dir, out_dir, launcher=(), errors=subprocess.DEVNULL, **changes):
-    """The process of a training run that has just begun; its stdout is a pipe."""
+def started(script, data_dir, out_dir, launcher=(), errors=subprocess.DEVNULL, fresh=False, **changes):
+    """The process of a training run that has just begun; its stdout is a pipe. fresh: as for `run`."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
+    if not (fresh or launcher):
+        arguments[0] = forking.interpreter()
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
 
 

@@ -57,6 +57,8 @@ FLAGS = [
     Case(T, '--learning_rate=nan', 'got nan', 'a number'),
     Case(T, '--eval_only=maybe', "got 'maybe'", 'True or False'),
     Case(S, '--use_cache=2', "got '2'", 'True or False'),
+    Case(S, '--cache=int3', "cache is 'int3'", 'float, int8 or int4'),
+    Case(S, '--cache=int8 --use_cache=False', 'cache=int8 needs a cache', 'leave it out'),
     Case(T, '--attention=gqa', "attention is 'gqa'", 'mha or mla'),
     Case(T, '--compile=maybe', "compile is 'maybe'", 'auto, True or False'),
     Case(T, '--device=tpu', "device 'tpu'", '--device=cpu'),

@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(data_dir, tmp_path):
     assert run(SCRIPTS[kind], data_dir, tmp_path / 'whole', **keys).returncode == 0
     broken, moments, in_saves, best = tmp_path / 'broken', random.Random(1), 0, []
     for number in range(KILLS):
-        process = started(SCRIPTS[kind], data_dir, broken, init_from='auto', **keys)
+        process = started(SCRIPTS[kind], data_dir, broken, fresh=True, init_from='auto', **keys)
         starting = number % 10 == 4
         code = killed(process, 0 if starting else moments.randint(1, 14), moments.random() * (4 if starting else 0.03))
         assert code == -signal.SIGKILL, 'the run came to its end before it was killed'

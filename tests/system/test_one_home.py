@@ -3,12 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from support import ROOT
-from support.training import COMMON, environment
+from support import ROOT, forking
+from support.training import COMMON
+
+pytestmark = pytest.mark.slow
 
 EDITS = {
     'model.py': [
@@ -40,11 +41,9 @@ def copy(tmp_path_factory):
 
 def script(copy, name, **keys):
     """The finished process of a script of the copy."""
-    command = [sys.executable, name, *(f'--{key}={value}' for key, value in keys.items())]
-    return subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=240, env=environment())
+    return forking.run(name, [f'--{key}={value}' for key, value in keys.items()], root=copy)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('git') is None or not (ROOT / '.git').exists(), reason='not a checkout')
 @pytest.mark.parametrize('name', ['train.py', 'train_mla.py'])
 def test_a_key_of_three_edits_trains_resumes_and_is_exported(name, copy, data_dir, tmp_path):
@@ -67,8 +66,7 @@ def test_a_key_of_three_edits_trains_resumes_and_is_exported(name, copy, data_di
 
 
 def test_help_and_ranges_know_the_key(copy):
-    command = [sys.executable, 'train.py', '--help']
-    shown = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120).stdout
+    shown = forking.run('train.py', ['--help'], root=copy).stdout
     assert 'embd_scale' in shown and 'factor on the token embeddings' in shown
     wrong = script(copy, 'train.py', embd_scale=0)
     assert wrong.returncode == 2 and 'embd_scale is 0.0; it must be above 0' in wrong.stderr

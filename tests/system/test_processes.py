@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, forking
 from support.fake_cuda import FakeCuda
 from support.training import (
     assert_same_curve,
@@ -169,7 +169,7 @@ def test_a_launcher_that_sets_no_local_rank_trains_the_same_run(one, data_dir, t
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     variables = dict(environment(), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    arguments = command('train_mla.py', data_dir, tmp_path, **EXTRA)
+    arguments = [forking.interpreter(), *command('train_mla.py', data_dir, tmp_path, **EXTRA)[1:]]
     both = [subprocess.Popen(arguments, cwd=ROOT, env=dict(variables, RANK=str(rank))) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert_same_curve(one, tmp_path)

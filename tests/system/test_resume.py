@@ -122,7 +122,7 @@ def test_overwriting_removes_all_of_the_old_run(data_dir, tmp_path):
 
 
 def test_a_second_trainer_is_refused_and_the_first_goes_on(data_dir, tmp_path):
-    first = started('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)
+    first = started('train.py', data_dir, tmp_path, fresh=True, max_iters=100000, eval_interval=100000)
     next(line for line in first.stdout if line.startswith('iter 3:'))
     for flags in (dict(resume='auto'), dict(overwrite=True), {}):
         refused(run('train.py', data_dir, tmp_path, **SHORT, **flags), f'in use by process {first.pid}')
@@ -208,7 +208,7 @@ def test_a_data_set_that_was_rewritten_is_refused_and_one_that_moved_is_not(data
 def test_val_loss_survives_a_resume_without_an_evaluation(trained, data_dir):
     expected = torch.load(trained / 'ckpt.pt')['val_loss']
     process = subprocess.Popen(
-        [sys.executable, 'train.py', '--resume=yes', f'--out_dir={trained}', '--max_iters=100000',
+        [forking.interpreter(), 'train.py', '--resume=yes', f'--out_dir={trained}', '--max_iters=100000',
          '--eval_interval=100000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(),
     )  # fmt: skip

@@ -1,0 +1,114 @@
+"""
+For a cache in fewer bits: a basis of a trained latent in which few bits suffice, and a full pass that rounds alike.
+
+A latent c has a freedom that keys and values lack. Any invertible A between the down- and the up-projection,
+W_U A^-1 and A W_D, leaves keys and values as they were, and absorbed decoding costs what it did. BASES are
+
+    hadamard     an orthogonal A that mixes all of the latent's numbers equally, so that they share the token's scale
+    components   A c are the principal components of what the latent gives to keys and values on real text: the numbers
+                 have very different sizes, and an error in any of them costs the same (for bits by component)
+    balanced     the components, each divided by the root of its size, then mixed: with one scale per token and equal
+                 bits, no A has a smaller error |W_U A^-1 e| of keys and values together
+
+An RMSNorm on the latent commutes with orthogonal maps only, once its gain has moved into W_U.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from core.cli.machine import to_float64
+from core.convert.factorize import Statistics, collect_statistics, factorize, layers, root
+from model import GPT
+from model_mla import MLAGPT
+from ops.cache import KINDS
+from ops.packed import Form
+
+BASES = ('hadamard', 'components', 'balanced')
+RIDGE = 1e-6  # of the mean variance: no direction is left out because the text doesn't have it
+
+
+def latent_statistics(model: MLAGPT, batches: Iterable[Tensor]) -> list[Statistics]:
+    """Statistics of each layer's latent c_kv on token ids (B, T)."""
+    return collect_statistics(model, batches, lambda block: block.attn.kv_norm, model.config.n_latent)
+
+
+def hadamard(size: int) -> Tensor:
+    """An orthogonal matrix (size, size) of like magnitudes: Hadamard's and, for an odd factor, a cosine basis."""
+    twos = size & -size
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < twos:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, matrix)
+    n = torch.arange(size // twos, dtype=torch.float64)
+    cosines = torch.cos(torch.pi / len(n) * (n + 0.5) * n[:, None]) * (2 / len(n)) ** 0.5
+    cosines[0] /= 2**0.5
+    return torch.kron(matrix, cosines)
+
+
+@torch.no_grad()
+def rotate(model: MLAGPT, basis: str, statistics: list[Statistics] | None = None) -> MLAGPT:
+    """
+    A copy of `model` with its latents in another of BASES; the same function to rounding.
+
+    statistics: from `latent_statistics`, for all but 'hadamard'. ValueError for an unknown basis or a model without a
+    latent, without statistics, and under a latent norm where the basis isn't orthogonal.
+    """
+    if basis not in BASES:
+        raise ValueError(f"basis is '{basis}'; it must be {', '.join(BASES)}")
+    if not isinstance(model, MLAGPT):
+        raise ValueError('only MLA has a latent, whose basis can be chosen')
+    if basis != 'hadamard' and model.config.latent_norm:
+        raise ValueError(f"under a latent norm only basis='hadamard' leaves the model as it is, not '{basis}'")
+    if basis != 'hadamard' and statistics is None:
+        raise ValueError(f"basis='{basis}' needs statistics of the latents on some text")
+    new = deepcopy(model)
+    for layer, block in enumerate(layers(new)):
+        attn, r = block.attn, model.config.n_latent
+        up, down, keys = to_float64(attn.c_kv_up.weight).cpu(), torch.eye(r).double(), attn.n_head * attn.n_nope
+        if model.config.latent_norm:
+            up = up * to_float64(attn.kv_norm.weight).cpu()
+            attn.kv_norm.weight.fill_(1.0)
+        if statistics and basis != 'hadamard':
+            _, second = statistics[layer].moments(centred=False)
+            half = root(second + RIDGE * second.trace() / r * down)
+            down, up, _ = factorize(up[:keys], up[keys:], torch.zeros_like(second[0]), half, r)
+            if basis == 'balanced':
+                size = (down @ half).norm(dim=1).sqrt()
+                down, up = down / size[:, None], up * size
+        if basis != 'components':
+            down, up = hadamard(r) @ down, up @ hadamard(r).mT
+        attn.c_kv_up.weight.copy_(up)
+        for rows in attn.c_kv_down.parameters():
+            rows[:r] = (down @ to_float64(rows[:r]).cpu()).to(rows)
+    return new
+
+
+def round_cached(model: GPT, rounding: Callable[[int, Tensor], Tensor]) -> GPT:
+    """
+    Let the full pass of a model, in place, attend to what rounding(layer, x) makes of what is cached.
+
+    x: keys (B, K, T, d) and values alike, or latents (B, T, r + R). Returns the model, not to be used with a cache.
+    """
+    for layer, block in enumerate(layers(model)):
+        attn = block.attn
+        if isinstance(model, MLAGPT):
+            attn.latent = lambda *x, layer=layer, plain=attn.latent: rounding(layer, plain(*x))
+        else:
+            attn.qkv = lambda *x, layer=layer, plain=attn.qkv: rounded_pair(plain(*x), layer, rounding)
+    return model
+
+
+def rounded_pair(qkv: tuple[Tensor, ...], layer: int, rounding: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Queries as they are, keys and values rounded."""
+    q, *kv = qkv
+    return q, *(rounding(layer, x) for x in kv)
+
+
+def round_as(model: GPT, kind: str) -> GPT:
+    """`round_cached` by a kind of ops/cache.py; 'float' changes nothing."""
+    if kind == 'float':
+        return model
+    wide = getattr(layers(model)[0].attn, 'n_rope', 0)
+    return round_cached(model, lambda layer, x: Form(x.size(-1), wide=wide, **KINDS[kind]).rounded(x))

@@ -1,0 +1,230 @@
+"""
+Numbers in few bits: what a cache in fewer bits holds, and attention for one query that reads it as it is stored.
+
+A number becomes a whole number n of `bits` bits, and each group of a vector's numbers gets a scale s in bfloat16, such
+that (n + 1/2) s is about the number: 2^bits levels, symmetric about zero. The last `wide` numbers of a vector, MLA's
+rotated key, stay in bfloat16 (arXiv:2602.10718).
+
+One scale for a whole vector can be taken out of a product: q . k_j = s_j (q . n_j + sum(q) / 2). A CPU with integer
+units therefore multiplies int8 as it is stored, with q in two digits of base 127 and the softmax's weights in three;
+bfloat16 would be less exact. Elsewhere, and with several groups, BLOCK tokens at a time become floats.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+BLOCK = 512
+BASE = 127  # of `digits`
+LONGEST = 2**17  # the sum of more products of two bytes may not fit into int32
+
+
+@dataclass(frozen=True)
+class Form:
+    """How vectors of `size` numbers are stored; group: numbers per scale, 0: all."""
+
+    size: int
+    bits: int
+    group: int = 0
+    wide: int = 0
+
+    @property
+    def few(self) -> int:
+        """How many numbers of a vector are stored in `bits` bits."""
+        return self.size - self.wide
+
+    @property
+    def groups(self) -> int:
+        return -(-self.few // (self.group or self.few))
+
+    @property
+    def bytes(self) -> int:
+        """What a vector takes, scales included."""
+        return -(-self.few * self.bits // 8) + 2 * (self.groups + self.wide)
+
+    def levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., size) as whole numbers in floats (..., few), from -2^bits / 2 on, and scales (..., groups)."""
+        each, half = self.group or self.few, 2 ** (self.bits - 1)
+        x = F.pad(x[..., : self.few], (0, self.groups * each - self.few)).unflatten(-1, (self.groups, each))
+        scale = (x.abs().amax(-1) / half).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+        levels = (x / scale.to(x.dtype)[..., None]).floor().clamp(-half, half - 1)
+        return levels.flatten(-2)[..., : self.few], scale
+
+    def numbers(self, levels: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What `levels` returned, as numbers (..., few) again."""
+        scale = scale.to(dtype)
+        if self.groups > 1:
+            scale = scale.repeat_interleave(self.group, dim=-1)[..., : self.few]
+        return (levels.to(dtype) + 0.5) * scale
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., size) as a cache would give it back."""
+        kept = x[..., self.few :].bfloat16().to(x.dtype)
+        return torch.cat((self.numbers(*self.levels(x), x.dtype), kept), dim=-1)
+
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., size) in bytes (..., few, or half as many for 4 bits), and bfloat16 scales and wide numbers."""
+        levels, scale = self.levels(x)
+        high = torch.cat((scale, x[..., self.few :].bfloat16()), dim=-1)
+        if self.bits == 8:
+            return levels.to(torch.int8), high
+        first, second = F.pad(levels + 8, (0, self.few % 2)).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        return first | second << 4, high
+
+    def empty(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Packed:
+        """A Packed (*sizes, size) of zeros, to be unpacked into `dtype`."""
+        kind, each = (torch.int8, self.few) if self.bits == 8 else (torch.uint8, -(-self.few // 2))
+        low = torch.zeros(*sizes, each, dtype=kind, device=device)
+        high = torch.zeros(*sizes, self.groups + self.wide, dtype=torch.bfloat16, device=device)
+        return Packed(low, high, self, dtype)
+
+
+class Packed:
+    """A tensor (..., S, size) in few bits, with those methods of torch.Tensor that a cache and a model call."""
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor, form: Form, dtype: torch.dtype):
+        self.low, self.high, self.form, self.dtype = low, high, form, dtype  # what Form.pack returns
+        self.device, self.nbytes = low.device, low.nbytes + high.nbytes
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.low.shape[:-1], self.form.size))
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
+        """With a function of both of its tensors."""
+        return Packed(function(self.low), function(self.high), self.form, self.dtype)
+
+    def unsqueeze(self, dim: int) -> Packed:
+        return self.each(lambda t: t.unsqueeze(dim))
+
+    def repeat_interleave(self, times: int, dim: int) -> Packed:
+        return self.each(lambda t: t.repeat_interleave(times, dim))
+
+    def to(self, dtype: torch.dtype) -> Packed:
+        return Packed(self.low, self.high, self.form, dtype)
+
+    def __getitem__(self, index: Any) -> Packed:
+        return self.each(lambda t: t[index])
+
+    def __setitem__(self, index: Any, x: torch.Tensor) -> None:
+        self.low[index], self.high[index] = self.form.pack(x)
+
+    def index_copy_(self, dim: int, index: torch.Tensor, x: torch.Tensor) -> Packed:
+        for own, new in zip((self.low, self.high), self.form.pack(x), strict=True):
+            own.index_copy_(dim, index, new)
+        return self
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.high[..., : self.form.groups]
+
+    def kept(self, dtype: torch.dtype) -> torch.Tensor:
+        """The wide numbers of each vector (..., wide)."""
+        return self.high[..., self.form.groups :].to(dtype)
+
+    def few(self) -> torch.Tensor:
+        """The other numbers (..., few) as floats."""
+        levels = self.low
+        if self.form.bits == 4:
+            levels = torch.stack((levels & 15, levels >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+            levels = levels[..., : self.form.few]
+        return self.form.numbers(levels, self.scale, self.dtype)
+
+    def whole(self) -> torch.Tensor:
+        """All of its numbers as a tensor of floats (..., size)."""
+        return torch.cat((self.few(), self.kept(self.dtype)), dim=-1) if self.form.wide else self.few()
+
+    def blocks(self) -> Iterator[Packed]:
+        """BLOCK tokens at a time."""
+        for first in range(0, self.size(-2), BLOCK):
+            yield self[..., first : first + BLOCK, :]
+
+    def fits_integer_units(self) -> bool:
+        """True where its numbers can be multiplied as they are stored."""
+        # of vectors of one number torch._int_mm takes the strides wrongly, and returns what its memory held before
+        stored = self.form.bits == 8 and self.form.groups == 1 and self.form.few > 1 and self.device.type == 'cpu'
+        return stored and self.dtype != torch.float64 and self.size(-2) <= LONGEST and has_integer_units()
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def has_integer_units() -> bool:
+    """True on a CPU with instructions for products of bytes, if PyTorch's product of int8 matrices is exact there."""
+    if not torch.cpu._is_vnni_supported():  # without them it may overflow in between, and is slow
+        return False
+    a, b = torch.full((3, 65), -128, dtype=torch.int8), torch.full((65, 5), 127, dtype=torch.int8)
+    return bool((torch._int_mm(a, b) == 65 * -128 * 127).all())
+
+
+def digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    x (..., G, n) in digits of base 127, from -127 to 127: int8 (..., count G, n), the first digits of all G rows first.
+
+    And what a first digit counts in each row, (..., G, 1).
+    """
+    unit = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny) / BASE
+    rest, found = x / unit, torch.empty(*x.shape[:-2], count, *x.shape[-2:], dtype=torch.int8)
+    for place in range(count - 1):
+        found[..., place, :, :] = rest  # without its fraction
+        rest.frac_().mul_(BASE)
+    found[..., -1, :, :] = rest.round_()
+    return found.flatten(-3, -2), unit
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The products of int8 matrices a (K, m, n) and b (K, n, o), as floats (K, m, o)."""
+    found = torch.empty(*a.shape[:-1], b.size(-1), dtype=torch.int32)
+    for out, left, right in zip(found, a, b, strict=True):
+        torch._int_mm(left, right, out=out)
+    return found.float()
+
+
+def attend_integers(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None) -> torch.Tensor:
+    """`attend` with q (B, K, G, size) scaled already, a sequence at a time: that stays in the processor's cache."""
+    few, wide = q.split((k.form.few, k.form.wide), dim=-1)
+    queries, unit = digits(few, 2)
+    worth = torch.cat((torch.diag_embed(unit[..., 0]), torch.diag_embed(unit[..., 0] / BASE)), dim=-1)
+    halves, scale, places = few.sum(-1, keepdim=True) / 2, k.scale.mT.to(q.dtype), q.new_tensor((1, 1 / BASE, BASE**-2))
+    found = []
+    for b in range(len(q)):
+        scores = torch.baddbmm(halves[b], worth[b], multiply(k.low[b], queries[b].mT).mT).mul_(scale[b])
+        if k.form.wide:
+            scores += wide[b] @ k[b].kept(q.dtype).mT
+        if mask is not None:
+            scores.masked_fill_(~mask, float('-inf'))
+        p = scores.softmax(dim=-1).mul_(v.scale[b].mT)
+        low, unit = digits(p, 3)
+        total = torch.einsum('i,kign->kgn', places, multiply(low, v.low[b]).unflatten(1, (3, -1)))
+        found.append(torch.addcmul(p.sum(-1, keepdim=True) / 2, total, unit))
+    return torch.stack(found)
+
+
+def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    softmax(q k^T scale) v for one query per head: q (B, K, G, size), k and v (B, K, S, .) -> (B, K, G, .).
+
+    mask: bool (1, S), which keys are seen. The result lacks v's wide numbers.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+        if k.fits_integer_units() and v.fits_integer_units():
+            return attend_integers(rows, k, v, mask).to(q.dtype)
+        scores = torch.cat([rows @ block.whole().mT for block in k.blocks()], dim=-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float('-inf'))
+        y = torch.zeros_like(rows[..., : v.form.few])
+        for p, block in zip(scores.softmax(dim=-1).split(BLOCK, dim=-1), v.blocks(), strict=True):
+            y += p @ block.few()
+        return y.to(q.dtype)

@@ -1,0 +1,327 @@
+"""
+What does a bit of the cache buy? MHA, GQA, MQA and MLA with what they cache in 8, 6, 4, 3 and 2 bits per number.
+
+$ python data/shakespeare_char/prepare.py
+$ python studies/bits.py                                   # a short form: three models, few iterations
+$ python studies/bits.py --full=True --figure=assets/bits.png     # every model, five seeds; two cores take half a day
+$ python studies/bits.py --sources=out-mha,out-mla         # checkpoints that are there already, on their own data
+$ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
+
+Each model is trained at the learning rate that studies/contest.py found for it. Then its full pass attends to rounded
+keys and values, or latents, in each basis of core/convert/bits.py, on the same windows. 'noise' is the control:
+Gaussian noise as large in each vector as the rounding error of 'own'. 'by component' gives each principal component
+bits of its own (reverse water-filling) by its size on training text.
+
+The heads are the best induction head and the best previous-token head in 32 bits, on random tokens that repeat.
+Finished runs are kept: repeat the command to continue. Writes bits.md into out_dir, and beside `figure` a .json.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core.cli import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import copy
+import os
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from studies.arms import Arm, mla
+
+from analysis import induction, report, style
+from core.cli import arguments, errors, files, subprocesses
+from core.convert.bits import BASES, latent_statistics, rotate, round_cached
+from core.convert.factorize import training_text
+from core.runs import checkpoint as checkpoints
+from core.runs import evaluation
+from core.runs.models import attention_of, build_model, label_of
+from core.text.dataset import TokenData
+from ops.packed import Form
+from studies.measure import read_json, reading
+
+# ----------------------------------------------------------------------------------------------------------------------
+out_dir = 'out-bits'  # the runs
+figure = ''  # the picture, with the numbers in a .json beside it; '': bits.png in out_dir
+full = False  # every model and five seeds
+sources = ''  # checkpoints to measure in place of the study's own models, separated by commas
+dataset = 'shakespeare_char'
+data_dir = 'data'
+max_iters = 0  # iterations of each training; 0: 2000, in the short form 50
+seeds = 0  # 0: 5, in the short form 1
+windows = 400  # of the validation split, evenly spaced
+reuse = ''  # the .json of an earlier study, in place of runs
+jobs = 0  # concurrent runs with one thread each; 0: the cores that this process may use
+exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+SLOW = 'kv_lr=1/8'
+RATES = {  # of assets/contest_shakespeare.json
+    Arm('MHA', changes=(SLOW,)): 1.6e-2,
+    Arm('MQA', changes=(SLOW,)): 1.6e-2,
+    mla('1/2', SLOW): 8e-3,
+    mla('1/4', SLOW): 8e-3,
+    mla('1/8', SLOW): 1.6e-2,
+    Arm('GQA-2'): 8e-3,
+    Arm('MHA', changes=('RoPE',)): 4e-3,
+    Arm('MQA', changes=('RoPE',)): 4e-3,
+    mla('1/2', 'RoPE', SLOW): 8e-3,
+    mla('1/2', 'RoPE', 'latent norm'): 4e-3,
+}
+BITS = (8, 6, 4, 3, 2)
+HALF = mla('1/2', SLOW)
+SETTING = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, gradient_accumulation_steps=1, bias=False)
+SETTING |= dict(beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True, log_interval=50)
+SETTING |= dict(checkpoint_interval=500, device='cpu', dtype='float32', threads=1, compile=False, resume='auto')
+iterations = max_iters or (2000 if full else 50)
+
+
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+
+def planned():
+    """What is to be measured: dicts with a name, a label and a folder; those that are trained have keys of train.py."""
+    if sources:
+        found = arguments.names(sources, 'sources')
+        return [dict(name=source, label='', source=source, folder=os.path.join(out_dir, str(n)), keys=None)
+                for n, source in enumerate(found)]  # fmt: skip
+    items = []
+    for seed in range(2000, 2000 + (seeds or (5 if full else 1))):
+        for arm in RATES if full else [Arm('MHA', changes=(SLOW,)), HALF, mla('1/8', SLOW)]:
+            folder = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}', f'{arm.slug}_s{seed}')
+            keys = SETTING | arm.keys(128) | dict(max_iters=iterations, lr_decay_iters=iterations)
+            keys |= dict(eval_interval=iterations, learning_rate=RATES[arm], seed=seed, dataset=dataset)
+            keys |= dict(data_dir=data_dir, out_dir=folder)
+            items.append(
+                dict(name=f'{arm.label}, seed {seed}', label=arm.label, source=folder, folder=folder, keys=keys)
+            )
+    return items
+
+
+def train_and_measure(item):
+    """Train a model, unless that is done or it is there already, and measure it: a dict."""
+    ckpt, result = (
+        checkpoints.find(item['source']) if not item['keys'] else '',
+        os.path.join(item['folder'], 'bits.json'),
+    )
+    if item['keys']:
+        ckpt = os.path.join(item['folder'], 'ckpt.pt')
+        if not os.path.exists(ckpt) or checkpoints.load(ckpt, mapped=True)['iter_num'] < iterations:
+            subprocesses.run_script('train.py', [item['keys']], item['folder'])
+    if not subprocesses.is_current(result, ckpt):
+        os.makedirs(item['folder'], exist_ok=True)
+        files.write_json(result, report.plain(measured(ckpt)))
+    found = read_json(result)
+    return dict(found, name=item['name'], label=item['label'] or found['attention'])
+
+
+def measured(ckpt):
+    """The loss of the model in a checkpoint, its rise under each rounding, and what becomes of its heads: a dict."""
+    saved = checkpoints.load(ckpt)
+    model = build_model(saved).eval()
+    data = TokenData(Path(data_dir, saved['config'].get('dataset') or dataset), model.config.block_size)
+    text = list(training_text(data, 256, 32))
+    exact = evaluation.window_losses(model, data, 'val', windows, batch_size=32)
+    numbers = sum(t.numel() for layer in model.init_cache(1, 1).layers for t in layer)
+    rows = []
+    for basis, bits, rounded, size in roundings(model, text):
+        rise = evaluation.mean_and_stderr(
+            evaluation.window_losses(rounded, data, 'val', windows, batch_size=32) - exact
+        )
+        rows.append(dict(basis=basis, bits=bits, bytes=size, rise=rise[0], rise_stderr=rise[1]))
+    found = dict(attention=label_of(model.config), rope=model.config.pos == 'rope', val_loss=float(exact.mean()))
+    share = getattr(model.config, 'n_latent', 0) / model.config.n_embd
+    return dict(found, share=share, numbers=numbers, corpus=data.corpus, rows=rows, heads=heads(model, data))
+
+
+def roundings(model, text):
+    """(basis, bits, the model whose full pass rounds so, its exact cache bytes per token) of all that is measured."""
+    latents = attention_of(model) == 'mla'
+    bases = {'own': model}
+    if latents:
+        orthogonal = model.config.latent_norm
+        bases |= {
+            name: rotate(model, name, latent_statistics(model, text)) for name in (BASES[:1] if orthogonal else BASES)
+        }
+    vectors = [t for layer in model.init_cache(1, 1).layers for t in layer]
+    wide = getattr(model.transformer.h[0].attn, 'n_rope', 0)
+    for name, changed in bases.items():
+        for bits in BITS:
+            for group in (0, 32) if vectors[0].size(-1) - wide > 32 else (0,):
+                forms = [Form(t.size(-1), bits, group, wide) for t in vectors]
+                size = sum(form.bytes * t.numel() // form.size for form, t in zip(forms, vectors, strict=True))
+                yield name + ', groups of 32' * bool(group), bits, rounding(changed, forms[0].rounded), size
+            if name == 'own':
+                yield 'noise', bits, rounding(changed, noisy(Form(vectors[0].size(-1), bits, 0, wide))), size
+            if name == 'components':
+                found = latent_statistics(changed, text)
+                sizes = [s.moments(centred=False)[1].diag().sqrt().float() for s in found]
+                each = [shared_bits(s, bits * len(s)) for s in sizes]
+                size = sum(-(-int(b.sum()) // 8) + 2 + 2 * wide for b in each)
+                by = [by_component(s, b) for s, b in zip(sizes, each, strict=True)]
+                yield (
+                    'by component',
+                    bits,
+                    round_cached(copy.deepcopy(changed), lambda layer, x, by=by: by[layer](x)),
+                    size,
+                )
+
+
+def rounding(model, function):
+    """A copy of the model whose full pass attends to function(x) of what is cached."""
+    return round_cached(copy.deepcopy(model), lambda layer, x: function(x))
+
+
+def noisy(form):
+    """A function that adds Gaussian noise to each vector, as large as a form's rounding error in it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def add(x):
+        size = (form.rounded(x) - x).square().mean(-1, keepdim=True).sqrt()
+        return x + size * torch.randn(x.shape, generator=generator)
+
+    return add
+
+
+def shared_bits(sizes, total):
+    """`total` bits, at most 8 each, to components of these sizes (r,): always one to the largest remaining error."""
+    bits = torch.zeros(len(sizes), dtype=torch.int64)
+    for _ in range(total):
+        bits[torch.where(bits < 8, sizes * 0.5**bits, -1.0).argmax()] += 1
+    return bits
+
+
+def by_component(sizes, bits):
+    """A function that rounds each component by bits of its own, with one scale per token in units of their sizes."""
+    half, kept = 2.0 ** (bits - 1), bits > 0
+
+    def rounded(x):
+        few, wide = x[..., : len(sizes)] / sizes, x[..., len(sizes) :].bfloat16().to(x.dtype)
+        scale = (few * kept).abs().amax(-1, keepdim=True).bfloat16().to(x.dtype)
+        levels = (few / scale * half).floor().clamp(-half, half - 1) + 0.5
+        return torch.cat((levels / half * scale * sizes * kept, wide), dim=-1)
+
+    return rounded
+
+
+@torch.no_grad()
+def heads(model, data):
+    """Scores of the best induction and previous-token heads, and the loss on repeated tokens, by bits; 32: exact."""
+    ids = np.arange(data.n_vocab)
+    layout = induction.layouts(50, model.config.block_size, len(ids))['main']
+    repeats = induction.repeated_sequences(32, ids=ids, bos=None, seed=1, **layout)
+    vector, wide = model.init_cache(1, 1).layers[0][0].size(-1), getattr(model.transformer.h[0].attn, 'n_rope', 0)
+    found, best = {}, {}
+    for bits in (32, *BITS):
+        form = Form(vector, bits, 0, wide)
+        scores = induction.head_scores(model if bits == 32 else rounding(model, form.rounded), repeats)
+        for name in ('induction', 'previous_token'):
+            values = scores[name].mean(0)
+            best.setdefault(name, np.unravel_index(values.argmax(), values.shape))
+            found.setdefault(name, {})[str(bits)] = float(values[best[name]])
+        found.setdefault('repeat_loss', {})[str(bits)] = float(scores['repeat_loss'].mean())
+    return found
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def groups():
+    """{label: the runs of all seeds}."""
+    return {label: [run for run in runs if run['label'] == label] for label in dict.fromkeys(r['label'] for r in runs)}
+
+
+def values(group, basis, bits, key='rise'):
+    """A number of each run's row; [] where the runs have no such row."""
+    return [row[key] for run in group for row in run['rows'] if (row['basis'], row['bits']) == (basis, bits)]
+
+
+def rise_table(bases):
+    """The rise of the loss by model, basis and bits; `bases`: those that are shown."""
+    rows = []
+    for label, group in groups().items():
+        for basis in bases:
+            if values(group, basis, 8):
+                cells = [report.spread(values(group, basis, bits), '+.4f') for bits in BITS]
+                rows.append((label, basis, values(group, basis, 4, 'bytes')[0], *cells))
+    heading = ('model', 'basis', 'bytes per token in 4 bits', *(f'{bits} bits' for bits in BITS))
+    return report.markdown_table(heading, rows)
+
+
+def best_table():
+    """For each number of bytes, doubled from row to row, the choice of model, basis and bits with the lowest loss."""
+    choices = []
+    for label, group in groups().items():
+        exact = np.array([run['val_loss'] for run in group])
+        choices.append((2 * group[0]['numbers'], exact.mean(), label, 'as it is', 16))
+        for basis in dict.fromkeys(row['basis'] for row in group[0]['rows']):
+            for bits in BITS if basis != 'noise' else ():
+                size = values(group, basis, bits, 'bytes')[0]
+                choices.append((size, (exact + values(group, basis, bits)).mean(), label, basis, bits))
+    rows, budget = [], 64
+    while budget < 2 * max(size for size, *_ in choices):
+        within = [choice for choice in choices if choice[0] <= budget]
+        if within:
+            size, loss, *what = min(within, key=lambda choice: choice[1])
+            rows.append((budget, *what, size, f'{loss:.4f}'))
+        budget *= 2
+    return report.markdown_table(('bytes per token', 'model', 'basis', 'bits', 'exact bytes', 'val loss'), rows)
+
+
+def head_table():
+    """What becomes of heads."""
+    rows = []
+    for label, group in groups().items():
+        for name in ('induction', 'previous_token', 'repeat_loss'):
+            cells = [report.spread([run['heads'][name][str(b)] for run in group], '.3f') for b in (32, *BITS)]
+            rows.append((label, name.replace('_', ' '), *cells))
+    return report.markdown_table(('model', 'mean over sequences', '32 bits', *(f'{b} bits' for b in BITS)), rows)
+
+
+def draw():
+    """Loss over exact cache bytes per token, and the rise over bits per number; a line per model, in its own basis."""
+    picture = Figure(figsize=(style.WIDTH, 5))
+    left, right = picture.subplots(1, 2)
+    for n, (label, group) in enumerate(groups().items()):
+        look, exact = style.look(group[0]['attention'], group[0]['share'], n // 5), [run['val_loss'] for run in group]
+        sizes = [values(group, 'own', bits, 'bytes')[0] for bits in BITS]
+        rises = [float(np.mean(values(group, 'own', bits))) for bits in BITS]
+        left.plot(sizes, [np.mean(exact) + rise for rise in rises], label=label, **look)
+        left.plot(2 * group[0]['numbers'], np.mean(exact), **(look | dict(markersize=9, markerfacecolor='white')))
+        right.plot(BITS, np.maximum(rises, 1e-5), **look)
+        noise = [max(float(np.mean(values(group, 'noise', bits))), 1e-5) for bits in BITS]
+        right.plot(BITS, noise, color=look['color'], linestyle=':', linewidth=0.8)
+    left.set_xscale('log', base=2)
+    lowest = min(np.mean([run['val_loss'] for run in group]) for group in groups().values())
+    left.set(
+        xlabel='cache bytes per token', ylabel='validation loss (nats per token)', ylim=(lowest - 0.01, lowest + 0.15)
+    )
+    left.set_title('large hollow marks: in 16 bits')
+    left.legend(fontsize=7.5)
+    right.set(xlabel='bits per number', ylabel='rise of the loss (nats)', yscale='log', title='dotted: noise as large')
+    picture.suptitle(f'What is cached in 8, 6, 4, 3 and 2 bits per number: {runs[0]["corpus"]}')
+    return picture
+
+
+# ---- train, measure, report ------------------------------------------------------------------------------------------
+if figure:
+    arguments.check_file(figure, 'figure')
+arguments.check_folder(out_dir)
+torch.set_num_threads(1)
+with reading(reuse):
+    runs = read_json(reuse)['runs'] if reuse else subprocesses.run_all(train_and_measure, planned(), jobs)
+    shown = dict.fromkeys(row['basis'] for run in runs for row in run['rows'])
+    text = (
+        f'Rise of the validation loss, by seed:\n\n{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'
+    )
+    text += f'{best_table()}\nHeads, on random tokens that repeat:\n\n{head_table()}'
+    picture = draw()
+errors.output(text)
+os.makedirs(out_dir, exist_ok=True)
+path = figure or os.path.join(out_dir, 'bits.png')
+report.save_text(os.path.join(out_dir, 'bits.md'), text)
+report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=runs))
+report.save_figure(path, picture)

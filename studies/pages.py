@@ -1,0 +1,213 @@
+"""
+Tables and pictures of results/ and BENCHMARKS.md that no other study makes, from the JSON files of assets/, in seconds.
+
+$ python studies/pages.py    # make figures runs this and the other studies' commands
+
+The earlier contest, assets/contest_*.json: MHA, GQA, MQA and MLA with learned positions, RoPE or Muon, each at the best
+of four learning rates. studies/contest.py of commit 7a111e7 trained its models. Decoding times, assets/decode.json:
+bench.py's medians. Run it from the repository root.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from core.cli import signals
+
+signals.exit_at_once()  # for the time of the slow imports
+
+import os
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from analysis import report, speed, stats, style
+from core.cli import arguments
+from studies.measure import read_json
+
+# ----------------------------------------------------------------------------------------------------------------------
+pictures = 'assets'  # a folder
+tables = 'results/tables'  # a folder
+exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
+# ----------------------------------------------------------------------------------------------------------------------
+
+FINAL_SEED = 2000  # seeds below it chose the learning rates
+SLOW = ', kv_lr=1/8'
+CORPORA = {  # settings of the JSON files
+    'contest_shakespeare': 'tinyshakespeare, characters; 4 layers, C = 128',
+    'contest_code': 'Python source, bytes; 4 layers, C = 128',
+    'contest_code_c384': 'Python source, bytes; 6 layers, C = 384, bfloat16 on a GPU',
+}
+
+
+# ---- the earlier contest ---------------------------------------------------------------------------------------------
+
+
+def arms_of(numbers):
+    """The models; without those of Muon, which then orthogonalized MHA's queries, keys and values as one matrix."""
+    return [arm for arm in numbers['best_rates'] if 'Muon' not in arm]
+
+
+def losses(numbers, arm, kind='scratch', key='val_loss'):
+    """{seed: loss} of a model's final runs: from scratch at its best rate, or 'tuned' after a conversion."""
+    runs = [r for r in numbers['runs'] if (r['arm'], r['kind']) == (arm, kind) and r['seed'] >= FINAL_SEED]
+    return {r['seed']: r[key] for r in runs if kind != 'scratch' or r['rate'] == numbers['best_rates'][arm]}
+
+
+def tuning(numbers, arm):
+    """{rate: mean loss over the tuning seeds}."""
+    runs = [r for r in numbers['runs'] if r['arm'] == arm and r['kind'] == 'scratch' and r['seed'] < FINAL_SEED]
+    by_rate = report.grouped(runs, lambda r: r['rate'])
+    return {rate: mean(r['val_loss'] for r in group) for rate, group in sorted(by_rate.items())}
+
+
+def size(numbers, arm, key='cache_bytes_per_token'):
+    """A size of a model."""
+    return next(r[key] for r in numbers['runs'] if r['arm'] == arm and key in r)
+
+
+def minus(mine, theirs):
+    """The differences of two {seed: loss} by seed, as a cell."""
+    gaps = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] if mine != theirs else []
+    return report.spread(gaps, '+.4f') if gaps else ''
+
+
+def peer(numbers, arm, attention):
+    """The losses of MHA or MQA with a model's positions and multiplier; {} where there are none."""
+    name = attention + ', RoPE' * ('RoPE' in arm) + SLOW * (SLOW in arm)
+    return losses(numbers, name) if name in numbers['best_rates'] else {}
+
+
+def contest_table(numbers):
+    """Every model at its best rate, and minus MHA and MQA with the same positions and multiplier."""
+    heading = ['model', 'parameters', 'cache bytes per token', 'learning rate', 'seeds', 'validation loss']
+    heading += ['minus MHA, same multiplier', 'minus MQA, same multiplier', 'minus the same at the whole rate']
+    rows = []
+    for arm in arms_of(numbers):
+        rate, mine, grid = numbers['best_rates'][arm], losses(numbers, arm), sorted(tuning(numbers, arm))
+        gaps = [minus(mine, peer(numbers, arm, attention)) for attention in ('MHA', 'MQA')]
+        gaps.append(minus(mine, losses(numbers, arm.replace(SLOW, ''))))
+        edge = ' (end of the grid)' * (rate in (grid[0], grid[-1]))
+        facts = [f'{size(numbers, arm, key):,}' for key in ('parameters', 'cache_bytes_per_token')]
+        rows.append((arm, *facts, f'{rate:g}{edge}', len(mine), report.spread(mine.values(), '.4f'), *gaps))
+    return report.markdown_table(heading, rows)
+
+
+def tuning_table(numbers):
+    """The mean loss of every model at every rate."""
+    found = {arm: tuning(numbers, arm) for arm in arms_of(numbers)}
+    rates = sorted({rate for means in found.values() for rate in means})
+    rows = [(arm, *(f'{means[rate]:.4f}' if rate in means else '' for rate in rates)) for arm, means in found.items()]
+    return report.markdown_table(('model', *(f'{rate:g}' for rate in rates)), rows)
+
+
+def converted(numbers):
+    """The models that MHA was converted to."""
+    return list(dict.fromkeys(r['arm'] for r in numbers['runs'] if r['kind'] == 'tuned' and r['arm'] != 'MHA'))
+
+
+def conversion_table(numbers):
+    """MHA converted, before and after fine-tuning, against MHA after the same iterations."""
+    heading = ['MHA converted to', 'cache bytes per token', 'before fine-tuning, minus MHA']
+    heading += ['fine-tuned, minus MHA fine-tuned', 'fine-tuned, minus the same from scratch']
+    mha, tuned = losses(numbers, 'MHA'), losses(numbers, 'MHA', 'tuned')
+    rows = []
+    for arm in converted(numbers):
+        before = minus(losses(numbers, arm, 'tuned', 'before'), mha)
+        after, scratch = losses(numbers, arm, 'tuned'), losses(numbers, arm)
+        gaps = (before, minus(after, tuned), minus(after, scratch))
+        rows.append((arm, f'{size(numbers, arm):,}', *gaps))
+    return report.markdown_table(heading, rows)
+
+
+def draw_points(axis, points):
+    """Mean losses with their intervals over cached bytes, each with its name. points: (label, cache, losses)."""
+    for label, cache, found in points:
+        middle, half = stats.t_interval(list(found))
+        look = style.look(label) | dict(linestyle='none', capsize=3, markersize=6)
+        axis.errorbar(cache, middle, half or 0, **look)
+        name = label.replace(SLOW, '').replace('MLA, r=', 'MLA ')
+        axis.annotate(name, (cache, middle), (7, 4), textcoords='offset points', color=look['color'], fontsize=9)
+    axis.set_xscale('log', base=2)
+    sizes = sorted({cache for _, cache, _ in points})
+    axis.set_xticks(sizes, [f'{size:,}' for size in sizes])
+    axis.minorticks_off()
+    axis.margins(x=0.3, y=0.12)
+    axis.set_xlabel('cache bytes per token')
+
+
+def draw_caches(numbers, groups, title):
+    """Loss over cached bytes, a panel for each of {title: {model: its losses}}."""
+    figure = Figure(figsize=(style.WIDTH, 3.9))
+    panels = figure.subplots(1, len(groups), sharey=True)
+    for axis, (name, found) in zip(panels, groups.items(), strict=True):
+        draw_points(axis, [(arm, size(numbers, arm), of.values()) for arm, of in found.items()])
+        axis.set_title(name)
+    panels[0].set_ylabel('validation loss (nats per token)')
+    figure.suptitle(title)
+    return figure
+
+
+def make_contest():
+    """The tables and the pictures of the earlier contest; of conversions, where a corpus has them."""
+    parts = [
+        'Made by `python studies/pages.py` from `assets/contest_*.json`; studies/contest.py of commit 7a111e7 trained '
+        'the models. Means ± half widths of the 95 % t interval over seeds; differences are by seed. A model without '
+        '`kv_lr=1/8` trains keys and values at the whole learning rate.'
+    ]
+    for name, about in CORPORA.items():
+        numbers = read_json('assets', f'{name}.json')
+        parts += [f'## {about}', contest_table(numbers), 'Mean loss of the tuning by learning rate:']
+        parts.append(tuning_table(numbers))
+        found = {arm: losses(numbers, arm) for arm in arms_of(numbers) if 'RoPE' not in arm}
+        if len(found) > 4:
+            groups = {
+                'keys and values learn at the whole learning rate': {a: of for a, of in found.items() if SLOW not in a},
+                'keys and values learn at 1/8 of the learning rate': {a: of for a, of in found.items() if SLOW in a},
+            }
+            title = f'MHA and MLA both gain where keys and values learn slowly\n{about}'
+            report.save_figure(os.path.join(pictures, f'{name}.png'), draw_caches(numbers, groups, title))
+            parts.append(f'![Loss over cached bytes](../../assets/{name}.png)')
+        if arms := converted(numbers):
+            groups = {
+                'trained from scratch, 2,000 iterations': {a: losses(numbers, a) for a in ('MHA', *arms)},
+                'MHA converted and fine-tuned, 200': {a: losses(numbers, a, 'tuned') for a in ('MHA', *arms)},
+            }
+            title = 'A converted MHA model keeps its loss as MLA at C/2 and C/4, and not as MQA'
+            report.save_figure(os.path.join(pictures, 'conversion.png'), draw_caches(numbers, groups, title))
+            save('conversion', [parts[0], conversion_table(numbers)])
+    save('earlier-contest', parts)
+
+
+def save(name, parts):
+    """Write a file of generated tables."""
+    report.save_text(os.path.join(tables, f'{name}.md'), '\n\n'.join(part.strip('\n') for part in parts) + '\n')
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def make_decoding():
+    """The table and the picture of decoding times on a CPU."""
+    found = read_json('assets', 'decode.json')
+    mha = {(row['batch_size'], row['context']): row['ms'] for row in found['steps'] if row['name'] == 'MHA'}
+    heading = ['sequences', 'context', 'model', 'ms per step', "of MHA's", "attention alone, of MHA's"]
+    heading.append('bytes per token')
+    rows = []
+    for row in found['steps']:
+        sequences, context = place = row['batch_size'], row['context']
+        shares = (f'{share:.2f}' for share in (row['ms'] / mha[place], row['attention_of_mha']))
+        name, size = speed.in_shares(row['name'], found['n_embd']), row['cache_bytes'] // sequences // context
+        rows.append((sequences, f'{context:,}', name, f'{row["ms"]:.1f}', *shares, f'{size:,}'))
+    about = f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.'
+    save('decoding', [about, report.markdown_table(heading, rows)])
+    title = f'With eight long sequences MLA decodes faster than MHA, with one it does not\n{found["setting"]}'
+    picture = speed.decoding_figure(found['steps'], found['n_embd'], title)
+    report.save_figure(os.path.join(pictures, 'decode.png'), picture)
+
+
+for folder in (pictures, tables):
+    arguments.check_folder(folder)
+    os.makedirs(folder, exist_ok=True)
+make_contest()
+make_decoding()

@@ -1,0 +1,67 @@
+"""The basis of a latent: the same model, in which fewer bits suffice; and what convert_mla.py makes of it."""
+
+import pytest
+import torch
+from support.models import MLA, assert_close, make, tokens
+
+from core.convert.bits import BASES, hadamard, latent_statistics, rotate, round_cached
+from ops.packed import Form
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 12, 20, 64])
+def test_hadamards_matrix_is_orthogonal_and_mixes_evenly(size):
+    matrix = hadamard(size)
+    assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    assert matrix.abs().max() <= (2 / size) ** 0.5 + 1e-12
+
+
+@pytest.mark.parametrize('basis', BASES)
+@pytest.mark.parametrize('variant', MLA)
+@torch.no_grad()
+def test_no_logit_changes(variant, basis):
+    model, idx = make(variant), tokens(3, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    statistics = latent_statistics(model, [idx[:2]])
+    if model.config.latent_norm and basis != 'hadamard':
+        with pytest.raises(ValueError, match='latent norm'):
+            rotate(model, basis, statistics)
+        return
+    new = rotate(model, basis, statistics)
+    assert_close(new(idx, idx)[0], model(idx, idx)[0])
+    name = 'transformer.h.1.attn.c_kv_up.weight'
+    assert not torch.allclose(new.state_dict()[name], before[name])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_can_not_be_rotated():
+    with pytest.raises(ValueError, match='only MLA'):
+        rotate(make('mha'), 'hadamard')
+    with pytest.raises(ValueError, match='needs statistics'):
+        rotate(make('mla'), 'balanced')
+    with pytest.raises(ValueError, match='hadamard, components, balanced'):
+        rotate(make('mla'), 'fourier')
+
+
+@torch.no_grad()
+def test_components_have_their_sizes_and_balanced_is_the_best_basis_for_one_scale():
+    """A latent of which few directions matter: the error of keys and values falls, least in the balanced basis."""
+    model, idx = make('mla'), tokens(64, 32)
+    for block in model.transformer.h:  # a few large directions in a skew basis
+        sizes = torch.logspace(1, -2, 16, dtype=torch.float64)
+        block.attn.c_kv_down.weight.mul_(sizes[:, None])
+    statistics = latent_statistics(model, [idx])
+    errors = {}
+    for basis in BASES:
+        new = rotate(model, basis, statistics)
+        second = [s.moments(centred=False)[1] for s in latent_statistics(new, [idx])]
+        if basis == 'components':
+            ups = [block.attn.c_kv_up.weight for block in new.transformer.h]
+            assert all((m - m.diag().diag()).abs().max() < 1e-4 * m.diag().max() for m in second)
+            assert all((m.diag().diff() <= 0).all() for m in second)
+            assert all(abs((up.mT @ up)[0, 1]) < 1 for up in ups)
+        kept = []
+        round_cached(new, lambda layer, x, kept=kept: (kept.append(x), x)[1])(idx)
+        up = [block.attn.c_kv_up.weight for block in new.transformer.h]
+        difference = [(Form(16, 4).rounded(x) - x) @ w.mT for x, w in zip(kept, up, strict=True)]
+        errors[basis] = sum(d.square().mean().item() for d in difference)
+    assert errors['balanced'] < 0.8 * min(errors['components'], errors['hadamard'])
