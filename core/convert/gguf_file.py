@@ -239,7 +239,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
         writer.add_tokenizer_model('llama')
         writer.add_token_scores([0.0] * vocab_size)
         writer.add_add_space_prefix(False)
-    ids = range(vocab_size)  # some are rows of the embedding that no text uses
+    ids = range(max(vocab_size, max(pieces) + 1))  # some are rows of the embedding that no text uses
     writer.add_token_list([pieces.get(i, f'[unused {i}]') for i in ids])
     writer.add_token_types([types.get(pieces[i], NORMAL) if i in pieces else UNUSED for i in ids])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):

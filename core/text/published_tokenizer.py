@@ -72,7 +72,7 @@ class PublishedTokenizer(Tokenizer):
     @property
     def special_token(self) -> str:  # type: ignore[override]
         """The token that ends a document, or the first id's."""
-        return self.plain.id_to_token(self.end_of_text or 0)
+        return self.plain.id_to_token(self.end_of_text or 0) or ''
 
     def text_ids(self) -> np.ndarray:
         special = {token['id'] for token in json.loads(self.whole)['added_tokens'] if token['special']}

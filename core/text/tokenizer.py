@@ -298,7 +298,8 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 def kind_named(name: object) -> type[Tokenizer] | None:
     """The class whose name the meta of a data set or a checkpoint has, or None."""
-    kinds = {**TOKENIZERS, TableTokenizer.name: TableTokenizer, PublishedTokenizer.name: PublishedTokenizer}
+    read_only: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (TableTokenizer, PublishedTokenizer)}
+    kinds = TOKENIZERS | read_only
     return kinds.get(name) if isinstance(name, str) else None
 
 
