@@ -87,9 +87,9 @@ iterations = max_iters or (2000 if full else 50)
 def planned():
     """What is to be measured: dicts with a name, a label and a folder; those that are trained have keys of train.py."""
     if sources:
-        found = arguments.names(sources, 'sources')
-        return [dict(name=source, label='', source=source, folder=os.path.join(out_dir, str(n)), keys=None)
-                for n, source in enumerate(found)]  # fmt: skip
+        named = arguments.names(sources, 'sources')
+        folders = [os.path.join(out_dir, source.strip('./').replace('/', '_')) for source in named]
+        return [dict(name=s, label='', source=s, folder=f, keys=None) for s, f in zip(named, folders, strict=True)]
     items = []
     for seed in range(2000, 2000 + (seeds or (5 if full else 1))):
         for arm in RATES if full else [Arm('MHA', changes=(SLOW,)), HALF, mla('1/8', SLOW)]:
@@ -105,14 +105,10 @@ def planned():
 
 def train_and_measure(item):
     """Train a model, unless that is done or it is there already, and measure it: a dict."""
-    ckpt, result = (
-        checkpoints.find(item['source']) if not item['keys'] else '',
-        os.path.join(item['folder'], 'bits.json'),
-    )
-    if item['keys']:
-        ckpt = os.path.join(item['folder'], 'ckpt.pt')
-        if not os.path.exists(ckpt) or checkpoints.load(ckpt, mapped=True)['iter_num'] < iterations:
-            subprocesses.run_script('train.py', [item['keys']], item['folder'])
+    ckpt = os.path.join(item['folder'], 'ckpt.pt') if item['keys'] else checkpoints.find(item['source'])
+    result = os.path.join(item['folder'], f'bits-{windows}.json')
+    if item['keys'] and not (os.path.exists(ckpt) and checkpoints.load(ckpt, mapped=True)['iter_num'] >= iterations):
+        subprocesses.run_script('train.py', [item['keys']], item['folder'])
     if not subprocesses.is_current(result, ckpt):
         os.makedirs(item['folder'], exist_ok=True)
         files.write_json(result, report.plain(measured(ckpt)))

@@ -53,4 +53,4 @@ def test_checkpoints_that_are_there_can_be_measured(place, tmp_path):
     folder = place / 'out' / 'shakespeare_char-2' / 'mla-r-c-8-kv-lr-1-8_s2000'
     done = study(place, f'--out_dir={tmp_path}', f'--sources={folder}')
     assert done.returncode == 0 and 'MLA, r=16' in done.stdout, done.stderr
-    assert not (tmp_path / '0' / 'ckpt.pt').exists()
+    assert not list(tmp_path.rglob('ckpt.pt')) and len(list(tmp_path.rglob('bits-8.json'))) == 1
