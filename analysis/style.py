@@ -7,6 +7,7 @@ sets matplotlib's defaults.
 """
 
 import re
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -80,5 +81,5 @@ def label_ends(axes: Axes, gap: float = 0.07) -> None:
     ends = [(to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], line) for line in lines]
     for height, line in sorted(ends, key=lambda end: end[0]):
         last = max(height, last + gap)
-        place = dict(xycoords='axes fraction', va='center', fontsize=8.5, color=line.get_color())
+        place: dict[str, Any] = dict(xycoords='axes fraction', va='center', fontsize=8.5, color=line.get_color())
         axes.annotate(str(line.get_label()), (1.02, last), **place)
