@@ -23,8 +23,10 @@ Weights are random: times don't depend on them. Other programs on the machine di
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import contextlib
 import copy

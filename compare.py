@@ -12,8 +12,10 @@ Writes comparison.png, comparison.md and comparison.json (all numbers, and the s
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import os
 import shutil

@@ -33,8 +33,10 @@ $ python train_mla.py --init_from=out-converted
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import os
 

@@ -16,8 +16,10 @@ that have the same tokenizer, vocabulary size and block_size.
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import os
 import sys

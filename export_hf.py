@@ -30,8 +30,10 @@ decode(..., skip_special_tokens=True) omits the token; no logits and no other id
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import os
 import shlex

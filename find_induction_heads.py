@@ -24,8 +24,10 @@ and writes formation.json and formation.png.
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import glob
 import os

@@ -13,8 +13,10 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --top_k=0 -
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import codecs
 import os

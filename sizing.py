@@ -17,8 +17,10 @@ $ python sizing.py --shape=deepseek-v3 --block_size=131072 --gpu=H200 --cache=in
 """
 
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import os
 import textwrap

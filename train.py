@@ -12,9 +12,10 @@ $ python train.py --resume=yes --out_dir=out-shakespeare-cpu
 $ python train.py config/train_shakespeare_cpu.py --resume=auto  # resumes where there is a run, otherwise starts one
 """
 
-from core.cli import signals
+from core.cli import keys, signals
 
 stop_request = signals.StopRequest()  # before the slow imports, so that a signal that arrives during them counts
+keys.check_early(__file__)
 
 import math
 import os
@@ -125,9 +126,8 @@ globals().update(settings)  # from here on a key's one truth is the variable of 
 kept_iterations = set(whole_numbers(keep_checkpoints, 'keep_checkpoints'))
 
 
-def keys():
-    """All keys and their values, as checkpoints and wandb record them."""
-    return {key: globals()[key] for key in config}
+def all_keys():
+    return {key: globals()[key] for key in config}  # with their values, as checkpoints and wandb record them
 
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ rows_per_iter = gradient_accumulation_steps * batch_size
 # ---- data and model --------------------------------------------------------------------------------------------------
 try:
     if resumed or init_from != 'scratch':
-        raw_model, data, shape = resuming.trained_model(keys(), given, place, resumed, resumed_from)
+        raw_model, data, shape = resuming.trained_model(all_keys(), given, place, resumed, resumed_from)
         globals().update(shape)
     else:
         data = TokenData(os.path.join(data_dir, dataset), block_size)
@@ -149,7 +149,7 @@ except ValueError as error:
     raise UserError(str(error)) from error
 wandb_run = None
 if wandb_log and processes.rank == 0 and not eval_only:
-    wandb_run = start_wandb(wandb_project, wandb_run_name, keys(), (resumed or {}).get('wandb_run_id'))
+    wandb_run = start_wandb(wandb_project, wandb_run_name, all_keys(), (resumed or {}).get('wandb_run_id'))
 wandb_run_id = wandb_run.id if wandb_run else (resumed or {}).get('wandb_run_id')
 dtype = processes.agreed_dtype(machine.pick_dtype(dtype, place, n_embd))  # recorded: a trial may have chosen it
 autocast = machine.autocast(place, dtype)
@@ -164,7 +164,7 @@ if processes.world_size > 1 and not sharded:
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 # matrices decay, biases and norm gains don't; the weights of keys and values may have a learning rate of their own
-rules = resuming.learning_rules(raw_model, keys(), resumed)
+rules = resuming.learning_rules(raw_model, all_keys(), resumed)
 slow = {name: slice(*rows) for name, rows in rules['slow_rows'].items()}
 groups = optimizers.param_groups(raw_model.named_parameters(), weight_decay, slow, kv_lr)
 parts = raw_model.parts if rules['divides'] else optimizers.no_parts
@@ -173,7 +173,7 @@ optimizers.slow_down(optim, raw_model.named_parameters(), slow, kv_lr)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 
 iter_num, tokens, val_loss, best_val_loss = resuming.restore(optim, scaler, raw_model, resumed, resumed_from)
-recorded = keys() if eval_only else resuming.keys_to_record(keys(), resumed)  # a finished run's stay its own
+recorded = all_keys() if eval_only else resuming.keys_to_record(all_keys(), resumed)  # a finished run's stay its own
 resumed = None  # frees its tensors
 
 tokens_per_iter = rows_per_iter * block_size

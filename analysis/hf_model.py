@@ -303,16 +303,17 @@ def load(folder: str, dtype: torch.dtype | str, trust_remote_code: bool) -> HFMo
     there, where transformers would make up a tensor or drop one, and for what HFModel refuses.
     """
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    given = dict(trust_remote_code=trust_remote_code, local_files_only=True)
     try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder, **given)
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, 'auto_map'):
+            raise ValueError(f'transformers has no causal language model of its kind, {config.model_type}')
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
+            folder, dtype=dtype, output_loading_info=True, **given
         )
         model, report = loaded
         wrong = sorted(str(name) for kind in ('missing', 'unexpected', 'mismatched') for name in report[f'{kind}_keys'])
@@ -330,6 +331,4 @@ def reason_of(error: Exception) -> str:
     text = ' '.join(str(error).split()) or type(error).__name__
     if 'trust_remote_code' in text:
         return 'it needs Python code of its own; say --trust_remote_code=True if you have read that and trust it'
-    if text.startswith('Unrecognized configuration class'):
-        return 'transformers has no causal language model of its kind'
     return text[:200]

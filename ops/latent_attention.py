@@ -28,7 +28,7 @@ HEADS = 16  # of a program: the least that the matrix units multiply at once
 
 
 @triton.jit
-def attend_piece(
+def _attend_piece(
     query, latents, values, factors, length, out, largest, total, scale, S, tokens,
     G: tl.constexpr, H: tl.constexpr, r: tl.constexpr, R: tl.constexpr, in_int8: tl.constexpr, apart: tl.constexpr,
     r_block: tl.constexpr, R_block: tl.constexpr, n_head: tl.constexpr, n_token: tl.constexpr,
@@ -106,7 +106,7 @@ def attend_latents(
     values = latents if values is None else values.contiguous()
     out = q.new_empty(B, H, pieces, rank, dtype=torch.float32)
     largest, total = (q.new_empty(B, H, pieces, 1, dtype=torch.float32) for _ in range(2))
-    attend_piece[(B * K, heads, pieces)](
+    _attend_piece[(B * K, heads, pieces)](
         q, latents, values, latents if factors is None else factors.contiguous(), length, out, largest, total,
         scale, S, tokens, K, in_group, rank, size - rank, factors is not None, values is not latents,
         max(16, triton.next_power_of_2(rank)), max(16, triton.next_power_of_2(size - rank)), HEADS, TOKENS,

@@ -57,11 +57,11 @@ class Form:
         return levels.flatten(-2)[..., : self.few], scale
 
     def numbers(self, levels: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What `levels` returned, as numbers (..., few) again."""
+        """What `levels` returned, as numbers (..., few) again; it may overwrite them."""
         scale = scale.to(dtype)
         if self.groups > 1:
             scale = scale.repeat_interleave(self.group, dim=-1)[..., : self.few]
-        return (levels.to(dtype) + 0.5) * scale
+        return levels.to(dtype).add_(0.5).mul_(scale)
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., size) as a cache would give it back."""
@@ -210,6 +210,17 @@ def attend_integers(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | 
     return torch.stack(found)
 
 
+def attend_floats(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None) -> torch.Tensor:
+    """`attend` with q (B, K, G, size) scaled already, BLOCK tokens at a time."""
+    scores = torch.cat([q @ block.whole().mT for block in k.blocks()], dim=-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float('-inf'))
+    y = torch.zeros_like(q[..., : v.form.few])
+    for p, block in zip(scores.softmax(dim=-1).split(BLOCK, dim=-1), v.blocks(), strict=True):
+        y += p @ block.few()
+    return y
+
+
 def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """
     softmax(q k^T scale) v for one query per head: q (B, K, G, size), k and v (B, K, S, .) -> (B, K, G, .).
@@ -221,10 +232,8 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
         rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
         if k.fits_integer_units() and v.fits_integer_units():
             return attend_integers(rows, k, v, mask).to(q.dtype)
-        scores = torch.cat([rows @ block.whole().mT for block in k.blocks()], dim=-1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float('-inf'))
-        y = torch.zeros_like(rows[..., : v.form.few])
-        for p, block in zip(scores.softmax(dim=-1).split(BLOCK, dim=-1), v.blocks(), strict=True):
-            y += p @ block.few()
-        return y.to(q.dtype)
+        each = 1 if q.device.type == 'cpu' else len(q)  # a sequence at a time, as above
+        parts = [
+            attend_floats(rows[b : b + each], k[b : b + each], v[b : b + each], mask) for b in range(0, len(q), each)
+        ]
+        return torch.cat(parts).to(q.dtype)

@@ -21,8 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import copy
 import os
@@ -115,7 +117,8 @@ def train_and_measure(item):
         os.makedirs(item['folder'], exist_ok=True)
         files.write_json(result, report.plain(measured(ckpt)))
     found = read_json(result)
-    return dict(found, name=item['name'], label=item['label'] or found['attention'])
+    named = f'{found["attention"]}: {os.path.basename(os.path.normpath(item["source"]))}'
+    return dict(found, name=item['name'], label=item['label'] or named)
 
 
 def measured(ckpt):

@@ -23,8 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from core.cli import signals
+from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__)
 
 import importlib.util
 import json
@@ -59,9 +61,8 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 # ----------------------------------------------------------------------------------------------------------------------
 
 STATISTICS = 8192  # tokens of each text
-SHARES = (
-    {2: 32, 4: 32, 8: 16} if full else {2: 32}
-)  # parts of the cache, and the rotated dimensions of the published shape
+# parts of the cache, and the part of a head that stays rotated in the published shape
+PARTS = {2: 2, 4: 2, 8: 4} if full else {2: 2}
 PEER = 'cacheshrink'
 windows, iterations = eval_tokens // context, max_iters or (500 if full else 0)
 results = os.path.join(out_dir, 'smollm2.json')
@@ -108,7 +109,7 @@ model, saved = models.pretrained(source)
 cached = 2 * model.config.kv_heads * model.config.head_size
 if 'original' not in rows:
     report('original', model, None)
-wanted = {f'{form}, 1/{part}': (form, part) for form in ('decompressed', 'published') for part in SHARES}
+wanted = {f'{form}, 1/{part}': (form, part) for part in PARTS for form in ('decompressed', 'published')}
 if not wanted.keys() <= rows.keys():
     sample = [batch for corpus in corpora for batch in training_text(data[corpus], STATISTICS // context, 4)]
     statistics, inputs = collect_statistics(model, sample), collect_inputs(model, sample)
@@ -116,7 +117,8 @@ for name, (form, part) in wanted.items():
     if name in rows:
         continue
     if form == 'published':
-        converted = to_published_mla(model, statistics, inputs, cached // part - SHARES[part], SHARES[part])
+        n_rope = model.config.head_size // PARTS[part]
+        converted = to_published_mla(model, statistics, inputs, cached // part - n_rope, n_rope)
     else:
         converted = to_mla(model, cached // part, statistics)
     if (form, part) == ('published', 2):

@@ -2,13 +2,15 @@
 A script's keys, the block of `name = value  # comment` lines at its top: how config files and flags set them.
 
 Notable features:
-- keys are the script's globals of type int, float, bool or str whose names have no leading '_'
+- keys are the script's globals of type int, float, bool or str whose names have no leading '_' and no capitals only
 - config files (any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right
 - a key keeps the type of its default, and the bounds in ranges.py, in files as on the command line
 - an unknown key is an error of one line on the command line; in a file, which may have names of its own, it is let be,
   and a notice lists such names
 - --help prints the script's docstring, and every key with its current value and its comment
 """
+
+from __future__ import annotations
 
 import ast
 import difflib
@@ -22,6 +24,7 @@ import tokenize
 import traceback
 import types
 import warnings
+from collections.abc import Callable
 
 from core.cli import errors, ranges
 from core.cli.errors import UserError
@@ -40,13 +43,37 @@ def configure(script: dict[str, object]) -> tuple[dict[str, Value], set[str]]:
     """
     errors.install()
     check_folder(str(script.get('__file__') or ''))
-    keys = Keys(script)
+    keys = applied(script, errors.notice)
+    script.update(keys.values)
+    return keys.values, keys.given
+
+
+def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
+    """The keys of a script after its command line. say: gets the notices."""
+    keys = Keys(script, say)
     keys.read(sys.argv[1:])
     for key, value in keys.values.items():
         if found := ranges.problem(key, value):
             raise UserError(f'{key} {found}')
-    script.update(keys.values)
-    return keys.values, keys.given
+    return keys
+
+
+def check_early(script: str) -> None:
+    """
+    Before a script's slow imports: print its help or refuse its flags, as `configure` does after them.
+
+    A command line with a config file is left to `configure`, because the file may use what the script imports.
+    """
+    if any(argument.endswith('.py') for argument in sys.argv[1:]):
+        return
+    if {'-h', '--help'} & set(sys.argv):
+        errors.install()
+    try:
+        check_folder(script)
+        applied({'__file__': script, **keys_of(script)}, lambda text: None)
+    except UserError:
+        errors.install()
+        raise
 
 
 def check_folder(script: str) -> None:
@@ -60,11 +87,12 @@ def check_folder(script: str) -> None:
 class Keys:
     """A script's keys while arguments are read: `defaults` fix the types, `values` are current, `given` were set."""
 
-    def __init__(self, script: dict[str, object]):
+    def __init__(self, script: dict[str, object], say: Callable[[str], None] = errors.notice):
+        self.say = say
         self.defaults: dict[str, Value] = {
             name: value
             for name, value in script.items()
-            if not name.startswith('_') and isinstance(value, (int, float, bool, str))
+            if not name.startswith('_') and not name.isupper() and isinstance(value, (int, float, bool, str))
         }
         self.values, self.given = dict(self.defaults), set[str]()
         self.script_file = str(script.get('__file__') or '')
@@ -91,7 +119,7 @@ class Keys:
         """A notice about a group of flags, given as keys."""
         if flags:
             settings = (f'{key}={self.values[key]!r}' for key in dict.fromkeys(flags))
-            errors.notice(f'command line sets {", ".join(settings)}')
+            self.say(f'command line sets {", ".join(settings)}')
 
     # ---- flags
 
@@ -145,14 +173,14 @@ class Keys:
             if key in places and key in self.names:
                 self.set(key, self.names[key], f'{places[key]}: {key}')
         changed = [key for key, value in self.values.items() if value != before[key]]
-        errors.notice(f'{path} sets {", ".join(changed)}' if changed else f'{path} changes nothing')
+        self.say(f'{path} sets {", ".join(changed)}' if changed else f'{path} changes nothing')
         others = [
             self.described_name(name)
             for name in places
             if name not in self.values and not name.startswith('_') and is_plain(self.names.get(name))
         ]
         if others:
-            errors.notice(f'{path} also assigns what is no key and changes nothing here: {", ".join(others)}')
+            self.say(f'{path} also assigns what is no key and changes nothing here: {", ".join(others)}')
 
     def run_file(self, source: str, path: str) -> dict[str, str]:
         """Run a config file's source on `names`, which keep what it assigns: {assigned name: 'path:line'}."""

@@ -7,8 +7,8 @@ W_U A^-1 and A W_D, leaves keys and values as they were, and absorbed decoding c
     hadamard     an orthogonal A that mixes all of the latent's numbers equally, so that they share the token's scale
     components   A c are the principal components of what the latent gives to keys and values on real text: the numbers
                  have very different sizes, and an error in any of them costs the same (for bits by component)
-    balanced     the components, each divided by the root of its size, then mixed: with one scale per token and equal
-                 bits, no A has a smaller error |W_U A^-1 e| of keys and values together
+    balanced     the components, each divided by the root of its size, then mixed: of all A the least mean square error
+                 of keys and values, if every number has the same error and that follows the latent's mean square
 
 An RMSNorm on the latent commutes with orthogonal maps only, once its gain has moved into W_U.
 """

@@ -62,6 +62,7 @@ def test_the_error_of_a_difference_of_ratios_is_that_of_repeated_experiments():
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.07)
 
 
+@pytest.mark.slow
 def test_two_equal_models_are_called_different_in_5_and_equal_ones_shown_so_where_seeds_suffice():
     rng = np.random.default_rng(3)
     found = [stats.welch(rng.normal(0, 1, 8).tolist(), rng.normal(0, 2, 12).tolist(), 2.5) for _ in range(2000)]

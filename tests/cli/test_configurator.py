@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
+from support.keys import SCRIPTS, keys_of
 
 from core.cli.errors import UserError
 
@@ -462,3 +463,44 @@ def test_as_a_script_and_through_runpy(place):
     done = run('script.py', '--batchsize=1')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'error: unknown key --batchsize: did you mean --batch_size?\n'
+
+
+# ---- before the slow imports -----------------------------------------------------------------------------------------
+
+
+def without_libraries(script, *arguments):
+    """The finished process of a script where nothing outside the standard library can be imported early."""
+    program = (
+        'import runpy, sys; sys.modules.update(dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm"))); '
+        'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    )
+    command = [sys.executable, '-c', program, str(script), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, ROOT / 'train_mla.py'], ids=lambda path: str(path.relative_to(ROOT)))
+def test_help_waits_for_no_library(script):
+    done = without_libraries(script, '--help')
+    assert done.returncode == 0 and 'Keys with their current values' in done.stdout and not done.stderr
+    keys = keys_of(script if script.name != 'train_mla.py' else ROOT / 'train.py')
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith('  --')] == [f'--{k}' for k in keys]
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'train_mla.py', 'studies/gpu.py'])
+@pytest.mark.parametrize(
+    ('flag', 'said'),
+    [
+        ('--sead=1', 'unknown key --sead'),
+        ('--out_dir', 'needs a value'),
+        ('-x', 'unknown option'),
+    ],
+)
+def test_a_wrong_flag_waits_for_no_library(script, flag, said):
+    done = without_libraries(ROOT / script, '--out_dir=somewhere', flag)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr and not done.stdout
+
+
+def test_a_value_out_of_bounds_waits_for_no_library_and_a_config_file_for_all():
+    done = without_libraries(ROOT / 'train.py', '--batch_size=0')
+    assert done.returncode == 2 and 'batch_size is 0' in done.stderr
+    assert 'import of torch halted' in without_libraries(ROOT / 'train.py', 'config/train_gpt2.py', '--help').stderr

@@ -257,6 +257,7 @@ def rise(model, mla, windows):
         return (mla(windows[:, :-1], windows[:, 1:])[1] - model(windows[:, :-1], windows[:, 1:])[1]).item()
 
 
+@pytest.mark.slow
 def test_text_says_which_directions_matter(trained):
     model, text, windows = trained
     statistics = collect_statistics(model, text)
@@ -283,6 +284,7 @@ def pattern_error(model, mla, x):
     return (patterns[0] - patterns[1]).abs().sum(-1).mean().item() / 2
 
 
+@pytest.mark.slow
 def test_text_says_how_far_back_heads_look_and_what_is_left_to_each(trained):
     """Content keys turned by the mean of what is attended to lose less than others; fitted patterns are closer."""
     model, text, windows = trained

@@ -159,6 +159,7 @@ def test_muon_on_whole_matrices_is_pytorchs():
         theirs.load_state_dict(model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'script, keys',
     [
@@ -213,6 +214,7 @@ def test_an_older_run_goes_on_at_the_whole_rate(script, data_dir, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_an_older_slowed_run_keeps_the_rows_that_it_slowed(data_dir, tmp_path):
     """It slowed the rotated key and the factors of compressed queries too; this says so, and stays so."""
     keys = dict(pos='rope', n_latent_q=8, kv_lr=0.125)
@@ -258,6 +260,7 @@ def test_parameters_without_gradient_are_left_alone():
     assert not any(frozen is p for group in optimizer.param_groups for p in group['params'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('script', ['train.py', 'train_mla.py'])
 def test_a_resumed_muon_run_is_the_run(script, data_dir, tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'

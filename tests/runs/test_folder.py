@@ -4,12 +4,11 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from support.training import ROOT
+from support import ROOT, forking
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
@@ -18,10 +17,10 @@ from core.runs.folder import RunFolder
 from model import GPT, GPTConfig
 
 HOLDER = """
-import sys, time
+import os, sys, time
 from core.runs.folder import RunFolder
 RunFolder(sys.argv[1]).acquire()
-print('held', flush=True)
+print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -42,20 +41,21 @@ def damage(path):
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of tmp_path."""
-    process = subprocess.Popen([sys.executable, '-c', HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'held\n'
+    command = [forking.interpreter(), '-c', HOLDER, tmp_path]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process.number = int(process.stdout.readline())
     yield process
     process.kill()
     process.wait()
 
 
 def test_a_second_owner_is_refused_and_told_who_the_first_is(holder, tmp_path):
-    with pytest.raises(UserError, match=f'in use by process {holder.pid} on .* since 20'):
+    with pytest.raises(UserError, match=f'in use by process {holder.number} on .* since 20'):
         RunFolder(str(tmp_path)).acquire()
 
 
 def test_a_dead_owner_does_not_block(holder, tmp_path):
-    holder.send_signal(signal.SIGKILL)
+    os.kill(holder.number, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / '.lock').exists()  # it had no time to remove it
     folder = RunFolder(str(tmp_path))
