@@ -7,8 +7,10 @@ sets matplotlib's defaults.
 """
 
 import re
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 
 WIDTH = 9  # inches: 900 pixels of the README's column, at which 10 points are 14 pixels
@@ -77,8 +79,8 @@ def label_ends(axes: Axes, gap: float = 0.07) -> None:
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith('_')]
     axes.get_ylim()  # settles the limits, on which the places depend
     to_fraction, last = axes.transData + axes.transAxes.inverted(), float('-inf')
-    ends = [(to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], line) for line in lines]
+    ends = [(float(np.asarray(to_fraction.transform(line.get_xydata()))[-1, 1]), line) for line in lines]
     for height, line in sorted(ends, key=lambda end: end[0]):
         last = max(height, last + gap)
-        place = dict(xycoords='axes fraction', va='center', fontsize=8.5, color=line.get_color())
+        place: dict[str, Any] = dict(xycoords='axes fraction', va='center', fontsize=8.5, color=line.get_color())
         axes.annotate(str(line.get_label()), (1.02, last), **place)
