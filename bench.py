@@ -4,6 +4,7 @@ Measure the speed and memory of the models: side by side, in alternating rounds,
 Training steps of MHA and MLA, next to nanoGPT's, and to ours without one of its optimizations:
 $ python bench.py --mode=train --nanogpt=../nanoGPT --without=memory,fused,loss
 $ python bench.py --mode=train --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65 --batch_size=64 --block_size=256
+$ python bench.py --mode=train --attention_kernel=cudnn                      # on a GPU: attention by that library
 $ python bench.py --mode=train --profile=trace     # also profile one step: trace-MHA.json for chrome://tracing
 
 Decoding with MHA's cache, with MLA's latent cache and without a cache, over context lengths and batch sizes:
@@ -80,6 +81,7 @@ block_size = 1024
 dropout = 0.0
 bias = False
 compile = 'auto'  # torch.compile: True, False, or on GPUs only
+attention_kernel = 'auto'  # on a GPU: 'cudnn', 'flash', or 'fa3' (FlashAttention 3, where it is installed)
 without = ''  # also measure MHA without each of these: 'memory,fused,loss'
 profile = ''  # profile one step of each model; prefix of the files' names
 # memory
@@ -103,6 +105,7 @@ device = machine.pick_device(device)
 dtype = machine.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
 machine.set_threads(threads)
+machine.use_attention(attention_kernel, device)
 torch.set_float32_matmul_precision('high')  # TF32 on GPUs for what stays float32
 TURN = 0.1  # seconds for which each contender is called in a round, where one call takes less
 alternate = functools.partial(timing.alternate, device=device)

@@ -4,6 +4,7 @@ Everything that needs a GPU, in one command: the tests, then speed, memory and s
 $ python studies/gpu.py                        # 20 to 30 minutes on an H100; sizes follow the GPU's memory
 $ python studies/gpu.py --rehearse             # every part on a CPU, in miniature: shows that the parts run
 $ python studies/gpu.py --parts=decode,texts   # some of them
+$ python studies/gpu.py --minutes=9 --parts=muon,attention,kernel,cells    # what is most wanted, in nine minutes
 
 Needs what a CUDA image with PyTorch, transformers, tiktoken and matplotlib has; no network where --input names a text.
 Without pytest the tests are left out, and without a nanoGPT checkout its rows are.
@@ -71,6 +72,7 @@ SMALL_DATA = dict(vocab_size=512, megabytes=1)
 SMALL_COMPARISON = dict(device='cpu', windows=8, batch_size=4, sample_tokens=8)
 SMALL_ANALYSIS = dict(sequences=8, length=8, controls=2, resamples=100, ablate_sequences=2, text_windows=2)
 SMALL_ANALYSIS |= dict(device='cpu', threads=1, html=False)
+SMALL_KERNEL = dict(batch_sizes='1,2', contexts='40', n_latents='24', device='cpu', rounds=1)
 PACKAGES = ('torch', 'numpy', 'transformers', 'datasets', 'matplotlib', 'tqdm')
 
 
@@ -146,17 +148,55 @@ def all_parts():
     runs = f'{path("code-mha")},{path("code-mla")}'
     heads = dict(models=runs, sweep=runs, out_dir=path('induction'), data_dir=data)
     code = [*pair('code', **left), command('find_induction_heads.py', SMALL_ANALYSIS, **heads)]
+    tests = [[sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']]
+    once = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-v',
+        '-p',
+        'no:cacheprovider',
+        'tests/gpu/test_gpu_training.py',
+        '-k',
+        'muon',
+    ]
+    muon = [[*once, f'--junitxml={path(f"muon-{time}.xml")}'] for time in (1, 2, 3)[: 1 if rehearse else 3]]
+    installed = ['fa3'] if importlib.util.find_spec('flash_attn_interface') else []
+    attention = [
+        bench(f'attention-{kernel}', **step, **theirs, compile=True, rounds=5, attention_kernel=kernel)
+        for kernel in (('auto', 'cudnn') if rehearse else ('auto', 'cudnn', 'flash', *installed))
+    ]
+    kernel = [command('studies/latent_kernel.py', SMALL_KERNEL, json=path('kernel.json'))]
+    cell = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, gradient_accumulation_steps=1)
+    cell |= dict(norm='rms', mlp='swiglu', bias=False, dataset='code', data_dir=data, resume='auto', eval_interval=500)
+    cell |= dict(max_iters=2000, lr_decay_iters=2000, warmup_iters=100, log_interval=100)
+    cells = [
+        command(
+            f'train{kind}.py',
+            SMALL_RUN | (dict(n_latent=16) if kind else {}),
+            **cell,
+            learning_rate=rate,
+            kv_lr=factor,
+            out_dir=path(f'cell{kind}-{rate}-{factor}'),
+        )
+        for rate in ((7e-4,) if rehearse else (7e-4, 1.4e-3))
+        for factor in ((1.0,) if rehearse else (1.0, 0.125))
+        for kind in ('', '_mla')
+    ]
     if not os.path.exists(path('data/code/meta.json')):
         sources = ','.join(['stdlib', *filter(importlib.util.find_spec, PACKAGES)])
         prepare = dict(out_dir=path('data/code'), packages=sources, tokenizer='bpe', vocab_size=8192, megabytes=100)
-        code.insert(0, command('data/code/prepare.py', SMALL_DATA, **prepare))
-    tests = [[sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']]
+        for commands in (cells, code):
+            commands.insert(0, command('data/code/prepare.py', SMALL_DATA, **prepare))
     compiled = [bench('train', **step, **models, **theirs, compile=True, rounds=5)]
     eager = [bench('train_eager', **step, **models, **theirs, compile=False)]
     wide = [bench('train_350m', **medium, **theirs, compile=False)]
     decoding = [bench(f'decode-B{n}', **decode, batch_sizes=n, plot=path(f'decode-B{n}.png')) for n in batches]
     kernels = [bench('profile', **step, **models, compile=True, rounds=1, profile=path('trace'))]
     return {
+        'muon': Part("Muon's resume test, three times", 120, muon),
+        'attention': Part(f"Attention's back ends in training steps, {small}, compiled, {where}", 300, attention),
+        'kernel': Part(f'One pass over the latents against two products, {where}', 60, kernel),
         'tests': Part('Tests', 600, tests),
         'train': Part(f'Training steps, {small}, compiled, {where}', 480, compiled),
         'decode': Part(f'Decoding steps, {small}, {where}', 420, decoding),
@@ -166,6 +206,9 @@ def all_parts():
         'profile': Part(f'Kernels of a training step, {small}, {where}', 300, kernels),
         'shakespeare': Part(f'Shakespeare, the baby GPT at its full setting{text}', 480, play),
         'train_350m': Part(f'Training steps, {large}, not compiled, {where}', 150, wide),
+        'cells': Part(
+            'Cells of the contest at C = 384: learning rates and their multiplier for keys and values', 300, cells
+        ),
         'pair': Part('A pair on source code, for the time that is left', 0, code),
     }
 
@@ -206,7 +249,7 @@ def run(name, part, until):
 
 def call(command, seconds):
     """(exit code, stdout, stderr) of a command; the code is None where it had to be stopped."""
-    environment = dict(os.environ, REHEARSE_GPU='1') if rehearse else os.environ
+    environment = dict(os.environ, REHEARSE_GPU='1', TRITON_INTERPRET='1') if rehearse else os.environ
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
@@ -338,11 +381,12 @@ if unknown := set(chosen) - set(available):
     raise UserError(f'unknown parts: {", ".join(sorted(unknown))}; choose from {", ".join(available)}')
 until = time.monotonic() + 60 * minutes
 for name in available:
-    part = available[name]
+    part = all_parts()[name]  # the part before it may have prepared its data
     if name not in chosen or records.get(name, {}).get('status') == 'done':
         continue
-    if name == 'tests' and not importlib.util.find_spec('pytest'):
-        errors.notice(f'{name}: left out, pytest is not installed')
+    needed = {'tests': 'pytest', 'muon': 'pytest', 'kernel': 'triton'}.get(name)
+    if needed and not importlib.util.find_spec(needed):
+        errors.notice(f'{name}: left out, {needed} is not installed')
         continue
     if time.monotonic() > until - (5 if part.seconds else LEAST):
         errors.notice(f'{name}: no time left; repeat the command to continue')

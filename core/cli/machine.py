@@ -85,6 +85,26 @@ def bfloat16_gain(trials: int = 5) -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
+def use_attention(kernel: str, device: str) -> None:
+    """
+    Which library computes PyTorch's attention on a GPU: 'cudnn', 'flash' or 'fa3'; 'auto': PyTorch's own choice.
+
+    UserError where it is not there.
+    """
+    if kernel == 'auto' or not device.startswith('cuda'):
+        return
+    if kernel == 'fa3':
+        try:
+            from torch.nn.attention import activate_flash_attention_impl
+
+            activate_flash_attention_impl('FA3')
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UserError('FlashAttention 3 is not installed; use --attention_kernel=flash or cudnn') from error
+    torch.backends.cuda.enable_cudnn_sdp(kernel == 'cudnn')
+    torch.backends.cuda.enable_flash_sdp(kernel != 'cudnn')
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
 def to_device(x: torch.Tensor, y: torch.Tensor, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch on the training device; for a GPU via pinned memory, without waiting for it."""
     device = torch.device(device)

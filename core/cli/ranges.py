@@ -58,6 +58,7 @@ KEYS = {
 BOUNDS = {key: interval for interval, keys in KEYS.items() for key in keys.split()}
 CHOICES = {
     'attention': ('mha', 'mla'),
+    'attention_kernel': ('auto', 'cudnn', 'flash', 'fa3'),
     'optimizer': ('adamw', 'muon'),
     'blocks': ('modern', 'gpt2'),
     'weights': ('float', 'int8'),

@@ -1,5 +1,6 @@
 """studies/gpu.py, rehearsed on a CPU: every part runs, is reported, and is not run again."""
 
+import importlib.util
 import json
 import re
 
@@ -10,7 +11,9 @@ from core.speed import timing
 
 pytestmark = pytest.mark.slow
 
-PARTS = ['tests', 'train', 'decode', 'texts', 'train_eager', 'memory', 'profile', 'shakespeare', 'train_350m', 'pair']
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+PARTS = ['muon', 'attention', *['kernel'] * HAS_TRITON, 'tests', 'train', 'decode', 'texts', 'train_eager', 'memory']
+PARTS += ['profile', 'shakespeare', 'train_350m', 'cells', 'pair']
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 
