@@ -207,8 +207,10 @@ def composition(model: Model) -> dict[str, np.ndarray]:
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}
     layers = []
     for layer in range(L):
-        hf = isinstance(model, HFModel)
-        q, k, v, o = model.stream_weights(layer) if hf else stream_weights(model.transformer.h[layer])
+        if isinstance(model, HFModel):
+            q, k, v, o = model.stream_weights(layer)
+        else:
+            q, k, v, o = stream_weights(model.transformer.h[layer])
         grams = dict(q=q @ q.mT, k=k @ k.mT, v=v @ v.mT, o=o.mT @ o)
         layers.append((dict(q=q, k=k, v=v, o=o), grams))
     for second in range(1, L):

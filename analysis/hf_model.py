@@ -78,7 +78,7 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.model.set_attn_implementation('eager')
-        self.decoder = model.get_decoder()
+        self.decoder: Any = model.get_decoder()
         hf_config = model.config.get_text_config()
         count = hf_config.num_hidden_layers
         stacks = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
@@ -86,7 +86,8 @@ class HFModel(nn.Module):
         if self.layers is None:
             raise ValueError(f'it has no list of its {count} layers')
         self.attentions, self.projections, n_head = self.probe()
-        n_embd = self.example[0].size(-1)
+        example: Any = self.example
+        n_embd = example[0].size(-1)
         stream = self.layer_output[0] if isinstance(self.layer_output, tuple) else self.layer_output
         if stream.size(-1) != n_embd:
             raise ValueError('its layers are wider than what its output head reads')
@@ -239,7 +240,7 @@ class HFModel(nn.Module):
         """
         attention: Any = self.attentions[layer]
         norms = [m for m in (*self.layers[layer].children(), *attention.children()) if is_norm(m)]
-        readers = [getattr(attention, f'{name}_proj', None) for name in 'qkv']
+        readers: list[Any] = [getattr(attention, f'{name}_proj', None) for name in 'qkv']
         if not all(isinstance(reader, nn.Linear) for reader in readers) or len(norms) > 2:
             raise ValueError('its heads are not three matrices that read the normed residual stream')
         gain, subtracts_mean = self.norm_before(layer, readers[0])

@@ -17,6 +17,7 @@ size. Positions are 0-based. Losses are in nats. Models must be in eval mode.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -307,7 +308,8 @@ def ablate_each_head(
     information about tokens is removed. progress: called after each head.
     """
     repeats = repeats.to(device_of(model))
-    tokens, x = repeats.tokens, None
+    tokens = repeats.tokens
+    x: Any = None  # the residual stream at the input of the layer
     ablated = np.zeros((model.config.n_layer, model.config.n_head, len(repeats)), dtype=np.float32)
     for layer in range(model.config.n_layer):
         for head in range(model.config.n_head):
