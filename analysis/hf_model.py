@@ -88,7 +88,7 @@ class HFModel(nn.Module):
         self.attentions, self.projections, n_head = self.probe()
         example: Any = self.example
         n_embd = example[0].size(-1)
-        stream = self.layer_output[0] if isinstance(self.layer_output, tuple) else self.layer_output
+        stream: Any = self.layer_output[0] if isinstance(self.layer_output, tuple) else self.layer_output
         if stream.size(-1) != n_embd:
             raise ValueError('its layers are wider than what its output head reads')
         longest = getattr(hf_config, 'max_position_embeddings', None) or LONGEST
