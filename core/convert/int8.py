@@ -4,7 +4,7 @@ Weight-only int8 for decoding on a CPU: every weight matrix in one byte per numb
 A decode step with few rows takes as long as reading the weights does, and int8 is a quarter of float32. Weights are
 rounded to 255 steps of their row's largest magnitude. Where the CPU multiplies int8 numbers (VNNI), activations are
 rounded too, to 255 steps between the least and the largest of a token, and sums are exact; elsewhere they are rounded
-to bf16 and added in float32. Which of the two it is follows from the CPU, not from a trial, and `arithmetic` says it.
+to bf16 and added in float32. Which of the two it is follows from the CPU and from `products`, never from a trial.
 
 Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from core.cli.errors import UserError
 from model import GPT
 from ops.kernels import Linear
 
@@ -23,10 +24,13 @@ BLOCK = 16  # PyTorch's bf16 product reads a row in blocks of as many inputs, pa
 ROWS = 16  # with more rows than these the bf16 product is bounded by arithmetic, and float32's is faster
 
 
-def arithmetic() -> str:
-    """How products are computed on this CPU: 'int8' or 'bfloat16'."""
+def arithmetic(products: str = 'auto') -> str:
+    """How products are computed: 'int8' or 'bfloat16', as `products` says; 'auto': 'int8' where the CPU has it."""
     vnni = bool(getattr(torch.cpu, '_is_vnni_supported', bool)())  # without it FBGEMM's sums can overflow
-    return 'int8' if vnni and 'fbgemm' in torch.backends.quantized.supported_engines else 'bfloat16'
+    can = vnni and 'fbgemm' in torch.backends.quantized.supported_engines
+    if products == 'int8' and not can:
+        raise UserError('this CPU multiplies no int8 numbers (VNNI); use --int8_products=bfloat16')
+    return products if products != 'auto' else 'int8' if can else 'bfloat16'
 
 
 def packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
@@ -49,14 +53,14 @@ class Int8Linear(nn.Module):
     scale: torch.Tensor
     low_scale: torch.Tensor
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, products: str = 'auto'):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny).float() / 127
         low = (weight / scale[:, None]).round().to(torch.int8)
         self.low_bytes = low.nbytes
-        self.packed = packed(low, scale, self.bias) if arithmetic() == 'int8' else None
+        self.packed = packed(low, scale, self.bias) if arithmetic(products) == 'int8' else None
         if self.packed is None:
             self.more = -self.in_features % BLOCK  # zeros after each row
             self.register_buffer('weight', F.pad(low, (0, self.more)))
@@ -87,14 +91,18 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Any) -> GPT:
-    """Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model."""
+def quantize(model: Any, products: str = 'auto') -> GPT:
+    """
+    Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model.
+
+    products: 'int8', 'bfloat16' or 'auto', as for `arithmetic`. UserError where the CPU has no 'int8'.
+    """
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
             for name, child in list(layer.named_children()):
                 if isinstance(child, Linear) and name != 'c_kv_up':
-                    setattr(layer, name, Int8Linear(child))
-    model.lm_head = Int8Linear(model.lm_head)  # wte, which shares its weight, is read row by row and stays
+                    setattr(layer, name, Int8Linear(child, products))
+    model.lm_head = Int8Linear(model.lm_head, products)  # wte, which shares its weight, is read row by row and stays
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from support.forking import run
 from support.planted import save
 
+from core.cli.errors import UserError
 from core.convert import int8
 from core.convert.int8 import Int8Linear, quantize, weight_bytes
 from model import GPT, GPTConfig
@@ -37,7 +38,7 @@ def arithmetic(request, monkeypatch):
     """Products of both kinds, wherever the CPU has them."""
     if request.param == 'int8' and int8.arithmetic() != 'int8':
         pytest.skip('this CPU multiplies no int8 numbers')
-    monkeypatch.setattr(int8, 'arithmetic', lambda: request.param)
+    monkeypatch.setattr(int8, 'arithmetic', lambda products='auto': request.param)
     return request.param
 
 
@@ -112,6 +113,16 @@ def test_sample_says_what_int8_changes(tmp_path, char_data):
     assert refused.returncode == 2 and '--weights=int8' in refused.stderr
     plain = run('sample.py', keys)
     assert plain.stdout == done.stdout and 'int8 changes' not in plain.stderr
+
+
+def test_products_are_those_asked_for(monkeypatch):
+    monkeypatch.undo()
+    assert int8.arithmetic('bfloat16') == 'bfloat16' and int8.arithmetic() in ('int8', 'bfloat16')
+    assert Int8Linear(Linear(16, 4), 'bfloat16').packed is None
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
+    assert int8.arithmetic() == 'bfloat16'
+    with pytest.raises(UserError, match='int8_products=bfloat16'):
+        int8.arithmetic('int8')
 
 
 def test_bytes_of_an_untied_head_are_counted_once():
