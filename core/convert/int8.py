@@ -2,9 +2,9 @@
 Weight-only int8 for decoding on a CPU: every weight matrix in one byte per number, with a scale per output.
 
 A decode step with few rows takes as long as reading the weights does, and int8 is a quarter of float32. Weights are
-rounded to 255 steps of their row's largest magnitude. Where the CPU multiplies int8 numbers (VNNI), activations are
-rounded too, to 255 steps between the least and the largest of a token, and sums are exact; elsewhere they are rounded
-to bf16 and added in float32. Which of the two it is follows from the CPU and from `products`, never from a trial.
+rounded to 255 steps of their row's largest magnitude. Activations are rounded to bf16 and products added in float32.
+With products='int8', on a CPU that multiplies int8 numbers (VNNI), activations are rounded to 255 steps between the
+least and the largest of a token. That is faster, and costs models with outliers more loss (BENCHMARKS.md).
 
 Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
 """
@@ -24,13 +24,12 @@ BLOCK = 16  # PyTorch's bf16 product reads a row in blocks of as many inputs, pa
 ROWS = 16  # with more rows than these the bf16 product is bounded by arithmetic, and float32's is faster
 
 
-def arithmetic(products: str = 'auto') -> str:
-    """How products are computed: 'int8' or 'bfloat16', as `products` says; 'auto': 'int8' where the CPU has it."""
+def arithmetic(products: str) -> str:
+    """`products`, 'int8' or 'bfloat16', where this CPU has it; UserError otherwise."""
     vnni = bool(getattr(torch.cpu, '_is_vnni_supported', bool)())  # without it FBGEMM's sums can overflow
-    can = vnni and 'fbgemm' in torch.backends.quantized.supported_engines
-    if products == 'int8' and not can:
+    if products == 'int8' and not (vnni and 'fbgemm' in torch.backends.quantized.supported_engines):
         raise UserError('this CPU multiplies no int8 numbers (VNNI); use --int8_products=bfloat16')
-    return products if products != 'auto' else 'int8' if can else 'bfloat16'
+    return products
 
 
 def packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
@@ -53,7 +52,7 @@ class Int8Linear(nn.Module):
     scale: torch.Tensor
     low_scale: torch.Tensor
 
-    def __init__(self, linear: nn.Linear, products: str = 'auto'):
+    def __init__(self, linear: nn.Linear, products: str = 'bfloat16'):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
@@ -91,11 +90,11 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Any, products: str = 'auto') -> GPT:
+def quantize(model: Any, products: str = 'bfloat16') -> GPT:
     """
     Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model.
 
-    products: 'int8', 'bfloat16' or 'auto', as for `arithmetic`. UserError where the CPU has no 'int8'.
+    products: 'bfloat16', or 'int8', with which activations are rounded too. UserError where the CPU can't.
     """
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
