@@ -72,6 +72,7 @@ new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
 int8 = False  # on a CPU: also time the models with weights in int8
+int8_products = 'bfloat16'  # with int8: how they are multiplied; 'int8' on CPUs with VNNI
 cache = 'float'  # 'int8', 'int4': also time the models with a cache in so many bits
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
@@ -343,7 +344,7 @@ def bench_sample():
     all_models = build_all((2, 4, 8), block_size=longest, bias=True)  # with biases, as GPT-2
     models = {name: model.eval() for name, model in all_models.items()}
     if int8:
-        models |= {f'{name}, int8': quantize(copy.deepcopy(model)) for name, model in all_models.items()}
+        models |= {f'{name}, int8': quantize(copy.deepcopy(model), int8_products) for name, model in all_models.items()}
     print(f'{host_text}\n')
     steps, texts = [], []
     with torch.no_grad(), machine.autocast(device, dtype):

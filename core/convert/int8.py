@@ -2,9 +2,9 @@
 Weight-only int8 for decoding on a CPU: every weight matrix in one byte per number, with a scale per output.
 
 A decode step with few rows takes as long as reading the weights does, and int8 is a quarter of float32. Weights are
-rounded to 255 steps of their row's largest magnitude. Where the CPU multiplies int8 numbers (VNNI), activations are
-rounded too, to 255 steps between the least and the largest of a token, and sums are exact; elsewhere they are rounded
-to bf16 and added in float32. Which of the two it is follows from the CPU, not from a trial, and `arithmetic` says it.
+rounded to 255 steps of their row's largest magnitude. Activations are rounded to bf16 and products added in float32.
+With products='int8', on a CPU that multiplies int8 numbers (VNNI), activations are rounded to 255 steps between the
+least and the largest of a token. That is faster, and costs models with outliers more loss (BENCHMARKS.md).
 
 Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from core.cli.errors import UserError
 from model import GPT
 from ops.kernels import Linear
 
@@ -23,10 +24,12 @@ BLOCK = 16  # PyTorch's bf16 product reads a row in blocks of as many inputs, pa
 ROWS = 16  # with more rows than these the bf16 product is bounded by arithmetic, and float32's is faster
 
 
-def arithmetic() -> str:
-    """How products are computed on this CPU: 'int8' or 'bfloat16'."""
+def arithmetic(products: str) -> str:
+    """`products`, 'int8' or 'bfloat16', where this CPU has it; UserError otherwise."""
     vnni = bool(getattr(torch.cpu, '_is_vnni_supported', bool)())  # without it FBGEMM's sums can overflow
-    return 'int8' if vnni and 'fbgemm' in torch.backends.quantized.supported_engines else 'bfloat16'
+    if products == 'int8' and not (vnni and 'fbgemm' in torch.backends.quantized.supported_engines):
+        raise UserError('this CPU multiplies no int8 numbers (VNNI); use --int8_products=bfloat16')
+    return products
 
 
 def packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
@@ -49,14 +52,14 @@ class Int8Linear(nn.Module):
     scale: torch.Tensor
     low_scale: torch.Tensor
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, products: str = 'bfloat16'):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny).float() / 127
         low = (weight / scale[:, None]).round().to(torch.int8)
         self.low_bytes = low.nbytes
-        self.packed = packed(low, scale, self.bias) if arithmetic() == 'int8' else None
+        self.packed = packed(low, scale, self.bias) if arithmetic(products) == 'int8' else None
         if self.packed is None:
             self.more = -self.in_features % BLOCK  # zeros after each row
             self.register_buffer('weight', F.pad(low, (0, self.more)))
@@ -87,14 +90,18 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Any) -> GPT:
-    """Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model."""
+def quantize(model: Any, products: str = 'bfloat16') -> GPT:
+    """
+    Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model.
+
+    products: 'bfloat16', or 'int8', with which activations are rounded too. UserError where the CPU can't.
+    """
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
             for name, child in list(layer.named_children()):
                 if isinstance(child, Linear) and name != 'c_kv_up':
-                    setattr(layer, name, Int8Linear(child))
-    model.lm_head = Int8Linear(model.lm_head)  # wte, which shares its weight, is read row by row and stays
+                    setattr(layer, name, Int8Linear(child, products))
+    model.lm_head = Int8Linear(model.lm_head, products)  # wte, which shares its weight, is read row by row and stays
     return model
 
 

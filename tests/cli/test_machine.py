@@ -1,5 +1,7 @@
 """core/cli/machine.py: which device and dtype 'auto' becomes, and what processes agree on."""
 
+import importlib.util
+
 import pytest
 import torch
 from support import forking
@@ -197,3 +199,24 @@ print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()
 def test_denormal_numbers_are_zero_in_every_thread():
     done = forking.run('-c', [DENORMALS])
     assert done.stdout == '0 10\n', done.stderr
+
+
+def test_the_kernel_of_attention_is_chosen_only_on_a_gpu(monkeypatch):
+    switches = dict(cudnn=None, flash=None, mem_efficient=None)
+    for name in switches:
+        monkeypatch.setattr(
+            torch.backends.cuda, f'enable_{name}_sdp', lambda on, name=name: switches.update({name: on})
+        )
+    machine.use_attention('cudnn', 'cpu')
+    machine.use_attention('auto', 'cuda')
+    assert set(switches.values()) == {None}
+    machine.use_attention('cudnn', 'cuda')
+    assert switches == dict(cudnn=True, flash=False, mem_efficient=False)
+    machine.use_attention('flash', 'cuda:1')
+    assert switches == dict(cudnn=False, flash=True, mem_efficient=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('flash_attn_interface') is not None, reason='FlashAttention 3 is there')
+def test_flash_attention_3_must_be_installed():
+    with pytest.raises(UserError, match='not installed'):
+        machine.use_attention('fa3', 'cuda')

@@ -7,6 +7,7 @@ import torch
 from support.forking import run
 from support.planted import save
 
+from core.cli.errors import UserError
 from core.convert import int8
 from core.convert.int8 import Int8Linear, quantize, weight_bytes
 from model import GPT, GPTConfig
@@ -22,23 +23,23 @@ MODELS = {
 }
 
 
-def pair(name):
+def pair(name, products):
     """A model with random weights, and the same in int8."""
     model_class, config_class, special = MODELS[name]
     model = model_class(config_class(**SIZES, **special), seed=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    return model, quantize(copy.deepcopy(model))
+    return model, quantize(copy.deepcopy(model), products)
 
 
-@pytest.fixture(autouse=True, params=['int8', 'bfloat16'])
-def arithmetic(request, monkeypatch):
-    """Products of both kinds, wherever the CPU has them."""
-    if request.param == 'int8' and int8.arithmetic() != 'int8':
+@pytest.fixture(params=['int8', 'bfloat16'])
+def products(request):
+    """Both kinds of products, wherever the CPU has them."""
+    try:
+        return int8.arithmetic(request.param)
+    except UserError:
         pytest.skip('this CPU multiplies no int8 numbers')
-    monkeypatch.setattr(int8, 'arithmetic', lambda: request.param)
-    return request.param
 
 
 def stored(low):
@@ -52,11 +53,11 @@ def stored(low):
 @pytest.mark.parametrize('inputs', [48, 20, 8])
 @pytest.mark.parametrize('rows', [1, 5, 40])
 @pytest.mark.parametrize('bias', [True, False])
-def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias):
+def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias, products):
     """Also for inputs that are no multiple of 16, where PyTorch's bf16 product reads beyond a row."""
     linear = Linear(inputs, 30, bias=bias)
     linear.weight[7] = 0  # a row of zeros has no scale
-    low, x = Int8Linear(linear), torch.randn(2, rows, inputs)
+    low, x = Int8Linear(linear, products), torch.randn(2, rows, inputs)
     weight = stored(low)
     assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 * 1.0001
     wanted = x @ weight.T + (linear.bias if bias else 0)
@@ -65,9 +66,9 @@ def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias):
 
 
 @torch.no_grad()
-def test_a_token_is_rounded_by_its_own_size():
+def test_a_token_is_rounded_by_its_own_size(products):
     """A small token keeps its precision beside a large one, and a token of zeros gives zeros."""
-    low, x = Int8Linear(Linear(64, 30, bias=False)), torch.randn(3, 64)
+    low, x = Int8Linear(Linear(64, 30, bias=False), products), torch.randn(3, 64)
     x[1] *= 1e4
     x[2] = 0
     wanted = x @ stored(low).T
@@ -77,8 +78,8 @@ def test_a_token_is_rounded_by_its_own_size():
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', MODELS)
-def test_decoding_draws_from_nearly_the_same_probabilities(name):
-    model, low = pair(name)
+def test_decoding_draws_from_nearly_the_same_probabilities(name, products):
+    model, low = pair(name, products)
     tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(1))
     caches = [m.init_cache(3) for m in (model, low)]
     assert caches[1].layers[0][0].dtype == torch.float32
@@ -89,22 +90,22 @@ def test_decoding_draws_from_nearly_the_same_probabilities(name):
     assert left == [f'transformer.h.{layer}.attn.c_kv_up' for layer in range(2)] * ('mla' in name)
 
 
-def test_the_bytes_of_a_step_are_those_of_its_weights():
-    model, low = pair('gqa')
+def test_the_bytes_of_a_step_are_those_of_its_weights(products):
+    model, low = pair('gqa', products)
     matrices = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 8 * 64 * 64) + 61 * 64
     norms = 5 * 64
     assert weight_bytes(model, 4) == 4 * (matrices + norms)
     assert weight_bytes(low, 4) == matrices + 4 * norms
 
 
-def test_sample_says_what_int8_changes(tmp_path, char_data):
+def test_sample_says_what_int8_changes(tmp_path, char_data, products):
     from core.text.dataset import TokenData
 
     data = TokenData(char_data, 8)
     model = GPT(GPTConfig(**{**SIZES, 'vocab_size': data.n_vocab}), seed=1)
     folder = save(tmp_path / 'out', model, config={'dataset': char_data.name}, tokenizer=data.meta)
     keys = (f'--out_dir={folder}', f'--data_dir={char_data.parent}', '--device=cpu', '--max_new_tokens=8',
-            '--num_samples=2', '--start=the', '--weights=int8')  # fmt: skip
+            '--num_samples=2', '--start=the', f'--int8_products={products}', '--weights=int8')  # fmt: skip
     done = run('sample.py', (*keys, '--int8_windows=2'))
     assert done.returncode == 0, done.stderr
     assert 'int8 changes the validation loss of' in done.stderr and '+-' in done.stderr
@@ -112,6 +113,13 @@ def test_sample_says_what_int8_changes(tmp_path, char_data):
     assert refused.returncode == 2 and '--weights=int8' in refused.stderr
     plain = run('sample.py', keys)
     assert plain.stdout == done.stdout and 'int8 changes' not in plain.stderr
+
+
+def test_products_in_int8_need_a_cpu_that_has_them(monkeypatch):
+    assert Int8Linear(Linear(16, 4)).packed is None
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
+    with pytest.raises(UserError, match='int8_products=bfloat16'):
+        int8.arithmetic('int8')
 
 
 def test_bytes_of_an_untied_head_are_counted_once():
