@@ -11,10 +11,8 @@ $ python test_shakespeare_quick.py --max_iters=500 --block_size=128 --out_dir=ou
 """
 
 from core.cli import signals
-from core.cli.keys import check_early
 
 signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
 
 import os
 import sys

@@ -32,7 +32,6 @@ import os
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from studies.arms import Arm, mla
 
 from analysis import induction, report, style
 from core.cli import arguments, errors, files, subprocesses
@@ -60,21 +59,28 @@ jobs = 0  # concurrent runs with one thread each; 0: the cores that this process
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-SLOW = 'kv_lr=1/8'
-RATES = {  # of assets/contest_shakespeare.json
-    Arm('MHA', changes=(SLOW,)): 1.6e-2,
-    Arm('MQA', changes=(SLOW,)): 1.6e-2,
-    mla('1/2', SLOW): 8e-3,
-    mla('1/4', SLOW): 8e-3,
-    mla('1/8', SLOW): 1.6e-2,
-    Arm('GQA-2'): 8e-3,
-    Arm('MHA', changes=('RoPE',)): 4e-3,
-    Arm('MQA', changes=('RoPE',)): 4e-3,
-    mla('1/2', 'RoPE', SLOW): 8e-3,
-    mla('1/2', 'RoPE', 'latent norm'): 4e-3,
+SLOW, MQA = dict(kv_lr=1 / 8), dict(n_kv_head=1)
+
+
+def mla(latent):
+    """Keys of an MLA model."""
+    return dict(attention='mla', n_latent=latent)
+
+
+MODELS = {  # at the rates of assets/contest_shakespeare.json
+    'MHA, kv_lr=1/8': SLOW | dict(learning_rate=1.6e-2),
+    'MQA, kv_lr=1/8': MQA | SLOW | dict(learning_rate=1.6e-2),
+    'MLA, r=C/2, kv_lr=1/8': mla(64) | SLOW | dict(learning_rate=8e-3),
+    'MLA, r=C/4, kv_lr=1/8': mla(32) | SLOW | dict(learning_rate=8e-3),
+    'MLA, r=C/8, kv_lr=1/8': mla(16) | SLOW | dict(learning_rate=1.6e-2),
+    'GQA-2': dict(n_kv_head=2, learning_rate=8e-3),
+    'MHA, RoPE': dict(pos='rope', learning_rate=4e-3),
+    'MQA, RoPE': MQA | dict(pos='rope', learning_rate=4e-3),
+    'MLA, r=C/2, RoPE, kv_lr=1/8': mla(64) | SLOW | dict(pos='rope', learning_rate=8e-3),
+    'MLA, r=C/2, RoPE, latent norm': mla(64) | dict(pos='rope', latent_norm=True, learning_rate=4e-3),
 }
+SHORT = ('MHA, kv_lr=1/8', 'MLA, r=C/2, kv_lr=1/8', 'MLA, r=C/8, kv_lr=1/8')
 BITS = (8, 6, 4, 3, 2)
-HALF = mla('1/2', SLOW)
 SETTING = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, gradient_accumulation_steps=1, bias=False)
 SETTING |= dict(beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True, log_interval=50)
 SETTING |= dict(checkpoint_interval=500, device='cpu', dtype='float32', threads=1, compile=False, resume='auto')
@@ -92,14 +98,12 @@ def planned():
         return [dict(name=s, label='', source=s, folder=f, keys=None) for s, f in zip(named, folders, strict=True)]
     items = []
     for seed in range(2000, 2000 + (seeds or (5 if full else 1))):
-        for arm in RATES if full else [Arm('MHA', changes=(SLOW,)), HALF, mla('1/8', SLOW)]:
-            folder = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}', f'{arm.slug}_s{seed}')
-            keys = SETTING | arm.keys(128) | dict(max_iters=iterations, lr_decay_iters=iterations)
-            keys |= dict(eval_interval=iterations, learning_rate=RATES[arm], seed=seed, dataset=dataset)
-            keys |= dict(data_dir=data_dir, out_dir=folder)
-            items.append(
-                dict(name=f'{arm.label}, seed {seed}', label=arm.label, source=folder, folder=folder, keys=keys)
-            )
+        for label in MODELS if full else SHORT:
+            slug = ''.join(letter if letter.isalnum() else '-' for letter in label.lower().replace(', ', '-'))
+            folder = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}', f'{slug}_s{seed}')
+            keys = SETTING | MODELS[label] | dict(max_iters=iterations, lr_decay_iters=iterations, seed=seed)
+            keys |= dict(eval_interval=iterations, dataset=dataset, data_dir=data_dir, out_dir=folder)
+            items.append(dict(name=f'{label}, seed {seed}', label=label, source=folder, folder=folder, keys=keys))
     return items
 
 
