@@ -204,21 +204,16 @@ def train(model, steps):
             model.eval()
             scores = induction.head_scores(hf, these)
             if scores['induction'].mean(0).max() > 0.5:
-                return hf, these, scores, step
+                return hf, these, scores
     raise AssertionError(f'no head after {steps} steps: {scores["induction"].mean(0)}')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('model_type', ['llama', 'deepseek_v3'])
-def test_models_trained_by_their_own_classes_form_heads_that_ablation_finds(model_type):
+def test_a_llama_trained_by_its_own_class_forms_a_head_that_ablation_finds():
     sizes = dict(vocab_size=64, hidden_size=64, head_dim=16, intermediate_size=128)
-    if model_type == 'deepseek_v3':
-        sizes |= dict(kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-        sizes.pop('head_dim')
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **CLASSES[model_type] | sizes)
-    model, these, scores, step = train(transformers.AutoModelForCausalLM.from_config(config), 1200)
-    print(model_type, step)
+    config = transformers.AutoConfig.for_model('llama', **CLASSES['llama'] | sizes)
+    model, these, scores = train(transformers.AutoModelForCausalLM.from_config(config), 500)
     strongest = divmod(int(scores['induction'].mean(0).argmax()), 4)
     assert strongest[0] == 1 and scores['previous_token'].mean(0)[0].max() > 0.3
     assert circuits.copying_eigenvalues(model, np.arange(64))[strongest] > 0.3

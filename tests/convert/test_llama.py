@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.cli.errors import UserError
 from core.convert import llama
 from core.runs import models
+from core.text.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 OURS = {
@@ -198,11 +199,12 @@ def test_another_eps_is_exact_in_a_larger_stream():
         assert (model(IDX, IDX)[0] - expected).abs().max() > 1e-3  # eps matters here
 
 
-def test_a_tokenizer_of_sentencepiece_is_none_of_ours(tmp_path):
+def test_a_tokenizer_of_sentencepiece_reads_text(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers import models as kinds
 
     their_llama().save_pretrained(tmp_path)
     Tokenizer(kinds.Unigram([('<unk>', 0.0), ('a', -1.0), ('ab', -2.0)], 0)).save(str(tmp_path / 'tokenizer.json'))
     _, saved = models.pretrained(str(tmp_path))
-    assert saved['tokenizer'] == {'tokenizer': 'none', 'vocab_size': 3}
+    tokenizer = load_tokenizer(saved['tokenizer'])
+    assert tokenizer.encode('aab') == [1, 2] and tokenizer.decode([1, 2]) == 'aab'

@@ -115,7 +115,7 @@ def test_a_folder_with_a_tokenizer_that_is_none_of_ours_gives_ids(export):
     done = forking.run('sample.py', keys)
     expected = models.pretrained(folder)[0].eval().generate(torch.tensor([[1, 2, 36]]), 4, temperature=0)
     assert done.stdout.split('\n')[0].split() == [str(i) for i in expected[0].tolist()]
-    assert 'prompt and samples are its ids' in done.stderr
+    assert 'prompt and samples are ids' in done.stderr
     done = forking.run('sample.py', [f'--init_from={folder}', '--start=1 37'])
     assert done.returncode == 2 and "'37' is no id" in done.stderr
 
