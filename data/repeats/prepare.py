@@ -29,7 +29,7 @@ from core.cli.errors import UserError, output
 from core.text.write_dataset import summary, write_dataset
 
 # ----------------------------------------------------------------------------------------------------------------------
-folder = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json are written
+folder = ''  # where train.bin, val.bin and meta.json are written; '': data/repeats
 rows = 65536  # of training; 2000 iterations of 32 rows read about as many
 val_rows = 2048  # of validation, with other blocks
 block_size = 64  # tokens in a sequence; a row has one more, the last target
@@ -51,6 +51,7 @@ def repeated_rows(count, rng):
 
 if not (2 <= min_period <= block_size // 2 and vocab_size >= 2):
     raise UserError('min_period must be 2 to half of block_size, and vocab_size at least 2')
+folder = folder or str(Path(__file__).resolve().parent)
 check_folder(folder, 'folder')
 started = time.perf_counter()
 train, val = (repeated_rows(n, np.random.default_rng([seed, stream])) for stream, n in enumerate((rows, val_rows)))
