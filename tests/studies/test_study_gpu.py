@@ -77,7 +77,7 @@ def test_trainings_of_the_last_part_share_its_time(tmp_path):
 @pytest.mark.parametrize(
     'arguments, expected',
     [
-        (['--rehearse', '--parts=x,memory'], 'unknown parts: x; choose from muon, attention, kernel, tests, train, decode'),
+        (['--rehearse', '--parts=x,memory'], 'unknown parts: x; choose from muon, attention, kernel'),
         (['--rehearse', '--nanogpt=nowhere'], 'has no model.py; --nanogpt must be the folder of a nanoGPT checkout'),
         (['--device=cpu'], 'unknown key --device'),
     ],
