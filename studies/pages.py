@@ -5,7 +5,7 @@ $ python studies/pages.py    # make figures runs this and the other studies' com
 
 The earlier contest, assets/contest_*.json: MHA, GQA, MQA and MLA with learned positions, RoPE or Muon, each at the best
 of four learning rates. studies/contest.py of commit 7a111e7 trained its models. Decoding times, assets/decode.json:
-bench.py's medians. Run it from the repository root.
+bench.py's medians. SmolLM2 as MLA, assets/smollm2.json: studies/smollm2.py's. Run it from the repository root.
 """
 
 import sys
@@ -210,8 +210,57 @@ def make_decoding():
     report.save_figure(os.path.join(pictures, 'decode.png'), picture)
 
 
+# ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
+TEXTS = {'smollm2-python': 'Python source', 'smollm2-reviews': 'film reviews'}
+
+
+def make_smollm2():
+    """The table and the picture of what SmolLM2 loses as MLA, before any fine-tuning."""
+    found = read_json('assets', 'smollm2.json')
+    whole = found['rows']['original']['cache_bytes_per_token']
+    named = {'decompressed': 'keys decompressed, then rotated', 'published': 'published shape'}
+    rows, points = [], []
+    for name, row in found['rows'].items():
+        form, part = name.split(', ') if ', ' in name else (name, '')
+        cells = [f'{row[text]["loss"]:.4f}' for text in TEXTS]
+        if part:
+            points.append((form, row['cache_bytes_per_token'] / whole, [row[text] for text in TEXTS]))
+            errors = [f'{row[text]["rise"]:+.4f} ± {1.96 * row[text]["rise_stderr"]:.4f}' for text in TEXTS]
+            sizes = (part, row['n_latent'], row['n_rope'])
+        else:
+            errors, sizes = ['0', '0'], ('1', '', '')
+        rows.append((named.get(form, 'SmolLM2 itself'), *sizes, *cells, *errors))
+    heading = ['form', 'part of the cache', 'r', 'R', *TEXTS.values(), *(f'rise, {text}' for text in TEXTS.values())]
+    about = (
+        'Made by `python studies/pages.py` from `assets/smollm2.json`: losses in nats per token of '
+        f'{found["windows"]} windows of {found["context"]} tokens; rises with half of a 95 % interval over windows.'
+    )
+    save('smollm2', [about, report.markdown_table(heading, rows)])
+    figure = Figure(figsize=(style.WIDTH, 3.6))
+    panels = figure.subplots(1, 2, sharey=True)
+    looks = {'decompressed': style.look('MHA'), 'published': style.look('MLA', 0.5)}
+    for n, (axes, text) in enumerate(zip(panels, TEXTS.values(), strict=True)):
+        for form, part, losses in points:
+            look = dict(looks[form], linestyle='none', markersize=8, capsize=4)
+            axes.errorbar(part, losses[n]['rise'], 1.96 * losses[n]['rise_stderr'], **look)
+            if part == 1 / 4:
+                right, where = form == 'published', (8, 2) if form == 'published' else (-8, -4)
+                axes.annotate(named[form].replace(', ', ',\n'), (part, losses[n]['rise']), where, textcoords='offset points',
+                              ha='left' if right else 'right', color=look['color'], fontsize=8.5)  # fmt: skip
+        axes.set_xscale('log', base=2)
+        axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ['1/8', '1/4', '1/2'])
+        axes.minorticks_off()
+        axes.margins(x=0.45)
+        axes.set(title=text, xlabel='part of the cache', ylim=(0, None))
+    panels[0].set_ylabel('rise of the loss (nats per token)')
+    figure.suptitle('SmolLM2-135M as MLA, before any fine-tuning: half of the cache costs a fifth of a nat or less')
+    report.save_figure(os.path.join(pictures, 'smollm2.png'), figure)
+
+
 for folder in (pictures, tables):
     arguments.check_folder(folder)
     os.makedirs(folder, exist_ok=True)
 make_contest()
 make_decoding()
+make_smollm2()

@@ -19,6 +19,8 @@ EXCEPTIONS = {
     '1,742': 'windows of tinyshakespeare, a fact of the data set',
     '4,000': 'WINDOWS of studies/contest.py',
     '283': 'how many numbers a review recomputed',
+    '135': 'million parameters of SmolLM2',
+    '8,192': 'STATISTICS of studies/smollm2.py',
 }
 
 
