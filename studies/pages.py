@@ -239,14 +239,15 @@ def make_smollm2():
     save('smollm2', [about, report.markdown_table(heading, rows)])
     figure = Figure(figsize=(style.WIDTH, 3.6))
     panels = figure.subplots(1, 2, sharey=True)
-    looks = {'decompressed': style.look('MHA'), 'published': style.look('MLA', 0.5)}
+    looks = {'decompressed': style.look('MLA', 0.2), 'published': style.look('MLA', 0.5)}
     for n, (axes, text) in enumerate(zip(panels, TEXTS.values(), strict=True)):
         for form, part, losses in points:
             look = dict(looks[form], linestyle='none', markersize=8, capsize=4)
             axes.errorbar(part, losses[n]['rise'], 1.96 * losses[n]['rise_stderr'], **look)
             if part == 1 / 4:
                 right, where = form == 'published', (8, 2) if form == 'published' else (-8, -4)
-                axes.annotate(named[form].replace(', ', ',\n'), (part, losses[n]['rise']), where, textcoords='offset points',
+                at, label = (part, losses[n]['rise']), named[form].replace(', ', ',\n')
+                axes.annotate(label, at, where, textcoords='offset points',
                               ha='left' if right else 'right', color=look['color'], fontsize=8.5)  # fmt: skip
         axes.set_xscale('log', base=2)
         axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ['1/8', '1/4', '1/2'])
