@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import runpy
 import shutil
 import signal
@@ -7,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from support import ROOT
 from support.bad_input import make_place
 from support.training import write_characters
 
 from core.text.tokenizer import CharTokenizer
 from core.text.write_dataset import write_dataset
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is first imported, by whatever test
 
 
 def pytest_collection_modifyitems(items):

@@ -259,7 +259,7 @@ class CacheOwner:
 
     def __init__(self, attention):
         self.attention = attention
-        self.transformer = SimpleNamespace(wte=attention.c_proj)
+        self.transformer = SimpleNamespace(wte=attention.c_proj, h=[SimpleNamespace(attn=attention)])
         sizes = dict(n_layer=1, n_embd=32, n_head=4, block_size=64, pos='rope')
         self.config = MLAConfig(**sizes, n_latent=attention.n_latent, n_rope=attention.n_rope)
 

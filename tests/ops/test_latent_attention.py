@@ -1,12 +1,8 @@
 """ops/latent_attention.py: the kernel gives the formula's numbers. Triton's interpreter runs it on a CPU."""
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is first imported
 triton = pytest.importorskip('triton', reason='PyTorch for a CPU has no Triton; requirements-test.txt has it')
 
 from ops.latent_attention import attend_latents  # noqa: E402
