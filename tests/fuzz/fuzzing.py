@@ -57,6 +57,9 @@ TINY = {
     'studies/induction.py': {'reuse': '{place}/study.json'},
     'studies/induction_text.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
+    'studies/bits.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
+    'studies/staircase.py': {'out_dir': '{place}/out', 'reuse': '{place}/nowhere'},  # as above
+    'studies/pages.py': {'pictures': '{place}/out', 'tables': '{place}/out'},
     'studies/gpu.py': {'out_dir': '{place}/out', 'nanogpt': '{place}/nowhere', 'parts': 'memory'},  # as above
     'data/text/prepare.py': {'input': '{place}/text.txt'},
     'data/code/prepare.py': {'input': '{place}/texts', 'suffixes': '.md,.py', 'val_fraction': 0.5,
@@ -137,7 +140,7 @@ NEW = ['{place}/out', '{place}/out/deep/er', '{place}/out $x$', '{place}/out\u4e
 OUTPUTS = [*NEW, '{place}/mha', '{place}/mla', '{place}/prompt.txt', '{place}/config.py/x', '{place}/out\x1b[31m',
            '{place}/out\udcff', '{place}/' + 'a' * 300, '{place}/' + 'b/' * 2500, '/proc/nowhere', '/dev/null', '',
            '/dev/null/x', '{place}/out/x.json', '{place}/out.png', '{place}/hf', '"{place}/a\\0b"']  # fmt: skip
-WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'table', 'profile')
+WRITTEN = ('out_dir', 'folder', 'json', 'figure', 'plot', 'table', 'profile', 'pictures', 'tables')
 READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'runs', 'sweep', 'reuse', 'input', 'files',
         'text', 'nanogpt', 'start', 'prose')  # fmt: skip
 VALID = {
@@ -150,7 +153,7 @@ VALID = {
     'gpu': ['H100', 'l4', 'A100-80GB', 't4'], 'shape': ['', 'gpt2'], 'n_latents': ['', '8,4'],
     'n_kv_heads': ['', '1'], 'dataset': ['tiny', 'nano', 'shards'], 'sweep': ['', '4,8'],
     'json': ['', '{place}/out.json'], 'name': ['x'], 'datasets': ['tiny', 'nano', 'tiny,wide'],
-    'packages': ['', 'tqdm'],
+    'packages': ['', 'tqdm'], 'batch_sizes': ['1', '1,2'],
 }  # fmt: skip
 # keys whose valid values may be larger than 8: they are cheap, or the data bounds them
 ANY = ('seed', 'split_seed', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'log_interval', 'top_k', 'eval_iters',
