@@ -22,6 +22,7 @@ check_early(__file__)
 import functools
 import importlib.util
 import itertools
+import os
 
 import torch
 
@@ -53,6 +54,8 @@ from ops.latent_attention import attend_latents
 if json:
     check_file(json, 'json')
 device = machine.pick_device(device)
+if device == 'cpu' and os.environ.get('TRITON_INTERPRET') != '1':
+    raise UserError('the kernel needs a GPU; set TRITON_INTERPRET=1 to see that it runs, at --contexts=64')
 dtype = torch.bfloat16 if device.startswith('cuda') else torch.float32
 SCALE = 0.125
 

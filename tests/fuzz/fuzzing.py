@@ -59,6 +59,7 @@ TINY = {
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
     'studies/bits.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
     'studies/staircase.py': {'out_dir': '{place}/out', 'reuse': '{place}/nowhere'},  # as above
+    'studies/latent_kernel.py': {'contexts': '8', 'batch_sizes': '1', 'n_latents': '8', 'n_head': 2, 'rounds': 1},
     'studies/pages.py': {'pictures': '{place}/out', 'tables': '{place}/out'},
     'studies/gpu.py': {'out_dir': '{place}/out', 'nanogpt': '{place}/nowhere', 'parts': 'memory'},  # as above
     'data/text/prepare.py': {'input': '{place}/text.txt'},
