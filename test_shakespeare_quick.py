@@ -10,17 +10,19 @@ command is run again. Every key of train.py is accepted too, and applies to both
 $ python test_shakespeare_quick.py --max_iters=500 --block_size=128 --out_dir=out-quick-500
 """
 
+import os
+
 from core.cli import signals
+from core.cli.keys import check_early, keys_of
 
 signals.exit_at_once()  # for the time of the slow imports
+check_early(__file__, os.path.join(os.path.dirname(__file__), 'train.py'))
 
-import os
 import sys
 from dataclasses import fields
 
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
-from core.cli.keys import keys_of
 from core.runs import checkpoint as checkpoints
 from core.runs.models import KINDS
 from core.runs.resume import OLDER

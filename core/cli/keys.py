@@ -58,11 +58,12 @@ def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
     return keys
 
 
-def check_early(script: str) -> None:
+def check_early(script: str, *others: str) -> None:
     """
     Before a script's slow imports: print its help or refuse its flags, as `configure` does after them.
 
-    A command line with a config file is left to `configure`, because the file may use what the script imports.
+    others: scripts whose keys it has too. A command line with a config file is left to `configure`, because the file
+    may use what the script imports.
     """
     if any(argument.endswith('.py') for argument in sys.argv[1:]):
         return
@@ -70,7 +71,8 @@ def check_early(script: str) -> None:
         errors.install()
     try:
         check_folder(script)
-        applied({'__file__': script, **keys_of(script)}, lambda text: None)
+        own = {key: value for path in (*others, script) for key, value in keys_of(path).items()}
+        applied({'__file__': script, **own}, lambda text: None)
     except UserError:
         errors.install()
         raise
