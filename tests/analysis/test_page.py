@@ -15,7 +15,7 @@ from analysis import report
 
 LAYERS, HEADS, T = 30, 9, 101
 pytestmark = pytest.mark.skipif(
-    not (shutil.which('chromedriver') and shutil.which('chromium')), reason='tests/browser/install.sh installs Chromium'
+    not (shutil.which('chromedriver') and shutil.which('chromium')), reason='tests/install.sh browser installs Chromium'
 )
 
 
@@ -59,10 +59,10 @@ class Browser:
         self.url += f'/session/{found["sessionId"]}'
         self.send('/timeouts', script=120_000)
 
-    def send(self, path, **body):
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {'Content-Type': 'application/json'}
-        )
+    def send(self, path, method='POST', **body):
+        content = json.dumps(body).encode()
+        headers = {'Content-Type': 'application/json'}
+        request = urllib.request.Request(self.url + path, content, headers, method=method)
         with urllib.request.urlopen(request, timeout=300) as reply:
             return json.load(reply)['value']
 
@@ -95,6 +95,7 @@ class Browser:
         return self.run(f'return document.querySelector({selector!r}).textContent')
 
     def close(self):
+        self.send('', method='DELETE')  # the session: its browser would outlive the driver
         self.driver.terminate()
         self.driver.wait()
 

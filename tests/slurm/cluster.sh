@@ -182,7 +182,7 @@ stop() {
 case $action in
 start)
     for program in munged slurmctld slurmd sinfo; do
-        command -v "$program" >/dev/null || { say "error: no $program here; run tests/slurm/install.sh"; exit 1; }
+        command -v "$program" >/dev/null || { say "error: no $program here; run tests/install.sh slurm"; exit 1; }
     done
     start
     ;;

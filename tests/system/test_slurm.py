@@ -28,7 +28,7 @@ JOBS = sorted(path.name for path in SCRIPTS.glob('*.sh') if path.name != 'launch
 SEARCHED = os.pathsep.join((os.environ.get('PATH', ''), '/usr/sbin', '/sbin'))
 MISSING = [name for name in ('munged', 'slurmctld', 'slurmd', 'sbatch') if not shutil.which(name, path=SEARCHED)]
 needs_slurm = pytest.mark.skipif(
-    bool(MISSING), reason=f'not installed: {", ".join(MISSING)}; run tests/slurm/install.sh'
+    bool(MISSING), reason=f'not installed: {", ".join(MISSING)}; run tests/install.sh slurm'
 )
 needs_torchrun = pytest.mark.skipif(
     not Path(sys.executable).with_name('torchrun').exists(), reason='there is no torchrun beside this Python'
@@ -213,7 +213,7 @@ def test_a_script_starts_files_that_exist(script):
     assert not [name for name in files if not (ROOT / name).exists()]
 
 
-@pytest.mark.skipif(not shutil.which('shellcheck'), reason='shellcheck is not installed; run tests/slurm/install.sh')
+@pytest.mark.skipif(not shutil.which('shellcheck'), reason='shellcheck is not installed; run tests/install.sh slurm')
 def test_shellcheck_finds_nothing():
     scripts = [*sorted(SCRIPTS.glob('*.sh')), *sorted((ROOT / 'tests' / 'slurm').glob('*.sh'))]
     done = subprocess.run(['shellcheck', '-x', *scripts], cwd=ROOT, text=True, capture_output=True)
