@@ -33,9 +33,7 @@ def untrained(model: Model, seed: int) -> Model:
     """A model of the same shape, with initial values."""
     if isinstance(model, HFModel):
         return model.fresh(seed)
-    fresh = type(model)(model.config).eval().to(device_of(model))
-    fresh.init_weights(seed)
-    return fresh
+    return type(model)(model.config, seed).eval().to(device_of(model))
 
 
 def embed(model: GPT, tokens: Tensor) -> Tensor:

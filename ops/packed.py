@@ -150,7 +150,7 @@ class Packed:
 
     def fits_integer_units(self) -> bool:
         """True where its numbers can be multiplied as they are stored."""
-        # of vectors of one number torch._int_mm takes the strides wrongly, and returns what its memory held before
+        # torch._int_mm's product of vectors of one number is wrong
         stored = self.form.bits == 8 and self.form.groups == 1 and self.form.few > 1 and self.device.type == 'cpu'
         return stored and self.dtype != torch.float64 and self.size(-2) <= LONGEST and has_integer_units()
 
