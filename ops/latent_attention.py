@@ -86,7 +86,7 @@ def attend_latents(
     """
     One query per head over cached latents: q (B, H, r + R), latents (B, K, S, r + R) -> (B, H, r), in the dtype of q.
 
-    Each of K groups serves H/K neighbouring heads; MLA has one. rank: r. length: int (1,), how many of the S tokens are
+    Each of K groups serves H/K neighboring heads; MLA has one. rank: r. length: int (1,), how many of the S tokens are
     filled, at least 1; a tensor, so that a CUDA graph can replay the step. values (B, K, S, r): of GQA, whose keys then
     are the latents. factors (B, K, S): of latents in int8. pieces: of each sequence; 0: enough for the GPU. There is no
     gradient. ValueError where the shapes don't fit.

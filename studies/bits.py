@@ -3,7 +3,7 @@ What does a bit of the cache buy? MHA, GQA, MQA and MLA with what they cache in 
 
 $ python data/shakespeare_char/prepare.py
 $ python studies/bits.py                                   # a short form: three models, few iterations
-$ python studies/bits.py --full=True --figure=assets/bits.png     # every model, five seeds; two cores take half a day
+$ python studies/bits.py --full=True --figure=assets/bits.png     # every model, five seeds; many hours on two cores
 $ python studies/bits.py --sources=out-mha,out-mla         # checkpoints that are there already, on their own data
 $ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
 

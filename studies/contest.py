@@ -3,7 +3,7 @@ MHA, partial RoPE, GQA, MQA and MLA as published, each at its own best setting, 
 
 $ python data/code/prepare.py
 $ python studies/contest.py                # a short form: every model, few iterations; minutes
-$ python studies/contest.py --full=True    # all runs: two cores take half a day
+$ python studies/contest.py --full=True    # all runs: many hours on two cores
 $ python studies/contest.py --full=True --arms="MHA;MQA;MLA, cache of MQA"     # some of the models
 $ python studies/contest.py --full=True --tuned=assets/contest.json --dataset=shakespeare_char --figure=assets/play.png
 $ python studies/contest.py --reuse=assets/contest.json --figure=contest.png    # tables and pictures again, in seconds

@@ -148,18 +148,8 @@ def all_parts():
     runs = f'{path("code-mha")},{path("code-mla")}'
     heads = dict(models=runs, sweep=runs, out_dir=path('induction'), data_dir=data)
     code = [*pair('code', **left), command('find_induction_heads.py', SMALL_ANALYSIS, **heads)]
-    tests = [[sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', 'tests/gpu']]
-    once = [
-        sys.executable,
-        '-m',
-        'pytest',
-        '-v',
-        '-p',
-        'no:cacheprovider',
-        'tests/gpu/test_gpu_training.py',
-        '-k',
-        'muon',
-    ]
+    pytest = [sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider']
+    tests, once = [[*pytest, 'tests/gpu']], [*pytest, 'tests/gpu/test_gpu_training.py', '-k', 'muon']
     muon = [[*once, f'--junitxml={path(f"muon-{time}.xml")}'] for time in (1, 2, 3)[: 1 if rehearse else 3]]
     installed = ['fa3'] if importlib.util.find_spec('flash_attn_interface') else []
     attention = [
@@ -168,13 +158,14 @@ def all_parts():
     ]
     kernel = [command('studies/latent_kernel.py', SMALL_KERNEL, json=path('kernel.json'))]
     cell = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, gradient_accumulation_steps=1)
-    cell |= dict(norm='rms', mlp='swiglu', bias=False, dataset='code', data_dir=data, resume='auto', eval_interval=500)
-    cell |= dict(max_iters=2000, lr_decay_iters=2000, warmup_iters=100, log_interval=100)
+    cell |= dict(norm='rms', mlp='swiglu', pos='rope', bias=False, dataset='code', data_dir=data, resume='auto')
+    cell |= dict(eval_interval=500, max_iters=2000, lr_decay_iters=2000, warmup_iters=100, log_interval=100)
     cells = [
         command(
             f'train{kind}.py',
             SMALL_RUN | (dict(n_latent=16) if kind else {}),
             **cell,
+            **(dict(n_latent=96, latent_norm=True) if kind else {}),  # with the rotated key MQA's cache
             learning_rate=rate,
             kv_lr=factor,
             out_dir=path(f'cell{kind}-{rate}-{factor}'),

@@ -2,7 +2,7 @@
 From MHA to MLA in five steps: which of them delays induction heads, and who carries what in the heads that form?
 
 $ python studies/staircase.py                # a short form: two seeds, few iterations; minutes on two cores
-$ python studies/staircase.py --full=True    # four seeds of tuning and twelve others; three hours on two cores
+$ python studies/staircase.py --full=True    # four seeds of tuning and twelve others; hours on two cores
 $ python studies/staircase.py --latents=True --full=True    # instead: does W_D have to be learned?
 $ python studies/staircase.py --reuse=assets/staircase.json    # tables and picture again, in seconds
 

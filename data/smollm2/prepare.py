@@ -14,7 +14,7 @@ $ python data/code/prepare.py --tokenizer=data/smollm2 --packages=stdlib --name=
 $ python convert_mla.py --source=data/smollm2 --dataset=smollm2-python --context=256 --n_latent=160 --n_rope=32
 
 The folder receives ckpt.pt, tokenizer.json (where the model's tokenizer can be read) and README.md, which says what the
-model is, where it is from and under which licence.
+model is, where it is from and under which license.
 """
 
 import sys
@@ -83,10 +83,10 @@ def card(facts, origin):
     """README.md of the checkpoint's folder, in the form that the Hugging Face hub reads."""
     config, parameters = model.config, model.get_num_params(non_embedding=False)
     by = f' by {facts["organization"]}' if 'organization' in facts else ''
-    licence = facts.get('license')
+    license = facts.get('license')
     size = f'{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters'
     return f"""---
-license: {licence or 'unknown'}
+license: {license or 'unknown'}
 ---
 
 # {title}{by}
@@ -95,7 +95,7 @@ Attention: {models.label_of(config)}. {size}, up to {config.block_size:,} tokens
 
 Source: {origin}.
 
-Licence of the weights: {f'{licence}, as the source states' if licence else 'the source states none'}.
+License of the weights: {f'{license}, as the source states' if license else 'the source states none'}.
 
 ckpt.pt is a checkpoint of nanoGPT-MLA with the same weights in float32, made by data/smollm2/prepare.py.
 """
