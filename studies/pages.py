@@ -178,7 +178,8 @@ def make_contest():
                 },
             }
             title = 'Converted from MHA and fine-tuned, MLA at C/2 and C/4 ends within 0.003 nats of MHA, '
-            title += 'and MQA 0.063 behind\n(keys and values learn at 1/8 of the learning rate in MLA, and at the whole in the others)'
+            title += 'and MQA 0.063 behind'
+            title += '\n(keys and values learn at 1/8 of the learning rate in MLA, and at the whole in the others)'
             report.save_figure(os.path.join(pictures, 'conversion.png'), draw_caches(numbers, groups, title))
             save('conversion', [parts[0], conversion_table(numbers)])
     save('earlier-contest', parts)
