@@ -22,6 +22,7 @@ matplotlib.rcParams.update(
         'axes.titlesize': 10,
         'axes.spines.top': False,
         'axes.spines.right': False,
+        'axes.axisbelow': True,  # the grid is behind bars, too
         'axes.grid': True,
         'axes.unicode_minus': True,
         'grid.color': '#e6e6e6',
