@@ -82,6 +82,7 @@ batch_size = 16
 # machine
 device = 'cpu'
 dtype = 'float32'
+compile = False
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ def train_and_measure(item):
         check(item, read_json(result)['keys'])
     else:
         if not finished(item, ckpt):
-            keys = dict(item['keys'], compile=False, resume='auto', out_dir=item['folder'])
+            keys = dict(item['keys'], resume='auto', out_dir=item['folder'])
             if not subprocesses.converges('train.py', [keys], item['folder']):
                 files.write_json(result, dict(val_loss=None, keys=item['keys']))
                 return dict(item, val_loss=math.inf)
@@ -442,7 +443,7 @@ else:
     )
     common |= dict(min_lr=1e-4, max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations, eval_iters=1)
     common |= dict(always_save_checkpoint=True, checkpoint_interval=500, log_interval=100)
-    common |= dict(device=device, dtype=dtype, threads=1)
+    common |= dict(device=device, dtype=dtype, compile=compile, threads=1)
     settings = {}
     if tuned:
         found = read_contest(tuned)['models']
@@ -458,7 +459,7 @@ title = f'{setting["max_iters"]:,} iterations on {setting["corpus"]}'
 text = (
     f'{title}: {setting["n_layer"]} layers, C\xa0=\xa0{setting["n_embd"]}, {setting["n_head"]} heads, '
     f'{setting["batch_size"]} x {setting["block_size"]} tokens per iteration, {setting["blocks"]} blocks, '
-    f'{setting["optimizer"]}, {setting["dtype"]}, on {setting["cpu"] if setting["device"] == "cpu" else "a GPU"}. '
+    f'{setting["optimizer"]}, {setting["dtype"]}{", compiled" * setting.get("compile", False)}, on {setting["cpu"] if setting["device"] == "cpu" else "a GPU"}. '
     'Every model was tuned by the same steps on seeds that are not reported, unless the settings of an earlier contest '
     'were taken. Losses: mean ± half width of the 95 % t interval over seeds, with fewer than four seeds mean [range].'
     '\n\n'
