@@ -455,11 +455,12 @@ else:
     numbers = as_numbers(*contest(named, settings))
 
 setting = numbers['setting']
+where = (', compiled' * setting['compile'] + f', on {setting["cpu"]}') if setting['device'] == 'cpu' else ', on a GPU'
 title = f'{setting["max_iters"]:,} iterations on {setting["corpus"]}'
 text = (
     f'{title}: {setting["n_layer"]} layers, C\xa0=\xa0{setting["n_embd"]}, {setting["n_head"]} heads, '
     f'{setting["batch_size"]} x {setting["block_size"]} tokens per iteration, {setting["blocks"]} blocks, '
-    f'{setting["optimizer"]}, {setting["dtype"]}{", compiled" * setting.get("compile", False)}, on {setting["cpu"] if setting["device"] == "cpu" else "a GPU"}. '
+    f'{setting["optimizer"]}, {setting["dtype"]}{where}. '
     'Every model was tuned by the same steps on seeds that are not reported, unless the settings of an earlier contest '
     'were taken. Losses: mean ± half width of the 95 % t interval over seeds, with fewer than four seeds mean [range].'
     '\n\n'
