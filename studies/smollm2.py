@@ -121,8 +121,7 @@ for name, (form, part) in wanted.items():
         converted = to_published_mla(model, statistics, inputs, cached // part - n_rope, n_rope)
     else:
         converted = to_mla(model, cached // part, statistics)
-    if (form, part) == ('published', 2):
-        keep(name, converted)
+    keep(name, converted)
     report(name, converted, 'original', n_latent=converted.config.n_latent, n_rope=converted.config.n_rope)
 
 # ---- 2. fine-tuning --------------------------------------------------------------------------------------------------
