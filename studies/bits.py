@@ -4,7 +4,8 @@ What does a bit of the cache buy? MHA, GQA, MQA and MLA with what they cache in 
 $ python data/shakespeare_char/prepare.py
 $ python studies/bits.py                                   # a short form: three models, few iterations
 $ python studies/bits.py --full=True --figure=assets/bits.png     # every model, five seeds; many hours on two cores
-$ python studies/bits.py --sources=out-mha,out-mla         # checkpoints that are there already, on their own data
+$ python studies/bits.py --sources=out-mha,out-mla         # checkpoints that are there already, on their own data;
+                                                           # names that differ in a last _s1, _s2 are seeds of one model
 $ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
 
 Each model is trained at the learning rate that studies/contest.py found for it. Then its full pass attends to rounded
@@ -28,6 +29,7 @@ check_early(__file__)
 
 import copy
 import os
+import re
 
 import numpy as np
 import torch
@@ -117,8 +119,16 @@ def train_and_measure(item):
         os.makedirs(item['folder'], exist_ok=True)
         files.write_json(result, report.plain(measured(ckpt)))
     found = read_json(result)
-    named = f'{found["attention"]}: {os.path.basename(os.path.normpath(item["source"]))}'
-    return dict(found, name=item['name'], label=item['label'] or named)
+    return dict(found, name=item['name'], label=item['label'] or found['attention'])
+
+
+def told_apart(runs):
+    """`sources` labelled by folder where two of one attention differ in more than the seed that ends a name."""
+    for run in runs if sources else []:
+        alike = [other for other in runs if other['attention'] == run['attention']]
+        if len({re.sub(r'_s\d+$', '', os.path.normpath(other['name'])) for other in alike}) > 1:
+            run['label'] = f'{run["attention"]}: {os.path.basename(os.path.normpath(run["name"]))}'
+    return runs
 
 
 def measured(ckpt):
@@ -315,7 +325,7 @@ if figure:
 arguments.check_folder(out_dir)
 torch.set_num_threads(1)
 with reading(reuse):
-    runs = read_json(reuse)['runs'] if reuse else subprocesses.run_all(train_and_measure, planned(), jobs)
+    runs = read_json(reuse)['runs'] if reuse else told_apart(subprocesses.run_all(train_and_measure, planned(), jobs))
     shown = dict.fromkeys(row['basis'] for run in runs for row in run['rows'])
     text = (
         f'Rise of the validation loss, by seed:\n\n{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'

@@ -1,6 +1,7 @@
 """studies/bits.py: what it measures of checkpoints, in exact bytes; a study is drawn again from its numbers."""
 
 import json
+import shutil
 
 import pytest
 from support import forking
@@ -54,3 +55,14 @@ def test_checkpoints_that_are_there_can_be_measured(place, tmp_path):
     done = study(place, f'--out_dir={tmp_path}', f'--sources={folder}')
     assert done.returncode == 0 and 'MLA, r=16' in done.stdout, done.stderr
     assert not list(tmp_path.rglob('ckpt.pt')) and len(list(tmp_path.rglob('bits-8.json'))) == 1
+
+
+def test_seeds_of_one_model_share_its_label(place, tmp_path):
+    runs = place / 'out' / 'shakespeare_char-2'
+    for name, copy in (('mha', 'a_s1'), ('mha', 'a_s2'), ('mla-r-c-8', 'b_s1'), ('mla-r-c-8', 'c')):
+        shutil.copytree(runs / f'{name}-kv-lr-1-8_s2000', tmp_path / copy)
+    sources = ','.join(str(tmp_path / copy) for copy in ('a_s1', 'a_s2', 'b_s1', 'c'))
+    done = study(place, f'--out_dir={tmp_path / "out"}', f'--sources={sources}', '--windows=2')
+    assert done.returncode == 0, done.stderr
+    labels = [run['label'] for run in json.loads((tmp_path / 'out' / 'bits.json').read_text())['runs']]
+    assert labels == ['MHA', 'MHA', 'MLA, r=16: b_s1', 'MLA, r=16: c']
