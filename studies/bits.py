@@ -14,7 +14,7 @@ Gaussian noise as large in each vector as the rounding error of 'own'. 'by compo
 bits of its own (reverse water-filling) by its size on training text.
 
 The heads are the best induction head and the best previous-token head in 32 bits, on random tokens that repeat.
-Finished runs are kept: repeat the command to continue. Writes bits.md into out_dir, and beside `figure` a .json.
+Finished runs are kept: repeat the command to continue. Writes tables, a picture and, beside it, a .json.
 """
 
 import sys
@@ -36,7 +36,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis import induction, report, style
-from core.cli import arguments, errors, files, subprocesses
+from core.cli import arguments, files, subprocesses
 from core.convert.bits import BASES, latent_statistics, rotate, round_cached
 from core.convert.factorize import training_text
 from core.runs import checkpoint as checkpoints
@@ -44,11 +44,12 @@ from core.runs import evaluation
 from core.runs.models import attention_of, build_model, label_of
 from core.text.dataset import TokenData
 from ops.packed import Form
-from studies.measure import read_json, reading
+from studies.measure import outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-bits'  # the runs
 figure = ''  # the picture, with the numbers in a .json beside it; '': bits.png in out_dir
+table = ''  # a file for the tables; '': bits.md in out_dir
 full = False  # every model and five seeds
 sources = ''  # checkpoints to measure in place of the study's own models, separated by commas
 dataset = 'shakespeare_char'
@@ -320,9 +321,7 @@ def draw():
 
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
-if figure:
-    arguments.check_file(figure, 'figure')
-arguments.check_folder(out_dir)
+paths = outputs(config, 'bits')
 torch.set_num_threads(1)
 with reading(reuse):
     runs = read_json(reuse)['runs'] if reuse else told_apart(subprocesses.run_all(train_and_measure, planned(), jobs))
@@ -332,9 +331,4 @@ with reading(reuse):
     )
     text += f'{best_table()}\nHeads, on random tokens that repeat:\n\n{head_table()}'
     picture = draw()
-errors.output(text)
-os.makedirs(out_dir, exist_ok=True)
-path = figure or os.path.join(out_dir, 'bits.png')
-report.save_text(os.path.join(out_dir, 'bits.md'), text)
-report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=runs))
-report.save_figure(path, picture)
+save(paths, text, picture, None if reuse else dict(config=config, runs=runs))

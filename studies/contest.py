@@ -21,8 +21,8 @@ $ python studies/contest.py --full=True --n_layer=6 --n_head=6 --n_embd=384 --bl
    where two one-sided tests reject a difference of MARGIN.
 
 Every run is one of train.py, in blocks with RMSNorm and SwiGLU, or in GPT-2's. Finished runs are kept: repeat the
-command to continue. Writes contest.md into out_dir and, beside `figure` (loss over cached numbers), a -tuning.png and a
-.json with every run. Run it from the repository root.
+command to continue. Writes tables, `figure` (loss over cached numbers) and, beside it, a -tuning.png and a .json with
+every run. Run it from the repository root.
 """
 
 import sys
@@ -54,11 +54,12 @@ from core.runs.evaluation import window_losses
 from core.runs.resume import OLDER
 from core.speed import timing
 from core.text.dataset import TokenData
-from studies.measure import read_json, reading
+from studies.measure import outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-contest'  # the runs
 figure = ''  # the picture, with the numbers in a .json beside it; '': contest.png in out_dir
+table = ''  # a file for the tables; '': contest.md in out_dir
 full = False  # all iterations and seeds
 dataset = 'code'
 data_dir = 'data'
@@ -424,8 +425,7 @@ iterations = max_iters or (2000 if full else 20)
 n_tuning, n_final = tuning_seeds or (2 if full else 1), final_seeds or (5 if full else 2)
 n_most = most_seeds or (20 if full else 2)
 runs_dir = os.path.join(out_dir, f'{os.path.basename(dataset)}-{blocks}-{optimizer}-{iterations}')
-if figure:
-    arguments.check_file(figure, 'figure')
+paths = outputs(config, 'contest')
 arguments.check_folder(runs_dir)
 if reuse:
     numbers = read_contest(reuse)
@@ -468,11 +468,6 @@ text = (
 )
 if setting['max_iters'] < 1000:
     text += '\nA short form, whose losses say nothing about which model is better.\n'
-print(text, end='')
-os.makedirs(out_dir, exist_ok=True)
-report.save_text(os.path.join(out_dir, 'contest.md'), text)
-path = figure or os.path.join(out_dir, 'contest.png')
-report.save_json(os.path.splitext(path)[0] + '.json', numbers)
-report.save_figure(path, draw_cache(numbers, title))
+save(paths, text, draw_cache(numbers, title), None if reuse else numbers)
 if any(model['tuning'] for model in numbers['models'].values()):
-    report.save_figure(os.path.splitext(path)[0] + '-tuning.png', draw_tuning(numbers, title))
+    report.save_figure(os.path.splitext(paths[1])[0] + '-tuning.png', draw_tuning(numbers, title))

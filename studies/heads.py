@@ -12,7 +12,7 @@ sequences and scored on the other. Then its best induction heads are mean-ablate
 part of the attention logit is replaced: the rotated dimensions, or the others. The loss at bigrams that repeat and
 elsewhere is measured on `texts`.
 
-Writes heads.md into out_dir and, beside `figure`, a .json. Run it from the repository root.
+Writes tables, a picture and, beside it, a .json with every number. Run it from the repository root.
 """
 
 import sys
@@ -38,13 +38,14 @@ from core.runs import checkpoint as checkpoints
 from core.runs.models import build_model
 from core.text.dataset import TokenData
 from core.text.tokenizer import tokenizer_of
-from studies.measure import read_json, reading
+from studies.measure import outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 models = ''  # checkpoints, separated by commas, the original first
 labels = ''  # their names, separated by semicolons; '': their folders
 out_dir = 'out-heads'
 figure = ''  # the picture, with the numbers in a .json beside it; '': heads.png in out_dir
+table = ''  # a file for the tables; '': heads.md in out_dir
 reuse = ''  # the .json of an earlier study, in place of models
 texts = 'smollm2-python,smollm2-reviews'  # data sets in the models' tokens; '': none
 data_dir = 'data'
@@ -190,9 +191,7 @@ def draw(numbers):
 
 # ---- measure, report -------------------------------------------------------------------------------------------------
 
-arguments.check_folder(out_dir)
-if figure:
-    arguments.check_file(figure, 'figure')
+paths = outputs(config, 'heads')
 if reuse:
     with reading(reuse):
         numbers = read_json(reuse)
@@ -230,9 +229,4 @@ if any(found['text'] for found in numbers['models'].values()):
 if any(found['replaced'] for found in numbers['models'].values()):
     parts += ["Mean score of the first model's best heads with a part of the logit replaced:", part_table(numbers)]
 text = '\n\n'.join(part.strip('\n') for part in parts) + '\n'
-os.makedirs(out_dir, exist_ok=True)
-report.save_text(os.path.join(out_dir, 'heads.md'), text)
-path = figure or os.path.join(out_dir, 'heads.png')
-report.save_json(os.path.splitext(path)[0] + '.json', numbers)
-report.save_figure(path, draw(numbers))
-errors.output(text)
+save(paths, text, draw(numbers), None if reuse else numbers)

@@ -3,7 +3,7 @@ Does MLA form induction heads on repeated tokens? When, how strong, in which lay
 
 $ python studies/induction.py                    # short form: minutes on two cores
 $ python studies/induction.py --full=True        # all seeds and latent sizes: about an hour on two cores
-$ python studies/induction.py --reuse=assets/induction_study.json    # its tables and picture again, in seconds
+$ python studies/induction.py --reuse=assets/induction_repeats.json    # its tables and picture again, in seconds
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
 writes the tables and, beside the picture, a .json with every number. Finished runs are kept: repeat the command to
@@ -28,15 +28,15 @@ from matplotlib.figure import Figure
 
 from analysis import report, stats, style
 from analysis.report import cells
-from core.cli import arguments, errors, subprocesses
+from core.cli import subprocesses
 from core.cli.errors import UserError
-from studies.measure import best_heads, formed, measure, measurement, places, read_json, reading, sweep
+from studies.measure import best_heads, formed, measure, measurement, outputs, places, read_json, reading, save, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
 out_dir = 'out-study'  # the runs
 figure = ''  # the picture, with the numbers in a .json beside it; '': formation.png in out_dir
-table = ''  # a file for the tables; '': tables.md in out_dir
+table = ''  # a file for the tables; '': formation.md in out_dir
 seeds = 0  # training seeds; 0: 5 in the full form, 2 in the short one
 max_iters = 0  # 0: 2000 in the full form, 1200 in the short one
 reuse = ''  # the .json of an earlier study: its tables and picture are made again, nothing is trained
@@ -298,10 +298,7 @@ def formation_figure(outcomes):
 
 if seeds == 1:
     raise UserError('seeds is 1; it must be at least 2, as one gives no interval, or 0 for the default')
-arguments.check_folder(out_dir)
-for key in ('figure', 'table'):
-    if config[key]:
-        arguments.check_file(config[key], key)
+paths = outputs(config, 'formation')
 if reuse:
     with reading(reuse):
         earlier = read_json(reuse)
@@ -325,10 +322,4 @@ intro = (
     'Iterations are medians [range] over the runs that formed heads. Losses are in nats.\n'
 )
 text = '\n'.join([intro, *(f'**{title}**\n\n{lines}' for title, lines in parts.items())])
-os.makedirs(out_dir, exist_ok=True)
-report.save_text(table or os.path.join(out_dir, 'tables.md'), text)
-path = figure or os.path.join(out_dir, 'formation.png')
-report.save_figure(path, picture)
-if not reuse:
-    report.save_json(os.path.splitext(path)[0] + '.json', dict(config=config, runs=outcomes, conversions=converted))
-errors.output(text)
+save(paths, text, picture, None if reuse else dict(config=config, runs=outcomes, conversions=converted))

@@ -44,10 +44,10 @@ from matplotlib.figure import Figure
 from analysis import report, style
 from analysis.bigrams import with_copies
 from analysis.report import cells
-from core.cli import arguments, errors, files, subprocesses
+from core.cli import arguments, files, subprocesses
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
-from studies.measure import best_heads, formed, measure, measurement, places, read_json, reading, sweep
+from studies.measure import best_heads, formed, measure, measurement, outputs, places, read_json, reading, save, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-induction-text'  # the runs
@@ -328,10 +328,7 @@ if arms or reuse:
 if unknown := set(chosen) - set(ARMS):
     raise UserError(f'unknown arms: {"; ".join(sorted(unknown))}; choose from {"; ".join(ARMS)}')
 grid = arguments.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
-arguments.check_folder(out_dir)
-for key in ('figure', 'table'):
-    if config[key]:
-        arguments.check_file(config[key], key)
+paths = outputs(config, 'text')
 about, outcomes = dict(dataset=dataset, prose=prose, iterations=iterations), []
 if reuse:
     numbers = read_study(reuse)
@@ -353,10 +350,4 @@ if chosen:
     outcomes = do([planned(arm, seed, best[arm]) for seed in more for arm in chosen], outcomes)
 outcomes.sort(key=lambda o: (o['seed'], list(ARMS).index(o['arm']), o['rate'], o['share'] or 0))
 text = tables(outcomes)
-errors.output(text)
-os.makedirs(out_dir, exist_ok=True)
-report.save_text(table or os.path.join(out_dir, 'text.md'), text)
-path = figure or os.path.join(out_dir, 'text.png')
-report.save_figure(path, draw_arms(outcomes))
-if chosen:
-    report.save_json(os.path.splitext(path)[0] + '.json', dict(config=about, runs=report.plain(outcomes)))
+save(paths, text, draw_arms(outcomes), dict(config=about, runs=report.plain(outcomes)) if chosen else None)

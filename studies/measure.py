@@ -1,4 +1,4 @@
-"""Measure the models of a study with find_induction_heads.py, and read what it and earlier studies wrote."""
+"""What studies share: measuring heads by find_induction_heads.py, reading earlier numbers, writing what was found."""
 
 import contextlib
 import json
@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from core.cli import subprocesses
+from analysis import report
+from core.cli import arguments, errors, subprocesses
 from core.cli.errors import UserError
 
 
@@ -72,3 +74,29 @@ def reading(path: str) -> Iterator[None]:
         if not path:
             raise
         raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error
+
+
+def outputs(config: dict, name: str) -> tuple[str, str]:
+    """
+    Where a study writes its tables and its picture: config's `table` and `figure`, or NAME.md and NAME.png in out_dir.
+
+    To be called before the first run. UserError where one of them can't be written.
+    """
+    arguments.check_folder(config['out_dir'])
+    for key in ('figure', 'table'):
+        if config[key]:
+            arguments.check_file(config[key], key)
+    in_out_dir = os.path.join(config['out_dir'], name)
+    return config['table'] or f'{in_out_dir}.md', config['figure'] or f'{in_out_dir}.png'
+
+
+def save(paths: tuple[str, str], text: str, picture: Figure, numbers: object = None) -> None:
+    """Print a study's tables, and write them, its picture and, beside that, a .json of its numbers if there are new."""
+    table, figure = paths
+    for path in paths:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    errors.output(text)
+    report.save_text(table, text)
+    report.save_figure(figure, picture)
+    if numbers is not None:
+        report.save_json(os.path.splitext(figure)[0] + '.json', numbers)

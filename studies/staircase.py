@@ -15,7 +15,7 @@ Then, at every snapshot, the best induction score, and at the end:
 - in the best previous-token head and the best induction head the rotated part of the attention logit, or the other
   part, is replaced: by its mean at each distance, by its value without rotation, or by its mean over the keys in sight
 
-Writes staircase.md, .json and .png into out_dir. Finished runs are kept: repeat the command to continue. Run it from
+Writes tables, a picture and, beside it, a .json. Finished runs are kept: repeat the command to continue. Run it from
 the repository root.
 """
 
@@ -41,15 +41,17 @@ from matplotlib.figure import Figure
 from analysis import report, style
 from analysis.induction import head_scores, repeated_sequences
 from analysis.rotation import PARTS, REPLACEMENTS, replace_logits
-from core.cli import arguments, errors, files, subprocesses
+from core.cli import files, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from studies import variants
-from studies.measure import formed, read_json, reading
+from studies.measure import formed, outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-staircase'
+figure = ''  # the picture, with the numbers in a .json beside it; '': staircase.png (or latents.png) in out_dir
+table = ''  # a file for the tables; '': staircase.md (or latents.md) in out_dir
 full = False
 latents = False  # the arms of the question about W_D instead of the staircase
 data_dir = 'data'
@@ -270,7 +272,7 @@ def draw(numbers):
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-arguments.check_folder(out_dir)
+paths = outputs(config, 'latents' if latents else 'staircase')
 if reuse:
     with reading(reuse):
         numbers = read_json(reuse)
@@ -301,9 +303,4 @@ text = (
     f'{carrier_table(numbers, "previous_token")}\nThe same for the best induction head:\n\n'
     f'{carrier_table(numbers, "induction")}'
 )
-os.makedirs(out_dir, exist_ok=True)
-name = 'latents' if latents else 'staircase'
-report.save_text(os.path.join(out_dir, f'{name}.md'), text)
-report.save_json(os.path.join(out_dir, f'{name}.json'), numbers)
-report.save_figure(os.path.join(out_dir, f'{name}.png'), draw(numbers))
-errors.output(text)
+save(paths, text, draw(numbers), None if reuse else numbers)

@@ -45,7 +45,7 @@ def test_a_study_is_drawn_again_and_its_runs_are_kept(place, tmp_path):
     assert again.stdout == (place / 'shown').read_text()
     reused = study(place, f'--out_dir={tmp_path}', f'--reuse={place}/out/bits.json', f'--figure={tmp_path}/a.png')
     assert reused.returncode == 0 and reused.stdout == again.stdout, reused.stderr
-    assert (tmp_path / 'a.png').stat().st_size > 10000 and (tmp_path / 'a.json').exists()
+    assert (tmp_path / 'a.png').stat().st_size > 10000
     wrong = study(place, f'--out_dir={tmp_path}', f'--reuse={place}/data/shakespeare_char/meta.json')
     assert wrong.returncode == 2 and "can't be read as a study" in wrong.stderr
 

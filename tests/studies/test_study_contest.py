@@ -83,7 +83,7 @@ def test_the_search_finds_each_models_best_setting_and_pairs_are_tested(place):
     for picture in ('contest.png', 'contest-tuning.png'):
         assert (place / 'out' / picture).read_bytes().startswith(b'\x89PNG')
     again = forking.run('studies/contest.py', [f'--reuse={place}/out/contest.json', f'--out_dir={place}/again'])
-    assert again.stdout == done.stdout and json.loads((place / 'again/contest.json').read_text()) == numbers
+    assert again.stdout == done.stdout and (place / 'again/contest.md').read_text() == done.stdout
 
 
 def test_a_missing_run_is_trained_kept_and_counted(place):
