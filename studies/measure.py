@@ -95,7 +95,7 @@ def save(paths: tuple[str, str], text: str, picture: Figure, numbers: object = N
     table, figure = paths
     for path in paths:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    errors.output(text)
+    errors.output(text.rstrip('\n'))
     report.save_text(table, text)
     report.save_figure(figure, picture)
     if numbers is not None:
