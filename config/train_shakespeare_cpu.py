@@ -20,7 +20,7 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0  # 2000 iterations see each character about one and a half times: nothing to regularise yet
+dropout = 0.0  # 2000 iterations see each character about one and a half times: nothing to regularize yet
 
 max_iters = 2000
 lr_decay_iters = 2000

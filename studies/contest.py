@@ -218,11 +218,11 @@ class Search:
 
     def climb(self, center):
         """The best learning rate, with worse ones on either side; None while runs are missing."""
-        low, high = -1, 1
+        middle = round(2 * math.log2(center.rate / rate))  # steps from the first rate: all climbs share one grid
+        low, high = middle - 1, middle + 1
         while True:
-            steps = [
-                Setting(rounded(center.rate * 2 ** (n / 2)), center.kv_lr, center.kv_rms) for n in range(low, high + 1)
-            ]
+            rates = [rounded(rate * 2 ** (n / 2)) for n in range(low, high + 1)]
+            steps = [Setting(r, center.kv_lr, center.kv_rms) for r in rates]
             best = min(steps, key=self.loss)
             if self.missing:
                 return None
@@ -243,7 +243,7 @@ class Search:
 
 
 def rounded(value):
-    """To three digits, so that going up and down by the square root of 2 comes back to the same rate."""
+    """To three digits, which name the run's folder."""
     return float(f'{value:.3g}')
 
 
