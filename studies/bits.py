@@ -194,8 +194,10 @@ def noisy(form):
     generator = torch.Generator().manual_seed(0)
 
     def add(x):
-        size = (form.rounded(x) - x).square().mean(-1, keepdim=True).sqrt()
-        return x + size * torch.randn(x.shape, generator=generator)
+        rounded, few = form.rounded(x), form.few  # a rotated key stays as it is stored
+        size = (rounded - x)[..., :few].square().mean(-1, keepdim=True).sqrt()
+        noisy = x[..., :few] + size * torch.randn(x[..., :few].shape, generator=generator)
+        return torch.cat((noisy, rounded[..., few:]), dim=-1)
 
     return add
 

@@ -416,6 +416,7 @@ def read_contest(path):
         numbers = read_json(path)
         for model in numbers['models'].values():
             Setting(**model['setting'])
+        model_table(numbers), pair_table(numbers), numbers['setting']['max_iters']
         return numbers
 
 

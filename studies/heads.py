@@ -88,9 +88,10 @@ def measured(model, saved, chosen):
     out['repeat_loss'] = dict(mean=loss.mean(), stderr=stats.standard_error(loss))
     ranking = [at for at, _ in chosen['induction']]
     counts = [k for k in COUNTS if k <= max(1, len(ranking) // 2)]
-    out['ablated'] = induction.ablate_cumulatively(model, repeats[:few], ranking, counts, seed=seed)
+    fewer = repeats[half : half + few]  # of those that didn't choose the heads
+    out['ablated'] = induction.ablate_cumulatively(model, fewer, ranking, counts, seed=seed)
     out['replaced'] = {
-        name: [dict(at=at, **replace_logits(model, repeats[:few], at, name)) for at, _ in chosen[name][:best]]
+        name: [dict(at=at, **replace_logits(model, fewer, at, name)) for at, _ in chosen[name][:best]]
         for name in ('induction', 'previous_token')
         if model.config.pos == 'rope'
     }

@@ -49,6 +49,8 @@ FORMED = 0.5  # an induction head has formed when the best induction score excee
 TUNING = 200  # iterations of fine-tuning after a conversion
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
 HEAD = WIDTH // 4  # the head size
+iterations = max_iters or (2000 if full else 1200)
+runs_dir = os.path.join(out_dir, f'{iterations}')  # runs of other forms aren't continued: their schedule was another
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def planned():
         for seed in range(1337, 1337 + (seeds or (5 if full else 2))):
             name = f'{n_layer}l-{pos}-{f"MLA-r{r}" if r else "MHA"}-s{seed}'
             run = dict(n_latent=r, pos=pos, n_layer=n_layer, seed=seed, attention='mla' if r else 'mha')
-            runs.append(dict(run, name=name, folder=os.path.join(out_dir, name)))
+            runs.append(dict(run, name=name, folder=os.path.join(runs_dir, name)))
     return runs
 
 
@@ -84,9 +86,8 @@ def attention_of(run):
 
 def snapshots():
     """The iterations at which each run is measured: closer together where heads form."""
-    end = max_iters or (2000 if full else 1200)
     wanted = (200, 300, 400, 500, 600, 800, 1000, 1200, 1500) if full else (300, 600, 900)
-    return [iteration for iteration in wanted if iteration < end] + [end]
+    return [iteration for iteration in wanted if iteration < iterations] + [iterations]
 
 
 def train_and_measure(run):
@@ -104,7 +105,7 @@ def train_and_measure(run):
 
 def convert_and_measure(run):
     """Convert an MHA model, measure the result, fine-tune it briefly and measure again; returns the run's numbers."""
-    folder = os.path.join(out_dir, run['name'])
+    folder = os.path.join(runs_dir, run['name'])
     tuned, keys = folder + '-tuned', dict(n_latent=run['n_latent'], data_dir=data_dir, threads=1)
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
         to = dict(keys, source=run['source'], out_dir=folder, dataset='repeats')
@@ -303,6 +304,7 @@ if reuse:
     with reading(reuse):
         earlier = read_json(reuse)
         full, max_iters = (earlier['config'][key] for key in ('full', 'max_iters'))
+        iterations = max_iters or (2000 if full else 1200)
         outcomes, converted = [dict(run) for run in earlier['runs']], earlier['conversions']
 else:
     repeats = os.path.join(data_dir, 'repeats')

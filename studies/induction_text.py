@@ -132,7 +132,9 @@ def do(plans, recorded):
 
 def train_and_measure(run):
     """Train and measure one run, as far as that isn't done yet; returns its outcome, None if it diverged."""
-    folder, steps = os.path.join(out_dir, run['name']), [step for step in STEPS if step < iterations] + [iterations]
+    # runs of other forms aren't continued: their schedule was another
+    folder = os.path.join(out_dir, f'{iterations}', run['name'])
+    steps = [step for step in STEPS if step < iterations] + [iterations]
     keys = dict(dataset=dataset, data_dir=data_dir)
     if run['share'] is not None:
         keys = dict(dataset=mixed(run['share']), data_dir=os.path.join(out_dir, 'data'))

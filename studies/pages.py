@@ -224,6 +224,8 @@ def make_smollm2():
     named = {'decompressed': 'keys decompressed, then rotated', 'published': 'published shape'}
     rows, points = [], []
     for name, row in found['rows'].items():
+        if name != 'original' and 'n_latent' not in row:
+            continue  # fine-tuned, or another program's
         form, part = name.split(', ') if ', ' in name else (name, '')
         cells = [f'{row[text]["loss"]:.4f}' for text in TEXTS]
         if part:

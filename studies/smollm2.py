@@ -29,7 +29,6 @@ signals.exit_at_once()  # for the time of the slow imports
 check_early(__file__)
 
 import importlib.util
-import json
 import os
 
 import torch
@@ -45,6 +44,7 @@ from core.text.dataset import TokenData
 from core.text.tokenizer import load_tokenizer
 from model_mla import MLAGPT, MLAConfig
 from ops.kernels import repeat_heads
+from studies.measure import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-smollm2'  # the models and smollm2.json
@@ -72,7 +72,12 @@ corpora = arguments.names(texts, 'texts')
 if len(corpora) != 2:
     raise UserError(f'texts is {texts}; name two data sets, the first of which is trained on')
 data = {name: TokenData(os.path.join(data_dir, name), context) for name in corpora}
-rows = json.loads(Path(results).read_text(encoding='utf-8'))['rows'] if os.path.exists(results) else {}
+about, rows = dict(source=source, texts=corpora, context=context, windows=windows), {}
+if os.path.exists(results):
+    earlier = read_json(results)
+    if wrong := [key for key, value in about.items() if earlier.get(key, value) != value]:
+        raise UserError(f'{results} was measured with another {", ".join(wrong)}; choose another --out_dir')
+    rows = earlier['rows']
 os.makedirs(out_dir, exist_ok=True)
 
 
@@ -86,7 +91,7 @@ def report(name, model, reference, **more):
             rise = losses - torch.tensor(rows[reference][corpus]['losses'], dtype=losses.dtype)
             row[corpus]['rise'], row[corpus]['rise_stderr'] = evaluation.mean_and_stderr(rise)
     rows[name] = row
-    files.write_json(results, dict(source=source, context=context, windows=windows, settings=config, rows=rows))
+    files.write_json(results, dict(about, settings=config, rows=rows))
     said = (f'{corpus} {row[corpus]["loss"]:.4f} ({row[corpus].get("rise", 0):+.4f})' for corpus in corpora)
     errors.output(f'{name:40} {row["cache_bytes_per_token"]:>8,} bytes/token   {"   ".join(said)}')
 

@@ -38,7 +38,7 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-from analysis import report, style
+from analysis import report, stats, style
 from analysis.induction import head_scores, repeated_sequences
 from analysis.rotation import PARTS, REPLACEMENTS, replace_logits
 from core.cli import files, subprocesses
@@ -111,9 +111,14 @@ def train(item):
     """Train a run, unless that is done: it with the mean val_loss of its end; inf where training diverged."""
     arm, rate, seed = item['arm'], item['rate'], item['seed']
     folder, last = item['folder'], os.path.join(item['folder'], f'ckpt_{iterations:06}.pt')
-    if not os.path.exists(last):
-        keys = dict(pos='rope', kv_rms=0.5, **arm.keys, learning_rate=rate, min_lr=rate / 10, seed=seed)
-        keys |= dict(max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations, eval_iters=64)
+    keys = dict(pos='rope', kv_rms=0.5, **arm.keys, learning_rate=rate, min_lr=rate / 10, seed=seed)
+    keys |= dict(max_iters=iterations, lr_decay_iters=iterations)
+    if os.path.exists(last):
+        found = checkpoints.load(last, mapped=True)['config']
+        if wrong := [key for key, value in keys.items() if found.get(key) != value]:
+            raise UserError(f'{folder} holds a run with another {", ".join(wrong)}; choose another --out_dir')
+    else:
+        keys |= dict(eval_interval=iterations, eval_iters=64)
         keys |= dict(keep_checkpoints=','.join(map(str, steps if seed >= SEED else [iterations])), out_dir=folder)
         command = ['train.py', 'config/train_repeats.py', dict(keys, data_dir=data_dir, resume='auto', threads=1)]
         if not subprocesses.converges('studies/with_variants.py', command, folder):
@@ -220,13 +225,17 @@ def formation_table(numbers):
         'learning rate',
         f'iteration of best score > {FORMED}',
         'formed',
-        'log-rank p against the first',
+        'log-rank p against the first (Holm)',
     ]
     heading += ['best induction score', 'loss on repeats', 'at twice the length', 'at four times']
-    rows = []
+    rows, ps = [], {}
+    for label, group in groups.items():
+        if group is not first and any(r['formed'] for r in (*group, *first)):
+            ps[label] = log_rank(group, first)
+    ps = dict(zip(ps, stats.holm(list(ps.values())), strict=True))
     for label, group in groups.items():
         times = [r['formed'] for r in group]
-        p = '' if group is first or not any(times) else f'{log_rank(group, first):.4f}'
+        p = f'{ps[label]:.4f}' if label in ps else ''
         done = f'{sum(time is not None for time in times)} of {len(times)}'
         longer = [report.spread([r['longer'][key] for r in group]) for key in ('2', '4')]
         cells = (report.when(times), done, p, *report.cells(group, 'score', 'loss'), *longer)
@@ -276,7 +285,7 @@ paths = outputs(config, 'latents' if latents else 'staircase')
 if reuse:
     with reading(reuse):
         numbers = read_json(reuse)
-        by_arm(numbers)
+        formation_table(numbers)
 else:
     variants.register()
     torch.set_num_threads(1)

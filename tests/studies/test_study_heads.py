@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import forking
+from support import ROOT, forking
 
 from analysis import induction
 from core.runs import checkpoint as checkpoints
@@ -40,12 +40,23 @@ def test_heads_of_the_first_model_are_followed_through_the_others(tmp_path, pair
         for name in ('induction', 'previous_token', 'sink'):
             assert np.allclose(found['models'][label]['scores'][name], wanted[name].mean(0), atol=1e-6)
         assert abs(found['models'][label]['repeat_loss']['mean'] - wanted['repeat_loss'].mean()) < 1e-5
+        top = [tuple(found['chosen']['induction'][0][0])]  # ablated on sequences that didn't choose it
+        without, whole = (induction.ablate_together(model, repeats[4:8], heads) for heads in (top, []))
+        assert abs(found['models'][label]['ablated'][0]['rise'] - (without - whole).mean()) < 1e-6
     followed = found['models']['other']['replaced']['induction']
     assert [row['at'] for row in followed] == [at for at, _ in found['chosen']['induction'][:2]]
     assert 'content' in followed[0] and 'content' not in found['models']['one']['replaced']['induction'][0]
     again = forking.run(STUDY, [f'--reuse={tmp_path / "out" / "heads.json"}', f'--out_dir={tmp_path / "again"}'])
     assert again.returncode == 0, again.stderr
     assert (tmp_path / 'again' / 'heads.md').read_text() == (tmp_path / 'out' / 'heads.md').read_text()
+
+
+def test_strong_heads_are_counted(tmp_path):
+    named = ','.join(str(ROOT / 'models' / name) for name in ('repeats-mha', 'repeats-mla'))
+    done = forking.run(STUDY, [f'--models={named}', '--texts=', f'--out_dir={tmp_path}', '--sequences=8'])
+    assert done.returncode == 0, done.stderr
+    assert 'induction: mean of 4 heads | above 0.2 |' in done.stdout
+    assert [line.split('|')[4].strip() for line in done.stdout.splitlines() if 'repeats-m' in line][:2] == ['4', '4']
 
 
 @pytest.mark.parametrize('labels', ['one', 'one;one'])

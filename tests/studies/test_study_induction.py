@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
         layer, head = found['models'][0]['ranking'][0]
         found['models'][0]['induction']['mean'][layer][head] = score
         steps['runs'][0]['checkpoints'][0]['induction']['mean'] = score
-        run = folder / 'out' / name
+        run = folder / 'out' / str(STEP) / name
         shutil.copytree(folder / f'template-{kind}', run)
         (run / 'ckpt.pt').rename(run / f'ckpt_{STEP:06}.pt')
         shutil.copy(run / f'ckpt_{STEP:06}.pt', run / 'ckpt.pt')
@@ -65,8 +65,9 @@ def finished(tmp_path_factory):
             (run / 'induction' / f'{part}.json').write_text(json.dumps(value))
     for seed in SEEDS:
         for name in (f'converted-r16-s{seed}', f'converted-r16-s{seed}-tuned'):
-            shutil.copytree(folder / 'out' / f'2l-learned-MLA-r16-s{seed}', folder / 'out' / name)
-            shutil.copy(folder / 'out' / name / 'ckpt.pt', folder / 'out' / name / 'ckpt_000200.pt')
+            runs = folder / 'out' / str(STEP)
+            shutil.copytree(runs / f'2l-learned-MLA-r16-s{seed}', runs / name)
+            shutil.copy(runs / name / 'ckpt.pt', runs / name / 'ckpt_000200.pt')
     (folder / 'data' / 'repeats').mkdir(parents=True)
     (folder / 'data' / 'repeats' / 'train.bin').touch()  # never read, because nothing is trained
     return folder
@@ -110,21 +111,21 @@ def test_the_tables_can_be_made_again_from_the_numbers(finished, tmp_path):
 
 
 def test_missing_runs_are_trained_and_measured_and_the_others_kept(finished, tmp_path):
-    out, data = tmp_path / 'out', tmp_path / 'data'
-    shutil.copytree(finished / 'out', out)
+    out, data = tmp_path / 'out' / str(STEP), tmp_path / 'data'
+    shutil.copytree(finished / 'out', tmp_path / 'out')
     for name in ('2l-rope-MLA-r16-s1338', 'converted-r16-s1338', 'converted-r16-s1338-tuned'):
         shutil.rmtree(out / name)
     before = {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in NAMES if 'MHA' in name}
-    done = study(out, data)  # which prepares the data set first
+    done = study(tmp_path / 'out', data)  # which prepares the data set first
     assert done.returncode == 0, done.stderr + ''.join(path.read_text()[-500:] for path in out.glob('*/log.txt'))
     new = json.loads((out / '2l-rope-MLA-r16-s1338' / 'induction' / 'induction.json').read_text())['models'][0]
     assert new['iteration'] == STEP and new['model_args']['pos'] == 'rope' and new['model_args']['n_latent'] == 16
     assert 9 < new['in_context']['early'] <= 34  # tokens up to the period, of 8 to 32, and one more are masked
     assert before == {name: (out / name / 'induction' / 'induction.json').stat().st_mtime_ns for name in before}
     best = new['ranking'][0]
-    run = next(run for run in json.loads((out / 'formation.json').read_text())['runs'] if run['pos'] == 'rope' and
-               run['name'].endswith('r16-s1338'))  # fmt: skip
-    changed = json.loads((out / 'formation.json').read_text())['conversions'][1]
+    numbers = json.loads((tmp_path / 'out' / 'formation.json').read_text())
+    run = next(run for run in numbers['runs'] if run['pos'] == 'rope' and run['name'].endswith('r16-s1338'))
+    changed = numbers['conversions'][1]
     assert changed['seed'] == 1338 and changed['mha']['best'] == 0.85  # the template's MHA, random weights
     assert changed['converted']['repeat_loss'] != changed['tuned']['repeat_loss']
     assert run['best'] == best and run['score'] == new['induction']['mean'][best[0]][best[1]] and run['formed'] is None

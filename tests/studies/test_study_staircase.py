@@ -1,11 +1,13 @@
 """studies/staircase.py and the variants of MLA: each step is what it says, grids grow, and finished runs are kept."""
 
 import json
+import re
 
 import pytest
 import torch
 from support import forking
 
+from analysis.rotation import PARTS, REPLACEMENTS
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from model import GPT, GPTConfig
@@ -65,25 +67,46 @@ def test_a_variant_trains_resumes_and_is_refused_by_the_scripts(tmp_path, data_d
     assert done.returncode and "attention is 'mla_shared'; only mha and mla are supported" in done.stderr
 
 
+LATENT = dict(attention='mla', n_nope=8, n_rope=8)
+STEPS = {
+    's0--mha--rope-on-whole-heads': {},
+    's1--half-of-each-head-rotated': dict(n_rope=8),
+    's2--the-rotated-key-shared': LATENT | dict(attention='mla_slice', n_latent=64),
+    's3--keys-and-values-from-a-latent--r---c': LATENT | dict(n_latent=64),
+    's4--r---c-2': LATENT | dict(n_latent=32),
+    's5--rotated-beside-the-content': LATENT | dict(n_latent=32, n_nope=16),
+}
+
+
 def plant(out, slug, rate, seed, loss):
-    """A trained run of two tiny layers, with this validation loss."""
+    """A run that was trained with a step's keys, of two tiny layers, with this validation loss: its folder."""
     folder = out / '4' / f'{slug}_lr{rate:g}_s{seed}'
     folder.mkdir(parents=True)
+    keys = dict(pos='rope', kv_rms=0.5, learning_rate=rate, min_lr=rate / 10, seed=seed, max_iters=4, lr_decay_iters=4)
     model = GPT(GPTConfig(**{**SIZES, 'n_rope': 0}), seed)
-    torch.save(models.contents(model, {}, val_loss=loss), folder / 'ckpt_000004.pt')
+    torch.save(models.contents(model, keys | STEPS[slug], val_loss=loss), folder / 'ckpt_000004.pt')
+    return folder
+
+
+def with_a_head(folder):
+    """Measurements of a run whose best induction head scores 0.9, and 0.3 without the content part."""
+    replaced = {
+        part: {how: dict(score=0.3 if part == 'content' else 0.8, rise=0.1) for how in REPLACEMENTS} for part in PARTS
+    }
+    heads = {name: dict(at=[1, 0], score=0.9, replaced=replaced) for name in ('induction', 'previous_token')}
+    found = dict(curve=[[4, 0.9]], score=0.9, formed=4, loss=0.1, longer={'2': 0.2, '4': 0.3}, heads=heads)
+    (folder / 'measured.json').write_text(json.dumps(found))
 
 
 def test_the_grid_grows_and_the_best_rate_is_reported(tmp_path):
-    slugs = [
-        's0--mha--rope-on-whole-heads', 's1--half-of-each-head-rotated', 's2--the-rotated-key-shared',
-        's3--keys-and-values-from-a-latent--r---c', 's4--r---c-2', 's5--rotated-beside-the-content',
-    ]  # fmt: skip
-    for slug in slugs:
+    for slug in STEPS:
         best = 8e-3 if slug.startswith('s0') else 2e-3
         for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
             plant(tmp_path, slug, rate, 5000, 1 + abs(rate - best))
         for seed in (6000, 6001):
-            plant(tmp_path, slug, best, seed, 1.0)
+            folder = plant(tmp_path, slug, best, seed, 1.0)
+            if slug.startswith('s0'):
+                with_a_head(folder)
     (tmp_path / 'data/repeats').mkdir(parents=True)
     (tmp_path / 'data/repeats/train.bin').touch()
     keys = [f'--out_dir={tmp_path}', f'--data_dir={tmp_path}/data', '--max_iters=4', '--jobs=1']
@@ -92,7 +115,10 @@ def test_the_grid_grows_and_the_best_rate_is_reported(tmp_path):
     numbers = json.loads((tmp_path / 'staircase.json').read_text())
     assert list(numbers['rates'].values()) == [8e-3, *[2e-3] * 5]
     assert list(numbers['tuning']['S0: MHA, RoPE on whole heads']) == ['0.001', '0.002', '0.004', '0.008', '0.016']
-    assert len(numbers['runs']) == 12 and not any(run['formed'] for run in numbers['runs'])
+    assert len(numbers['runs']) == 12 and sum(run['formed'] == 4 for run in numbers['runs']) == 2
+    # two runs that form heads at once against two that never do, five times: p = 0.0833 each, 0.4163 by Holm
+    assert len(re.findall(r'\| 0 of 2 \| 0\.4163 \|', done.stdout)) == 5
+    assert done.stdout.count('| S0: MHA, RoPE on whole heads | 2 | 0.900 | 0.300 | 0.300 | 0.800 |') == 2
     assert all(set(run['longer']) == {'2', '4'} for run in numbers['runs'])
     again = forking.run('studies/staircase.py', [f'--reuse={tmp_path}/staircase.json', f'--out_dir={tmp_path}/again'])
     assert again.stdout == done.stdout and '| S0: MHA, RoPE on whole heads | 0.008 |' in done.stdout

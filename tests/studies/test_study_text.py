@@ -71,7 +71,7 @@ def test_runs_of_an_earlier_study_are_not_repeated(tmp_path):
     assert done.returncode == 0, done.stderr
     assert row_of(done.stdout, 'Formation', 'MHA')[2] == '0.500 [0.300, 0.700]'
     assert len(json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']) == 2
-    assert not list((tmp_path / 'out').glob('code-*'))
+    assert not list((tmp_path / 'out').glob('*/code-*'))
     other = study(f'--reuse={tmp_path}/a.json', '--max_iters=301', *keys)
     assert other.returncode == 2 and 'has 300 iterations on code, not 301 on code' in other.stderr
 
