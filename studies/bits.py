@@ -1,20 +1,17 @@
 """
 What does a bit of the cache buy? MHA, GQA, MQA and MLA with what they cache in 8, 6, 4, 3 and 2 bits per number.
 
-$ python data/shakespeare_char/prepare.py
-$ python studies/bits.py                                   # a short form: three models, few iterations
-$ python studies/bits.py --full=True --figure=assets/bits.png     # every model, five seeds; many hours on two cores
-$ python studies/bits.py --sources=out-mha,out-mla         # checkpoints that are there already, on their own data;
-                                                           # names that differ in a last _s1, _s2 are seeds of one model
+$ python studies/bits.py --sources=out-shakespeare-cpu,out-shakespeare-cpu-mla
+$ python studies/bits.py --sources=$(echo out-contest/code-*/*_s300? | tr ' ' ,)     # final runs of studies/contest.py
 $ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
 
-Each model is trained at the learning rate that studies/contest.py found for it. Then its full pass attends to rounded
-keys and values, or latents, in each basis of core/convert/bits.py, on the same windows. 'noise' is the control:
-Gaussian noise as large in each vector as the rounding error of 'own'. 'by component' gives each principal component
-bits of its own (reverse water-filling) by its size on training text.
+Each model's full pass attends to rounded keys and values, or latents, in each basis of core/convert/bits.py, on the
+same windows of its own data. 'noise' is the control: Gaussian noise as large in each vector as the rounding error of
+'own'. 'by component' gives each principal component bits of its own (reverse water-filling) by its size on training
+text. Checkpoints whose names differ in a last _s1, _s2 are seeds of one model.
 
 The heads are the best induction head and the best previous-token head in 32 bits, on random tokens that repeat.
-Finished runs are kept: repeat the command to continue. Writes tables, a picture and, beside it, a .json.
+Finished measurements are kept: repeat the command to continue. Writes tables, a picture and, beside it, a .json.
 """
 
 import sys
@@ -28,6 +25,7 @@ signals.exit_at_once()  # for the time of the slow imports
 check_early(__file__)
 
 import copy
+import hashlib
 import os
 import re
 
@@ -37,6 +35,7 @@ from matplotlib.figure import Figure
 
 from analysis import induction, report, style
 from core.cli import arguments, files, subprocesses
+from core.cli.errors import UserError
 from core.convert.bits import BASES, latent_statistics, rotate, round_cached
 from core.convert.factorize import training_text
 from core.runs import checkpoint as checkpoints
@@ -47,85 +46,43 @@ from ops.packed import Form
 from studies.measure import outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
-out_dir = 'out-bits'  # the runs
+sources = ''  # checkpoints, separated by commas
+out_dir = 'out-bits'
 figure = ''  # the picture, with the numbers in a .json beside it; '': bits.png in out_dir
 table = ''  # a file for the tables; '': bits.md in out_dir
-full = False  # every model and five seeds
-sources = ''  # checkpoints to measure in place of the study's own models, separated by commas
-dataset = 'shakespeare_char'
+reuse = ''  # the .json of an earlier study, in place of sources
 data_dir = 'data'
-max_iters = 0  # iterations of each training; 0: 2000, in the short form 50
-seeds = 0  # 0: 5, in the short form 1
 windows = 400  # of the validation split, evenly spaced
-reuse = ''  # the .json of an earlier study, in place of runs
-jobs = 0  # concurrent runs with one thread each; 0: the cores that this process may use
+jobs = 0  # checkpoints measured at a time, with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-SLOW, MQA = dict(kv_lr=1 / 8), dict(n_kv_head=1)
-
-
-def mla(latent):
-    """Keys of an MLA model."""
-    return dict(attention='mla', n_latent=latent)
-
-
-MODELS = {  # at the rates of assets/contest_shakespeare.json
-    'MHA, kv_lr=1/8': SLOW | dict(learning_rate=1.6e-2),
-    'MQA, kv_lr=1/8': MQA | SLOW | dict(learning_rate=1.6e-2),
-    'MLA, r=C/2, kv_lr=1/8': mla(64) | SLOW | dict(learning_rate=8e-3),
-    'MLA, r=C/4, kv_lr=1/8': mla(32) | SLOW | dict(learning_rate=8e-3),
-    'MLA, r=C/8, kv_lr=1/8': mla(16) | SLOW | dict(learning_rate=1.6e-2),
-    'GQA-2': dict(n_kv_head=2, learning_rate=8e-3),
-    'MHA, RoPE': dict(pos='rope', learning_rate=4e-3),
-    'MQA, RoPE': MQA | dict(pos='rope', learning_rate=4e-3),
-    'MLA, r=C/2, RoPE, kv_lr=1/8': mla(64) | SLOW | dict(pos='rope', learning_rate=8e-3),
-    'MLA, r=C/2, RoPE, latent norm': mla(64) | dict(pos='rope', latent_norm=True, learning_rate=4e-3),
-}
-SHORT = ('MHA, kv_lr=1/8', 'MLA, r=C/2, kv_lr=1/8', 'MLA, r=C/8, kv_lr=1/8')
 BITS = (8, 6, 4, 3, 2)
-SETTING = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, gradient_accumulation_steps=1, bias=False)
-SETTING |= dict(beta2=0.99, warmup_iters=100, min_lr=1e-4, eval_iters=1, always_save_checkpoint=True, log_interval=50)
-SETTING |= dict(checkpoint_interval=500, device='cpu', dtype='float32', threads=1, compile=False, resume='auto')
-iterations = max_iters or (2000 if full else 50)
 
 
 # ---- one model -------------------------------------------------------------------------------------------------------
 
 
-def planned():
-    """What is to be measured: dicts with a name, a label and a folder; those that are trained have keys of train.py."""
-    if sources:
-        named = arguments.names(sources, 'sources')
-        folders = [os.path.join(out_dir, source.strip('./').replace('/', '_')) for source in named]
-        return [dict(name=s, label='', source=s, folder=f, keys=None) for s, f in zip(named, folders, strict=True)]
-    items = []
-    for seed in range(2000, 2000 + (seeds or (5 if full else 1))):
-        for label in MODELS if full else SHORT:
-            slug = ''.join(letter if letter.isalnum() else '-' for letter in label.lower().replace(', ', '-'))
-            folder = os.path.join(out_dir, f'{os.path.basename(dataset)}-{iterations}', f'{slug}_s{seed}')
-            keys = SETTING | MODELS[label] | dict(max_iters=iterations, lr_decay_iters=iterations, seed=seed)
-            keys |= dict(eval_interval=iterations, dataset=dataset, data_dir=data_dir, out_dir=folder)
-            items.append(dict(name=f'{label}, seed {seed}', label=label, source=folder, folder=folder, keys=keys))
-    return items
+def item(source):
+    """A checkpoint that is to be measured, and where its numbers go."""
+    slug = os.path.basename(os.path.normpath(source))
+    unique = hashlib.sha256(os.path.abspath(source).encode()).hexdigest()[:8]
+    return dict(name=source, result=os.path.join(out_dir, f'{slug}-{unique}-{windows}.json'))
 
 
-def train_and_measure(item):
-    """Train a model, unless that is done or it is there already, and measure it: a dict."""
-    ckpt = os.path.join(item['folder'], 'ckpt.pt') if item['keys'] else checkpoints.find(item['source'])
-    result = os.path.join(item['folder'], f'bits-{windows}.json')
-    if item['keys'] and not (os.path.exists(ckpt) and checkpoints.load(ckpt, mapped=True)['iter_num'] >= iterations):
-        subprocesses.run_script('train.py', [item['keys']], item['folder'])
-    if not subprocesses.is_current(result, ckpt):
-        os.makedirs(item['folder'], exist_ok=True)
-        files.write_json(result, report.plain(measured(ckpt)))
-    found = read_json(result)
-    return dict(found, name=item['name'], label=item['label'] or found['attention'])
+def measure(item):
+    """Measure a checkpoint, unless its numbers are there already: a dict."""
+    ckpt = checkpoints.find(item['name'])
+    if not subprocesses.is_current(item['result'], ckpt):
+        os.makedirs(out_dir, exist_ok=True)
+        files.write_json(item['result'], report.plain(measured(ckpt)))
+    found = read_json(item['result'])
+    return dict(found, name=item['name'], label=found['attention'])
 
 
 def told_apart(runs):
-    """`sources` labelled by folder where two of one attention differ in more than the seed that ends a name."""
-    for run in runs if sources else []:
+    """The runs, labelled by folder where two of one attention differ in more than the seed that ends a name."""
+    for run in runs:
         alike = [other for other in runs if other['attention'] == run['attention']]
         if len({re.sub(r'_s\d+$', '', os.path.normpath(other['name'])) for other in alike}) > 1:
             run['label'] = f'{run["attention"]}: {os.path.basename(os.path.normpath(run["name"]))}'
@@ -136,7 +93,7 @@ def measured(ckpt):
     """The loss of the model in a checkpoint, its rise under each rounding, and what becomes of its heads: a dict."""
     saved = checkpoints.load(ckpt)
     model = build_model(saved).eval()
-    data = TokenData(Path(data_dir, saved['config'].get('dataset') or dataset), model.config.block_size)
+    data = TokenData(Path(data_dir, saved['config']['dataset']), model.config.block_size)
     text = list(training_text(data, 256, 32))
     exact = evaluation.window_losses(model, data, 'val', windows, batch_size=32)
     numbers = sum(t.numel() for layer in model.init_cache(1, 1).layers for t in layer)
@@ -325,8 +282,11 @@ def draw():
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 paths = outputs(config, 'bits')
 torch.set_num_threads(1)
+named = [item(source) for source in arguments.names(sources, 'sources')]
+if not named and not reuse:
+    raise UserError('nothing to measure: name checkpoints with --sources=out,out-mla')
 with reading(reuse):
-    runs = read_json(reuse)['runs'] if reuse else told_apart(subprocesses.run_all(train_and_measure, planned(), jobs))
+    runs = read_json(reuse)['runs'] if reuse else told_apart(subprocesses.run_all(measure, named, jobs))
     shown = dict.fromkeys(row['basis'] for run in runs for row in run['rows'])
     text = (
         f'Rise of the validation loss, by seed:\n\n{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'

@@ -318,7 +318,8 @@ def draw_arms(outcomes):
     for axis, title in zip(axes[:, 0], PANELS.values(), strict=True):
         axis.set_ylabel(title)
     figure.supxlabel('million tokens (a line is a run at the best learning rate of its model)', fontsize=9)
-    figure.suptitle('MHA, MQA and MLA form induction heads on source code on some seeds and not on others')
+    formed = sum(o['formed'] is not None for group in groups.values() for o in group)
+    figure.suptitle(f'Induction heads form in {formed} of {sum(map(len, groups.values()))} runs')
     return figure
 
 

@@ -259,7 +259,7 @@ def make_smollm2():
         axes.margins(x=0.45)
         axes.set(title=text, xlabel='part of the cache', ylim=(0, None))
     panels[0].set_ylabel('rise of the loss (nats per token)')
-    figure.suptitle('SmolLM2-135M as MLA, before any fine-tuning: half of the cache costs 0.07 to 0.21 nats')
+    figure.suptitle('SmolLM2-135M-Instruct as MLA, before any fine-tuning: what a smaller cache costs')
     report.save_figure(os.path.join(pictures, 'smollm2.png'), figure)
 
 
