@@ -37,7 +37,6 @@ check_early(__file__)
 
 import math
 import os
-import subprocess
 from dataclasses import asdict, dataclass
 from statistics import mean
 
@@ -54,7 +53,7 @@ from core.runs.evaluation import window_losses
 from core.runs.resume import OLDER
 from core.speed import timing
 from core.text.dataset import TokenData
-from studies.measure import outputs, read_json, reading, save
+from studies.measure import commit, outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-contest'  # the runs
@@ -192,12 +191,6 @@ def check(item, config):
     for key, value in item['keys'].items():
         if key != 'data_dir' and config.get(key, OLDER.get(key, value)) != value:
             raise UserError(f'{item["folder"]} has {key}={config.get(key)}, not {value}; choose another --out_dir')
-
-
-def commit():
-    """The commit of this repository; '' where it is none."""
-    done = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 # ---- tuning ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 
 import numpy as np
@@ -74,6 +75,12 @@ def reading(path: str) -> Iterator[None]:
         if not path:
             raise
         raise UserError(f"{path} can't be read as a study ({error}); name the .json of another") from error
+
+
+def commit() -> str:
+    """The commit of this repository; '' where it is none."""
+    done = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def outputs(config: dict, name: str) -> tuple[str, str]:

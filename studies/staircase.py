@@ -45,8 +45,9 @@ from core.cli import files, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
+from core.speed import timing
 from studies import variants
-from studies.measure import formed, outputs, read_json, reading, save
+from studies.measure import commit, formed, outputs, read_json, reading, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-staircase'
@@ -60,6 +61,8 @@ tuning_seeds = 0  # 0: 4, in the short form 1
 seeds = 0  # reported seeds; 0: 12, in the short form 2
 reuse = ''  # the .json of an earlier study: its tables and picture again, nothing is trained
 jobs = 0  # concurrent trainings with one thread each; 0: the cores that this process may use
+dtype = 'float32'
+compile = False
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,7 @@ def train(item):
     arm, rate, seed = item['arm'], item['rate'], item['seed']
     folder, last = item['folder'], os.path.join(item['folder'], f'ckpt_{iterations:06}.pt')
     keys = dict(pos='rope', kv_rms=0.5, **arm.keys, learning_rate=rate, min_lr=rate / 10, seed=seed)
-    keys |= dict(max_iters=iterations, lr_decay_iters=iterations)
+    keys |= dict(max_iters=iterations, lr_decay_iters=iterations, dtype=dtype, compile=compile)
     if os.path.exists(last):
         found = checkpoints.load(last, mapped=True)['config']
         if wrong := [key for key, value in keys.items() if found.get(key) != value]:
@@ -298,7 +301,16 @@ else:
     plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
     runs = subprocesses.run_all(train_and_measure, plans, jobs)
     numbers = dict(
-        setting=dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps),
+        setting=dict(
+            iterations=iterations,
+            seeds=n_seeds,
+            tuning_seeds=n_tuning,
+            snapshots=steps,
+            dtype=dtype,
+            compile=compile,
+            cpu=timing.cpu_name(),
+            commit=commit(),
+        ),
         rates={arm.label: rate for arm, rate in best.items()},
         tuning={arm.label: {f'{rate:g}': loss for rate, loss in sorted(grid.items())} for arm, grid in grids.items()},
         runs=runs,

@@ -83,6 +83,7 @@ def plant(out, slug, rate, seed, loss):
     folder = out / '4' / f'{slug}_lr{rate:g}_s{seed}'
     folder.mkdir(parents=True)
     keys = dict(pos='rope', kv_rms=0.5, learning_rate=rate, min_lr=rate / 10, seed=seed, max_iters=4, lr_decay_iters=4)
+    keys |= dict(dtype='float32', compile=False)
     model = GPT(GPTConfig(**{**SIZES, 'n_rope': 0}), seed)
     torch.save(models.contents(model, keys | STEPS[slug], val_loss=loss), folder / 'ckpt_000004.pt')
     return folder
