@@ -49,6 +49,7 @@ from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import resume as resuming
 from core.text.dataset import TokenData
+from ops.checks import not_finite
 
 # ----------------------------------------------------------------------------------------------------------------------
 source = 'out'  # a checkpoint or its folder, 'gpt2' (-medium, -large, -xl), a Hugging Face folder or a GGUF file
@@ -79,6 +80,10 @@ if n_kv_head and (sweep or n_latent or n_rope):
     raise UserError(
         'n_kv_head converts to grouped-query attention, without a latent; leave out sweep, n_latent, n_rope'
     )
+if n_kv_head and given & {'method', 'balance'}:
+    raise UserError('method and balance are for a latent, and n_kv_head takes the mean of heads; leave them out')
+if sweep and given & {'n_latent', 'method', 'balance'}:
+    raise UserError('a sweep names the sizes, and compares all methods; leave out n_latent, method, balance')
 if basis and n_kv_head:
     raise UserError('basis is for a latent, and n_kv_head converts to attention without one; leave out one of them')
 if n_rope and method == 'weights':
@@ -112,7 +117,8 @@ if not dataset and (sweep or method == 'data' or basis not in ('', 'hadamard')):
             'a sweep needs text: name a data set with --dataset, or convert to one size with '
             '--n_latent=SIZE --method=weights'
         )
-    raise UserError('statistics need text: name a data set with --dataset, or convert with --method=weights')
+    without = '--basis=hadamard' if basis else '--method=weights'
+    raise UserError(f'statistics need text: name a data set with --dataset, or convert with {without}')
 if not 0 <= context <= model.config.block_size:
     raise UserError(f'context={context} is more than the block_size of the model, {model.config.block_size}; lower it')
 context = context or model.config.block_size
@@ -212,6 +218,8 @@ os.makedirs(out_dir, exist_ok=True)
 
 # ---- one size: a checkpoint ------------------------------------------------------------------------------------------
 if not sweep:
+    if bad := not_finite(converted.state_dict()):
+        raise UserError(f'the conversion gave weights that are not finite: {bad}; check the model, nothing was written')
     tokenizer = saved.get('tokenizer') or (data.meta if data else {})
     corpus = saved.get('corpus') or source
     keys = {**saved.get('config', {}), **config, 'dataset': dataset}

@@ -57,8 +57,10 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
 
 MODEL_CODE = 'hf_modeling_mla.py'  # of core/convert/
+INDEX = 'model.safetensors.index.json'  # of a model in several files, which ours isn't
 # all that an export may write, and replaces or removes where it's written again; config.json, which is read first, last
-NAMES = ('README.md', MODEL_CODE, *hf_tokenizer.FILES, 'model.safetensors', 'generation_config.json', 'config.json')
+NAMES = ('README.md', MODEL_CODE, *hf_tokenizer.FILES, INDEX, 'model.safetensors', 'generation_config.json')
+NAMES += ('config.json',)
 GGUF_NAMES = ('model.gguf',)
 arguments.check_folder(out_dir)
 if os.path.isdir(out_dir) and os.listdir(out_dir) and not overwrite:

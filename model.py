@@ -130,7 +130,7 @@ class GPTConfig:
             raise ValueError(f"n_rope={self.n_rope} needs pos='rope'")
         size, most = self.rope_size, self.widths[0]
         if self.pos == 'rope' and (size % 2 or not 0 < size <= most):
-            raise ValueError(f'RoPE rotates pairs of at most {most} dimensions, but was given {size}; make it even')
+            raise ValueError(f'RoPE rotates pairs of dimensions, {most} at most: {size} must be even and no more')
 
     @property
     def head_size(self) -> int:

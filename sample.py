@@ -111,8 +111,8 @@ def validation_losses():
 
 
 size, precision = model.get_num_params() / 1e6, dtype
-if int8_windows and weights != 'int8':
-    raise UserError('int8_windows says what weights in int8 change; add --weights=int8, or leave it out')
+if weights != 'int8' and (int8_windows or 'int8_products' in given):
+    raise UserError('int8_windows and int8_products are about weights in int8; add --weights=int8, or leave them out')
 if weights == 'int8':
     if device != 'cpu':
         raise UserError("weights='int8' is for a CPU; leave it out, or add --device=cpu")
@@ -153,9 +153,10 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token
-kind = models.attention_of(model).upper()
-about = f'{kind}, {size:.2f}M parameters, {device}, {precision}'
-errors.notice(f'{about}; the cache takes {cache_bytes:,} bytes per token')
+kind, cached = models.attention_of(model).upper(), 'no cache'
+if use_cache:
+    cached = f'the cache takes {cache_bytes:,} bytes per token'
+errors.notice(f'{kind}, {size:.2f}M parameters, {device}, {precision}; {cached}')
 began = time.perf_counter()
 show(prompt)
 with machine.autocast(device, dtype):

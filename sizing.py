@@ -74,6 +74,8 @@ WIDTH = 100  # columns of a terminal
 def plan(model_class, config_class, **own):
     """A model of the given sizes. UserError where they don't fit together."""
     keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
+    if config_class is GPTConfig:
+        keys.pop('n_rope', None)  # MHA's heads are rotated whole; the key is about MLA's shared part
     try:
         return Plan(model_class, config_class(**keys | own), dtype, cache)
     except ValueError as error:

@@ -32,7 +32,7 @@ def draw(
         logits = logits[:, :valid_ids]
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits.float() / temperature, None
+    logits, ids = logits.float() / max(temperature, 1e-30), None  # float32's quotients stay finite
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
     if top_p is not None and top_p < 1:

@@ -211,7 +211,8 @@ def make_decoding():
         rows.append((sequences, f'{context:,}', name, f'{row["ms"]:.1f}', *shares, f'{size:,}'))
     about = f'Made by `python studies/pages.py` from `assets/decode.json`: {found["setting"]}.'
     save('decoding', [about, report.markdown_table(heading, rows)])
-    title = f'With eight sequences at 4,096 tokens MLA decodes faster than MHA; with one, at C/2 and C/4, slower\n{found["setting"]}'
+    title = 'With eight sequences at 4,096 tokens MLA decodes faster than MHA; with one, at C/2 and C/4, slower'
+    title += f'\n{found["setting"]}'
     picture = speed.decoding_figure(found['steps'], found['n_embd'], title)
     report.save_figure(os.path.join(pictures, 'decode.png'), picture)
 

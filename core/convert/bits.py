@@ -18,6 +18,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from core.cli.machine import to_float64
 from core.convert.factorize import Statistics, collect_statistics, factorize, layers, root
@@ -74,8 +75,11 @@ def rotate(model: MLAGPT, basis: str, statistics: list[Statistics] | None = None
             _, second = statistics[layer].moments(centred=False)
             half = root(second + RIDGE * second.trace() / r * down)
             down, up, _ = factorize(up[:keys], up[keys:], torch.zeros_like(second[0]), half, r)
+            unused = r - len(down)  # more numbers than keys and values together
+            down, up = F.pad(down, (0, 0, 0, unused)), F.pad(up, (0, unused))
             if basis == 'balanced':
                 size = (down @ half).norm(dim=1).sqrt()
+                size[size <= 1e-12 * size.max()] = 1.0
                 down, up = down / size[:, None], up * size
         if basis != 'components':
             down, up = hadamard(r) @ down, up @ hadamard(r).mT

@@ -156,7 +156,7 @@ def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
 def root_of_least(matrix: torch.Tensor) -> torch.Tensor:
     """The square root of symmetric matrices (..., n, n), with eigenvalues of at least LEAST^2 times the largest."""
     values, vectors = torch.linalg.eigh(matrix)
-    least = LEAST**2 * values[..., -1:].clamp(min=1e-100)
+    least = LEAST**2 * values[..., -1:].clamp(min=1e-60)  # whose root's inverse is a number in float32, too
     return (vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
@@ -166,7 +166,8 @@ def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch
 
     energy (H, d/2): that of each head's queries in each pair of dimensions. w_o (C, H d): the output projection.
     """
-    energy = torch.maximum(energy, LEAST**2 * energy.max().clamp(min=1e-100))
+    energy = torch.maximum(energy, LEAST**2 * energy.max())
+    energy = energy if energy.max() > 1e-60 else torch.ones_like(energy)  # without queries all errors count alike
     heads = w_o.unflatten(1, (len(energy), -1)).transpose(0, 1)  # (H, C, d)
     return torch.diag(energy.sqrt().flatten().repeat_interleave(2)), torch.block_diag(*root_of_least(heads.mT @ heads))
 

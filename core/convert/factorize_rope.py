@@ -145,7 +145,8 @@ class RotatedLayer:
         second[:-1, :-1] += covariance
         second = second.to(turn.dtype)
         self.energy = ((self.queries @ second) * self.queries.conj()).sum(-1).real
-        weight = self.energy.unflatten(0, (attention.kv_heads, -1)).sum(1).clamp(min=1e-100).sqrt()  # (K, d/2)
+        weight = self.energy.unflatten(0, (attention.kv_heads, -1)).sum(1)  # (K, d/2)
+        weight = torch.maximum(weight, 1e-12 * weight.max()).clamp(min=1e-30).sqrt()
         keys = (weight[..., None] * self.keys).transpose(0, 1)
         sizes, directions = torch.linalg.eigh(keys @ second @ keys.mH)
         self.saved, best = (1 - turn.abs().square()) * sizes[:, -1], directions[..., -1].t()

@@ -49,7 +49,7 @@ NEUTRAL = {  # further keys that a Llama's file may have, and the value that ask
     'rope.scaling.factor': 1,
 }
 WIDTHS = ('rope.dimension_count', 'attention.key_length', 'attention.value_length')  # all the head size
-NORMAL, CONTROL, UNUSED, BYTE = 1, 3, 5, 6  # types of tokens
+NORMAL, CONTROL, ADDED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens
 SPACE = '\u2581'  # SentencePiece's
 TOKENS = 'tokenizer.ggml'
 SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the first; the second described the converter
@@ -106,8 +106,9 @@ def tokenizer_meta(keys: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     used = {piece: i for i, (piece, type) in enumerate(zip(pieces, types, strict=False)) if type != UNUSED}
     ours: Tokenizer | None = None
     if kind == 'gpt2' and pre in hf_tokenizer.SPLITS:
-        special, end = [piece for piece, i in used.items() if types[i] == CONTROL], keys.get(f'{TOKENS}.eos_token_id')
-        whole = hf_tokenizer.byte_level(used, keys.get(f'{TOKENS}.merges', []), pre, special)
+        added = {piece: types[i] == CONTROL for piece, i in used.items() if types[i] in (CONTROL, ADDED)}
+        end = keys.get(f'{TOKENS}.eos_token_id')
+        whole = hf_tokenizer.byte_level(used, keys.get(f'{TOKENS}.merges', []), pre, added)
         return hf_tokenizer.meta_of(whole, next((piece for piece, i in used.items() if i == end), None))
     if kind == 'llama' and keys.get(f'{TOKENS}.add_space_prefix') is False:
         chars = [piece.replace(SPACE, ' ') for piece in used]
@@ -154,7 +155,7 @@ def settings_of(keys: dict[str, Any]) -> tuple[dict[str, Any], float]:
             raise ValueError(f'it has llama.{name}={str(own[name])[:60]}{only}')
     if not own[EPS] > 0:
         raise ValueError(f'its {EPS} is {own[EPS]}; it must be above 0')
-    eps = round(own[EPS], 10)  # float32's neighbor of 1e-5 stands for 1e-5
+    eps = float(f'{own[EPS]:.6g}')  # float32's neighbor of 1e-5 stands for 1e-5
     form = dict(pos='rope', norm='rms', mlp='swiglu', bias=False, rope_theta=float(own.get(THETA, 10000.0)))
     return {**sizes, **form}, eps
 
@@ -226,7 +227,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
             raise UserError('a GGUF file has no name for how the tokenizer of this model cuts text; use --format=hf')
         special, pieces = tokenizer.end_of_text, {i: piece for piece, i in fast.get_vocab().items()}
         if isinstance(tokenizer, PublishedTokenizer):
-            types = {token['content']: CONTROL for token in whole['added_tokens'] if token['special']}
+            types = {t['content']: CONTROL if t['special'] else ADDED for t in whole['added_tokens']}
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre(pre)
         writer.add_token_merges([' '.join(pair) for pair in whole['model']['merges']])

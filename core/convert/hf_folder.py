@@ -27,6 +27,8 @@ def replacing(folder: str, names: tuple[str, ...]) -> Iterator[str]:
         for name in os.listdir(beside):
             with open(os.path.join(beside, name), 'rb') as file:
                 os.fsync(file.fileno())
+        if taken := [name for name in names if os.path.isdir(os.path.join(folder, name))]:
+            raise IsADirectoryError(f'{taken[0]} is a folder')
         for name in names:
             if os.path.exists(os.path.join(beside, name)):
                 os.replace(os.path.join(beside, name), os.path.join(folder, name))

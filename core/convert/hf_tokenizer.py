@@ -99,7 +99,7 @@ def read_file(folder: str) -> dict[str, Any] | None:
             vocab = json.load(file)
         with open(path('merges.txt'), encoding='utf-8') as file:
             lines = [line.rstrip('\n') for line in file if line.strip() and not line.startswith('#version')]
-        return byte_level(vocab, lines, 'gpt-2', [END_OF_TEXT] * (END_OF_TEXT in vocab))
+        return byte_level(vocab, lines, 'gpt-2', {END_OF_TEXT: True} if END_OF_TEXT in vocab else {})
     return None
 
 
@@ -113,12 +113,12 @@ def read_end(folder: str) -> str | None:
     return found['content'] if isinstance(found, dict) else found
 
 
-def byte_level(vocab: dict[str, int], merges: list[str], split: str, special: list[str]) -> dict[str, Any]:
-    """The tokenizer.json of a byte-pair encoding. split: a key of SPLITS; special: names of special tokens."""
-    plain = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
+def byte_level(vocab: dict[str, int], merges: list[str], split: str, added: dict[str, bool]) -> dict[str, Any]:
+    """The tokenizer.json of a byte-pair encoding. split: a key of SPLITS; added: {token: whether it is special}."""
+    plain = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
     return {
         'version': '1.0',
-        'added_tokens': [{'id': vocab[name], 'content': name, **plain} for name in special],
+        'added_tokens': [{'id': vocab[name], 'content': name, **plain, 'special': s} for name, s in added.items()],
         'normalizer': None,
         'pre_tokenizer': SPLITS[split],
         'post_processor': None,
@@ -150,7 +150,8 @@ def our_own(whole: dict[str, Any], vocab: dict[str, int]) -> Tokenizer | None:
     # older versions of the library write a merge as one string
     merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in whole['model'].get('merges', [])]
     in_bytes = splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space')
-    if [vocab[piece] for piece in pieces] != list(range(len(pieces))) or whole.get('normalizer'):
+    added = {token['content'] for token in whole.get('added_tokens') or []} - set(vocab)
+    if [vocab[piece] for piece in pieces] != list(range(len(pieces))) or whole.get('normalizer') or added:
         return None
     if kind == 'WordLevel' and splits.get('pattern') == {'Regex': r'[\s\S]'}:
         return CharTokenizer(''.join(pieces)) if all(len(piece) == 1 for piece in pieces) else None

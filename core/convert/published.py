@@ -116,6 +116,8 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
     index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     try:
         if os.path.isfile(index):
+            if os.path.isfile(os.path.join(folder, names[0])):
+                raise ValueError(f'it has both {names[0]} and {os.path.basename(index)}; remove one of them')
             with open(index, encoding='utf-8') as file:
                 names = sorted({os.path.basename(name) for name in json.load(file)['weight_map'].values()})
         elif not os.path.isfile(os.path.join(folder, names[0])):
@@ -170,8 +172,9 @@ def listed(names: list[str]) -> str:
 
 def build(kind: type[GPT], config: GPTConfig, state: dict[str, Tensor], eps: float) -> GPT:
     """A model of `config` with the weights of `state`, whose norms have `eps`. ValueError where they aren't finite."""
+    state = llama.with_our_eps({name: value.float() for name, value in state.items()}, config, eps)
     if name := not_finite(state):
-        raise ValueError(f'it holds weights that are not finite: {name}; {COPY}')
+        raise ValueError(f'it holds weights that are not finite, or its eps={eps:g} makes them so: {name}; {COPY}')
     model = kind(config)
-    model.load_state_dict(llama.with_our_eps({name: value.float() for name, value in state.items()}, config, eps))
+    model.load_state_dict(state)
     return model

@@ -118,13 +118,14 @@ with tempfile.TemporaryDirectory() as temporary:
 meta = saved['tokenizer']
 corpus = f'{title}, as published'
 folder.mkdir(parents=True, exist_ok=True)
+checkpoints.save(str(folder / 'ckpt.pt'), models.contents(model, {}, tokenizer=meta, corpus=corpus))
 if meta and meta['tokenizer'] != NO_TEXT:
     with files.replacing(folder / 'tokenizer.json') as file:
         file.write(load_tokenizer(meta).fast_tokenizer().to_str(pretty=True))
 else:
+    (folder / 'tokenizer.json').unlink(missing_ok=True)
     notice("note: the model's tokenizer can't be read, so its tokens are numbers here")
 with files.replacing(folder / 'README.md') as file:
     file.write(printable(card(facts, origin)))
-checkpoints.save(str(folder / 'ckpt.pt'), models.contents(model, {}, tokenizer=meta, corpus=corpus))
 parameters = model.get_num_params(non_embedding=False)
 output(f'{shown(folder / "ckpt.pt")}: {corpus}, {models.label_of(model.config)}, {parameters:,} parameters')

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from support.models import MLA, assert_close, make, tokens
+from support.planted import randomized
 
 from core.convert.bits import BASES, hadamard, latent_statistics, rotate, round_cached
+from model_mla import MLAGPT, MLAConfig
 from ops.packed import Form
 
 
@@ -31,6 +33,18 @@ def test_no_logit_changes(variant, basis):
     name = 'transformer.h.1.attn.c_kv_up.weight'
     assert not torch.allclose(new.state_dict()[name], before[name])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize('basis', BASES)
+@pytest.mark.parametrize('unused', ['c_kv_down', 'c_kv_up', 'more numbers than keys and values'])
+@torch.no_grad()
+def test_no_logit_changes_where_latents_have_unused_directions(basis, unused):
+    sizes = dict(vocab_size=20, block_size=16, n_layer=1, n_head=4, n_embd=32, n_latent=32, n_nope=2, n_value=3)
+    model, idx = randomized(MLAGPT(MLAConfig(**sizes)), 0.1).double().eval(), tokens(3, 16) % 20
+    if unused.startswith('c_kv'):
+        getattr(model.transformer.h[0].attn, unused).weight.zero_()
+    new = rotate(model, basis, latent_statistics(model, [idx]))
+    assert_close(new(idx, idx)[0], model(idx, idx)[0])
 
 
 def test_what_can_not_be_rotated():

@@ -306,6 +306,24 @@ def test_text_says_how_far_back_heads_look_and_what_is_left_to_each(trained):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('gap', ['no queries', 'a frequency without queries', 'a gain of 0'])
+def test_weights_that_are_zero_convert_to_finite_ones(gap):
+    model = rotated('mha')
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        queries = [block.attn.c_attn.weight[:C], block.attn.c_attn.bias[:C]]
+        if gap == 'a frequency without queries':
+            queries = [rows.unflatten(0, (-1, d))[:, :2] for rows in queries]
+        for rows in queries if 'queries' in gap else [block.ln_1.weight, block.ln_1.bias]:
+            rows.zero_()
+    text = batches()
+    statistics, idx = collect_statistics(model, text), batches(2, seed=7)[0]
+    mla = to_mla(model, C, statistics)
+    assert (logits(mla, idx) - logits(model, idx)).abs().max() < 1e-9
+    mla = to_published_mla(model, statistics, collect_inputs(model, text), 16, 4)
+    assert all(bool(tensor.isfinite().all()) for tensor in mla.float().state_dict().values())
+
+
 def test_what_cannot_be_converted_is_refused_in_one_line():
     statistics, inputs = collect_statistics(rotated('mha'), batches()), collect_inputs(rotated('mha'), batches())
     refused = [

@@ -155,3 +155,16 @@ def test_llama_cpp_continues_a_text_greedily_as_we_do(name, tmp_path):
         ids.append(int(np.argmax(theirs.scores[len(ids) - 1])))
         theirs.eval(ids[-1:])
     assert ids == model.generate(torch.tensor([prompt]), 30 - len(prompt), temperature=0)[0].tolist()
+
+
+def test_added_tokens_are_found_whole_again(tmp_path):
+    """Special ones and others."""
+    fast = byte_pairs_of_digits()
+    fast.add_tokens(['<think>'])
+    fast.add_special_tokens(['<turn>'])
+    tokenizer = load_tokenizer(hf_tokenizer.meta_of(json.loads(fast.to_str())))
+    model = our_llama(vocab_size=tokenizer.n_vocab)
+    _, saved = models.pretrained(written(tmp_path / 'model.gguf', model, tokenizer))
+    again, text = load_tokenizer(saved['tokenizer']), 'a<think>17<turn>'
+    assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
+    assert tokenizer.encode('<think>')[0] >= tokenizer.n_vocab - 2

@@ -52,20 +52,26 @@ def split_at_spaces(fast):
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
 
 
+def extended(fast):
+    fast.add_special_tokens(['<|im_end|>'])
+
+
 def read_back(folder, fast):
     """The loaded tokenizer that a folder with a tokenizer.json stands for."""
     fast.save(str(folder / 'tokenizer.json'))
     return load_tokenizer(hf_tokenizer.read(str(folder), 1))
 
 
-@pytest.mark.parametrize('change', [lowered, split_at_spaces])
+@pytest.mark.parametrize('change', [lowered, split_at_spaces, extended])
 @pytest.mark.parametrize('name', OURS)
 def test_one_that_encodes_otherwise_is_none_of_ours_and_encodes_as_its_file_says(tmp_path, name, change):
     fast = OURS[name].fast_tokenizer()
     change(fast)
     found = read_back(tmp_path, fast)
-    assert isinstance(found, PublishedTokenizer) and found.n_vocab == OURS[name].n_vocab
+    assert isinstance(found, PublishedTokenizer) and found.n_vocab == OURS[name].n_vocab + (change is extended)
     assert found.encode('AB  cab') == fast.encode('AB  cab').ids
+    if change is extended:
+        assert found.encode('<|im_end|>', special=True) == [OURS[name].n_vocab]
 
 
 def test_merges_in_another_order_are_none_of_ours(tmp_path):

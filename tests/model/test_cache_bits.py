@@ -40,7 +40,8 @@ def test_several_samples_refill_and_steps_of_fixed_shape(variant, kind):
     out = generated(idx, num_samples=2)
     assert torch.equal(out, generated(idx.repeat_interleave(2, dim=0)))
     assert torch.equal(out, generated(idx, num_samples=2, fixed=True))
-    assert not torch.equal(out, model.generate(idx, 40, temperature=0, num_samples=2)) or kind == 'int8'
+    if kind == 'int4':
+        assert not torch.equal(out, model.generate(idx, 40, temperature=0, num_samples=2))
 
 
 @pytest.mark.parametrize('kind', PACKED)
@@ -55,7 +56,8 @@ def test_steps_in_bfloat16(variant, kind):
         step = FixedStep(model, fixed)
         for t in range(9, BLOCK):
             for logits in (step(idx[:, t : t + 1]), model(idx[:, t : t + 1], cache=ordinary)[0]):
-                assert (logits - expected[:, t : t + 1]).abs().max() <= 0.3 * expected.abs().max()
+                worst = (logits - expected[:, t : t + 1]).abs().max()
+                assert worst <= {'int8': 0.08, 'int4': 0.3}[kind] * expected.abs().max()
 
 
 @pytest.mark.parametrize('variant', ['mha', 'mqa-rope', *MLA])

@@ -126,3 +126,8 @@ def test_samples_share_the_prefill(monkeypatch):
     assert torch.equal(out[:, :8], idx.repeat_interleave(3, dim=0))
     repeated = generated(model, idx.repeat_interleave(3, dim=0), 5)
     assert torch.equal(out, repeated)
+
+
+def test_a_temperature_near_zero_draws_the_most_likely_id():
+    logits = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(logits, 1e-39), draw(logits, 0))

@@ -94,3 +94,17 @@ def test_int8_is_multiplied_as_it_is_stored(monkeypatch):
     packed.attend(vectors(form, 2, 3, 4, dtype=torch.float32), k, k, 0.1)
     with pytest.raises(pytest.fail.Exception):
         packed.attend(vectors(form, 2, 3, 4), k.to(torch.float64), k.to(torch.float64), 0.1)
+
+
+def test_bfloat16_is_rounded_to_both_sides():
+    x = torch.randn(10_000, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    form = Form(64, 8)
+    step = form.levels(x)[1].float()
+    assert abs(((form.rounded(x.float()) - x.float()) / step).mean()) < 0.03
+    low, scale = form.levels(x)
+    assert abs(((form.numbers(low, scale, torch.float32) - x.float()) / step).mean()) < 0.03
+
+
+def test_zeros_stay_finite_in_every_type():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert Form(8, 8).rounded(torch.zeros(1, 8, dtype=dtype)).isfinite().all()

@@ -411,6 +411,16 @@ def test_a_full_disk_leaves_the_export_that_was_there(monkeypatch, tmp_path, fai
         assert not Path(folder).exists()
 
 
+def test_a_folder_in_the_way_of_a_file_leaves_what_was_there(monkeypatch, tmp_path):
+    folder = Path(export(monkeypatch, tmp_path, random_model('mha')))
+    (folder / 'config.json').unlink()
+    (folder / 'config.json').mkdir()
+    (folder / 'README.md').write_text('mine')
+    with pytest.raises(UserError, match='config.json is a folder.*what was there is unchanged'):
+        export(monkeypatch, tmp_path, random_model('mla', n_embd=16), CHARS, '--overwrite=True')
+    assert (folder / 'README.md').read_text() == 'mine' and not (folder / '.writing').exists()
+
+
 def test_an_export_over_another_removes_what_no_longer_applies_and_nothing_else(monkeypatch, tmp_path):
     folder = Path(export(monkeypatch, tmp_path, random_model('mla')))
     (folder / 'notes.txt').write_text('mine')

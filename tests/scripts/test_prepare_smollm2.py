@@ -181,3 +181,14 @@ def test_a_checkpoint_that_is_there_is_kept(from_gguf):
     done = prepared(folder.parent / 'tiny-5K.gguf', folder)
     assert done.returncode == 2 and 'replace it with --overwrite=True' in done.stderr and files_of(folder) == before
     assert prepared(folder.parent / 'tiny-5K.gguf', folder, '--overwrite=True').returncode == 0
+
+
+def test_a_model_without_a_tokenizer_leaves_none_of_the_last_one(tmp_path):
+    theirs, fast = their_llama(), byte_pairs_of_digits()
+    theirs.save_pretrained(tmp_path / 'theirs')
+    fast.save(str(tmp_path / 'theirs' / 'tokenizer.json'))
+    assert prepared(tmp_path / 'theirs', tmp_path / 'ours').returncode == 0
+    assert (tmp_path / 'ours' / 'tokenizer.json').exists()
+    (tmp_path / 'theirs' / 'tokenizer.json').unlink()
+    assert prepared(tmp_path / 'theirs', tmp_path / 'ours', '--overwrite=True').returncode == 0
+    assert files_of(tmp_path / 'ours').keys() == {'README.md', 'ckpt.pt'}

@@ -308,6 +308,11 @@ def test_many_models_are_printed_below_one_another(size):
     assert [len(row) for row in cells(printed, 'norms')] == [4, 2]
 
 
+def test_n_rope_is_about_mla_alone(size):
+    _, found = size(**TINY, pos='rope', n_rope=16)
+    assert len(found['models']) > 2
+
+
 def test_queries_may_be_wider_than_values_as_deepseeks_are(size):
     printed, found = size(shape='deepseek-v3', gpu='H200')
     assert 'deepseek-v3: the published layers' in printed

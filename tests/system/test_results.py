@@ -40,8 +40,8 @@ def numbers(text):
 
 def known(page):
     """
-    {decimals: the numbers that a page may say, rounded to so many}: of the tables, JSON files and studies that it names,
-    and of the JSON files that the tables name. README.md and LOG.md, which are about all studies, may say any.
+    {decimals: the numbers that a page may say, rounded to so many}: of the tables, JSON files and studies that it
+    names, and of the JSON files that the tables name. README.md and LOG.md, which are about all studies, may say any.
     """
     tables = [(ROOT / 'results' / path) for path in re.findall(r'\((tables/[\w-]+\.md)\)', page.read_text('utf-8'))]
     if page.name in ('README.md', 'LOG.md'):
