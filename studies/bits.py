@@ -204,7 +204,7 @@ def heads(model, data):
 
 def groups():
     """{label: the runs of all seeds}."""
-    return {label: [run for run in runs if run['label'] == label] for label in dict.fromkeys(r['label'] for r in runs)}
+    return report.grouped(runs, lambda run: run['label'])
 
 
 def values(group, basis, bits, key='rise'):

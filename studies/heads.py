@@ -82,7 +82,8 @@ def measured(model, saved, chosen):
     selecting = induction.head_scores(model, repeats[:half], losses=False)
     reported = induction.head_scores(model, repeats[half:])
     for name in SCORES:
-        chosen.setdefault(name, [(at, float(selecting[name].mean(0)[at])) for at in ranked(selecting[name])])
+        means = selecting[name].mean(0)
+        chosen.setdefault(name, [(at, float(means[at])) for at in induction.ranked(means)])
     loss = reported['repeat_loss']
     out = dict(scores={name: reported[name].mean(0) for name in SCORES})
     out['repeat_loss'] = dict(mean=loss.mean(), stderr=stats.standard_error(loss))
@@ -101,11 +102,6 @@ def measured(model, saved, chosen):
         tokens, _ = data.windows('val', data.eval_windows('val', windows))
         out['text'][name] = induction.bigram_losses(forward.text_losses(model, tokens), tokens)
     return out
-
-
-def ranked(scores):
-    """Heads (layer, head) by descending mean of scores (N, L, H)."""
-    return induction.ranked(scores.mean(0))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
