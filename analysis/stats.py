@@ -41,7 +41,12 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     n = len(values)
     if n < LEAST:
         return mean(values), None
-    return mean(values), float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) * stdev(values) / n**0.5
+    return mean(values), half_width(n, level) * stdev(values) / n**0.5
+
+
+def half_width(n: int, level: float = 0.95) -> float:
+    """Half of the t interval of a mean of `n` values, in standard errors."""
+    return float(scipy.stats.t.ppf((1 + level) / 2, n - 1))
 
 
 def welch(one: Sequence[float], other: Sequence[float], margin: float) -> dict[str, Any]:

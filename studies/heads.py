@@ -127,7 +127,8 @@ def head_table(numbers):
     rows = []
     for label, found in numbers['models'].items():
         loss = found['repeat_loss']
-        cells = [f'{loss["mean"]:.3f} ± {1.96 * loss["stderr"]:.3f}']
+        half = stats.half_width(numbers['setting']['sequences'] // 2) * loss['stderr']
+        cells = [f'{loss["mean"]:.3f} ± {half:.3f}']
         for name in SCORES:
             cells += followed(numbers, found, name)
         rows.append((label, *cells, f'{np.mean(found["scores"]["sink"]):.3f}'))

@@ -226,6 +226,7 @@ def make_smollm2():
     """The table and the picture of what SmolLM2 loses as MLA, before any fine-tuning."""
     found = read_json('assets', 'smollm2.json')
     whole = found['rows']['original']['cache_bytes_per_token']
+    half = stats.half_width(found['windows'])
     named = {'decompressed': 'keys decompressed, then rotated', 'published': 'published shape'}
     rows, points = [], []
     for name, row in found['rows'].items():
@@ -235,7 +236,7 @@ def make_smollm2():
         cells = [f'{row[text]["loss"]:.4f}' for text in TEXTS]
         if part:
             points.append((form, row['cache_bytes_per_token'] / whole, [row[text] for text in TEXTS]))
-            errors = [f'{row[text]["rise"]:+.4f} ± {1.96 * row[text]["rise_stderr"]:.4f}' for text in TEXTS]
+            errors = [f'{row[text]["rise"]:+.4f} ± {half * row[text]["rise_stderr"]:.4f}' for text in TEXTS]
             sizes = (part, row['n_latent'], row['n_rope'])
         else:
             errors, sizes = ['0', '0'], ('1', '', '')
@@ -252,7 +253,7 @@ def make_smollm2():
     for n, (axes, text) in enumerate(zip(panels, TEXTS.values(), strict=True)):
         for form, part, losses in points:
             look = dict(looks[form], linestyle='none', markersize=8, capsize=4)
-            axes.errorbar(part, losses[n]['rise'], 1.96 * losses[n]['rise_stderr'], **look)
+            axes.errorbar(part, losses[n]['rise'], half * losses[n]['rise_stderr'], **look)
             if part == 1 / 4:
                 right, where = form == 'published', (8, 2) if form == 'published' else (-8, -4)
                 at, label = (part, losses[n]['rise']), named[form].replace(', ', ',\n')
