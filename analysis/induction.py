@@ -372,7 +372,8 @@ def bigram_losses(losses: np.ndarray, tokens: Tensor) -> dict:
     repeated, others = (((losses * where).sum(1, dtype=float), where.sum(1)) for where in (again, ~again))
     gain = stats.ratio_difference(*others, *repeated)
     found = dict(repeated=stats.ratio(*repeated), others=stats.ratio(*others), gain=gain)
-    around = {name: dict(mean=m, low=m - 1.96 * e, high=m + 1.96 * e) for name, (m, e) in found.items()}
+    half = stats.half_width(len(losses)) if len(losses) > 1 else float('nan')
+    around = {name: dict(mean=m, low=m - half * e, high=m + half * e) for name, (m, e) in found.items()}
     return around | dict(share=float(again.mean()))
 
 
