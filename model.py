@@ -63,10 +63,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, rope)
         mask = None  # causal; a cache knows which of its keys each query sees
         if cache is not None:
-            k, v, mask = cache.append(self.layer, k, v, whole=not self.flash)  # (B, K, S, d): of the sequence so far
+            # (B, K, S, d) of the sequence so far, and what each query sees of it; whole: as ordinary tensors
+            k, v, mask = cache.append(self.layer, k, v, whole=not self.flash)
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
-            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the same as below, faster
+            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: what the lines below say, faster
         else:
             k, v = kernels.repeat_heads(k, self.n_head), kernels.repeat_heads(v, self.n_head)
             mask = kernels.causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask

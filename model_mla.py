@@ -12,7 +12,7 @@ of r numbers, shared by all heads, and computes keys and values from it. Only th
     R       n_rope           dimensions beside them that carry the position (decoupled RoPE; 0: none)
     d_v     n_value          dimensions of each value
     r_q     n_latent_q       size of the queries' own latent c_q (0: queries are computed from x directly)
-    W_D     c_kv_down        down-projection, C -> r (+ R for the shared position key)
+    W_D     c_kv_down        down-projection, C -> r; its last R rows, W_KR, make the shared position key
     W_K,W_V c_kv_up          up-projection, r -> keys and values of all heads; W_U where both are meant
     W_Q     c_q              query projection
     W_O     c_proj           output projection
@@ -62,7 +62,7 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: MLAConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head, self.n_latent = config.n_head, config.n_latent
+        self.n_head, self.n_latent, self.n_latent_q = config.n_head, config.n_latent, config.n_latent_q
         self.n_nope, self.n_rope, self.n_value = config.n_nope, config.n_rope, config.n_value
         self.dropout, self.flash, self.shared_rope = config.dropout, config.flash, config.shared_rope
         self.scale = 1 / math.sqrt(self.n_nope + self.n_rope)  # of the whole query, its position part included
@@ -76,7 +76,6 @@ class MultiHeadLatentAttention(nn.Module):
         self.c_kv_up = Linear(config.n_latent, H * (self.n_nope + self.n_value), bias=bias)
         self.c_proj = Linear(H * self.n_value, C, bias=bias)
         self.resid_dropout = Dropout(config.dropout)
-        self.n_latent_q = config.n_latent_q
         self.angles: Any
         self.register_buffer('angles', None, persistent=False)  # of all positions, where keys are rotated whole
 
@@ -134,7 +133,8 @@ class MultiHeadLatentAttention(nn.Module):
         q, latent = self.queries(x, rope), self.latent(x, rope)
         mask = None  # causal; a cache knows which of its latents each query sees
         absorbed = cache is not None and not self.training and self.absorbing_pays(q.size(2))
-        if cache is not None:  # (B, S, r + R): the latents of the sequence so far
+        if cache is not None:
+            # (B, S, r + R): the latents of the sequence so far, and what each query sees; whole: as ordinary tensors
             latent, mask = cache.append(self.layer, latent, whole=not (absorbed and self.flash))
         if not absorbed:
             k, v = self.decompress(latent)
@@ -146,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
             k = v = latent.unsqueeze(1).to(q.dtype)  # v's last R numbers, of the position key, are cut off below
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
-            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the same as below, faster
+            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: what the lines below say, faster
         else:
             mask = kernels.causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
             scores = (q * self.scale) @ k.mT  # (B, H, T, S)
