@@ -67,7 +67,7 @@ class CausalSelfAttention(nn.Module):
             k, v, mask = cache.append(self.layer, k, v, whole=not self.flash)
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
-            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: what the lines below say, faster
+            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: the lines below, faster
         else:
             k, v = kernels.repeat_heads(k, self.n_head), kernels.repeat_heads(v, self.n_head)
             mask = kernels.causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask

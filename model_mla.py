@@ -146,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
             k = v = latent.unsqueeze(1).to(q.dtype)  # v's last R numbers, of the position key, are cut off below
         p_drop = self.dropout if self.training else 0.0
         if self.flash:
-            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: what the lines below say, faster
+            y = kernels.fast_attention(q, k, v, self.scale, p_drop, mask)  # the default: the lines below, faster
         else:
             mask = kernels.causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
             scores = (q * self.scale) @ k.mT  # (B, H, T, S)

@@ -160,7 +160,7 @@ def test_without_learned_positions_a_model_reads_longer_texts(settings):
         (GPTConfig, dict(gelu='relu'), "gelu is 'relu'"),
         (GPTConfig, dict(pos='alibi'), "pos is 'alibi'"),
         (GPTConfig, dict(n_rope=4), "n_rope=4 needs pos='rope'"),
-        (GPTConfig, dict(pos='rope', n_rope=10), 'RoPE rotates pairs of at most 8 dimensions, but was given 10'),
+        (GPTConfig, dict(pos='rope', n_rope=10), 'RoPE rotates pairs of dimensions, 8 at most: 10 must be even'),
         (GPTConfig, dict(norm='batch'), "norm is 'batch'"),
         (MLAConfig, dict(n_value=-1), 'n_value=-1 must be at least 1'),
         (MLAConfig, dict(shared_rope=False), "shared_rope=False rotates whole keys: it needs pos='rope'"),
