@@ -174,16 +174,18 @@ def draw(numbers):
     """Scores by layer and head, a column per model."""
     found = numbers['models']
     drawn = [name for name in SCORES if name != 'sink']
-    figure = Figure(figsize=(style.WIDTH, 7.5))
+    figure = Figure(figsize=(style.WIDTH, 6.5))
     panels = figure.subplots(len(drawn), len(found), sharex=True, sharey=True, squeeze=False)
     for row, name in zip(panels, drawn, strict=True):
         for axes, (label, model) in zip(row, found.items(), strict=True):
             image = axes.imshow(np.array(model['scores'][name]), vmin=0, vmax=1, cmap='viridis', aspect='auto')
             axes.grid(False)
+            axes.set_xticks(range(0, len(model['scores'][name][0]), 2))
             axes.set_title(f'{label}\n{SCORES[name]}', fontsize=9)
     figure.supxlabel('head')
     figure.supylabel('layer')
-    figure.colorbar(image, ax=panels, shrink=0.6, label='score')
+    figure.colorbar(image, ax=panels, shrink=0.6, label='score: mean attention to the place that it asks for')
+    figure.suptitle('Every head of every layer, before and after the conversion')
     return figure
 
 
