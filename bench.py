@@ -63,6 +63,10 @@ n_head = 12
 n_embd = 768
 vocab_size = 50304
 n_kv_heads = ''  # key/value heads of further models, for example '4,1': GQA-4 and MQA beside MHA and MLA
+pos = 'learned'  # 'rope': MLA rotates dimensions beside the content, as published
+norm = 'layer'
+mlp = 'gelu'
+latent_norm = False  # of MLA
 n_latents = ''  # sizes of the MLA models' latents, for example '384,192'; '': C/2, and for sample C/4 and C/8 as well
 # sample
 contexts = '256,1024'  # context lengths of the timed steps, in tokens
@@ -97,6 +101,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 if vocab_size > 2**16:
     raise UserError(f'vocab_size is {vocab_size}; it must be at most {2**16:,}: tokens are read as uint16')
+if (nanogpt or huggingface) and (pos, norm, mlp) != ('learned', 'layer', 'gelu'):
+    raise UserError('nanoGPT and GPT-2 have learned positions, LayerNorm and GELU; leave out pos, norm and mlp')
 if int8 and device not in ('auto', 'cpu'):
     raise UserError('int8 is for a CPU; leave it out, or add --device=cpu')
 for key in ('json', 'plot'):

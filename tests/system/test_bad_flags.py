@@ -187,6 +187,7 @@ VALUES = [
     Case(F, '--device=cpu:x', "device 'cpu:x' is not available", '--device=cpu'),
     Case(C, '--json={place}', 'it is a folder', 'another --json'),
     Case(BENCH, '--json={place}', 'it is a folder', 'another --json'),
+    Case(BENCH, '--huggingface=True --pos=rope', 'GPT-2 have learned positions', 'leave out pos'),
     Case(BENCH, '--plot={place}/nowhere/x.png', 'nowhere does not exist', 'another --plot'),
     Case(CONTEST, '--figure={place}/nowhere/x.png', 'nowhere does not exist', 'another --figure'),
     Case(STUDY_TEXT, '--figure={place}/nowhere/x.png', 'nowhere does not exist', 'another --figure'),
