@@ -125,8 +125,10 @@ def roundings(model, text):
                 forms = [Form(t.size(-1), bits, group, wide) for t in vectors]
                 size = sum(form.bytes * t.numel() // form.size for form, t in zip(forms, vectors, strict=True))
                 yield name + ', groups of 32' * bool(group), bits, rounding(changed, forms[0].rounded), size
+                if not group:
+                    plain = size
             if name == 'own':
-                yield 'noise', bits, rounding(changed, noisy(Form(vectors[0].size(-1), bits, 0, wide))), size
+                yield 'noise', bits, rounding(changed, noisy(Form(vectors[0].size(-1), bits, 0, wide))), plain
             if name == 'components':
                 found = latent_statistics(changed, text)
                 sizes = [s.moments(centred=False)[1].diag().sqrt().float() for s in found]
@@ -219,8 +221,8 @@ def rise_table(bases):
         for basis in bases:
             if values(group, basis, 8):
                 cells = [report.spread(values(group, basis, bits), '+.4f') for bits in BITS]
-                rows.append((label, basis, values(group, basis, 4, 'bytes')[0], *cells))
-    heading = ('model', 'basis', 'bytes per token in 4 bits', *(f'{bits} bits' for bits in BITS))
+                rows.append((label, 2 * group[0]['numbers'], basis, values(group, basis, 4, 'bytes')[0], *cells))
+    heading = ('model', 'bytes per token in 16 bits', 'basis', 'in 4 bits', *(f'{bits} bits' for bits in BITS))
     return report.markdown_table(heading, rows)
 
 
@@ -268,6 +270,7 @@ def draw():
         noise = [max(float(np.mean(values(group, 'noise', bits))), 1e-5) for bits in BITS]
         right.plot(BITS, noise, color=look['color'], linestyle=':', linewidth=0.8)
     left.set_xscale('log', base=2)
+    left.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     lowest = min(np.mean([run['val_loss'] for run in group]) for group in groups().values())
     left.set(
         xlabel='cache bytes per token', ylabel='validation loss (nats per token)', ylim=(lowest - 0.01, lowest + 0.15)
@@ -275,7 +278,7 @@ def draw():
     left.set_title('large hollow marks: in 16 bits')
     left.legend(fontsize=7.5)
     right.set(xlabel='bits per number', ylabel='rise of the loss (nats)', yscale='log', title='dotted: noise as large')
-    picture.suptitle(f'What is cached in 8, 6, 4, 3 and 2 bits per number: {runs[0]["corpus"]}')
+    picture.suptitle('Loss where what is cached is rounded to 8, 6, 4, 3 and 2 bits per number')
     return picture
 
 

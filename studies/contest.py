@@ -357,12 +357,17 @@ def draw_cache(numbers, title):
     """Loss over cached numbers, with a name at every point."""
     figure = Figure(figsize=(style.WIDTH, 4.6))
     axes = figure.subplots()
+    beside = {}
     for label, found in numbers['models'].items():
         middle, half = stats.t_interval(losses_of(found))
-        x = found['cached_numbers']
+        size = found['cached_numbers']
+        x = size * beside.get(size, 1)  # points of one size stand side by side
+        beside[size] = 1.04 * beside.get(size, 1)
         drawn = dict(look(label, found), linestyle='none', capsize=4, markersize=7)
         axes.errorbar(x, middle, half or 0, **drawn)
-        axes.annotate(label, (x, middle), (9, 4), textcoords='offset points', color=drawn['color'])
+        left = x == size and [m['cached_numbers'] for m in numbers['models'].values()].count(size) > 1
+        place = dict(xytext=(-9, 4), ha='right') if left else dict(xytext=(9, 4))
+        axes.annotate(label, (x, middle), textcoords='offset points', color=drawn['color'], **place)
     axes.set_xscale('log', base=2)
     sizes = sorted({found['cached_numbers'] for found in numbers['models'].values()})
     axes.set_xticks(sizes, [f'{size}' for size in sizes])
@@ -373,14 +378,16 @@ def draw_cache(numbers, title):
     return figure
 
 
-def draw_tuning(numbers, title):
+def draw_tuning(numbers):
     """Loss over learning rate, a panel per model; points of their own are the other settings that were tried."""
     found = numbers['models']
     rows = math.ceil(len(found) / 3)
     figure = Figure(figsize=(style.WIDTH, 0.8 + 2.4 * rows))
     panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
     lowest = min(r['loss'] for model in found.values() for r in model['tuning'])
-    for axes, (label, model) in zip(panels, found.items(), strict=False):
+    for (label, model), axes in zip(
+        found.items(), panels, strict=False
+    ):  # panels last: none is lost
         by_setting = report.grouped(model['tuning'], lambda r: (r['kv_lr'], r['kv_rms'], r['rate']))
         means = {key: mean(r['loss'] for r in group) for key, group in by_setting.items()}
         for n, (kv_lr, kv_rms) in enumerate(dict.fromkeys(key[:2] for key in sorted(means, reverse=True))):
@@ -390,7 +397,7 @@ def draw_tuning(numbers, title):
         chosen = model['setting']
         best = means[chosen['kv_lr'], chosen['kv_rms'], chosen['rate']]
         axes.plot(chosen['rate'], best, 'o', markersize=13, color=style.GREY, fillstyle='none')
-        axes.set(title=label, xscale='log', ylim=(lowest - 0.004, lowest + 0.05))
+        axes.set(title=label, xscale='log', ylim=(lowest - 0.004, lowest + 0.065))
         axes.legend(loc='upper center', ncols=2, fontsize=7)
         rates = sorted({r['rate'] for r in model['tuning']})
         axes.set_xticks(rates[::2], [f'{r:g}' for r in rates[::2]], minor=False)
@@ -399,7 +406,7 @@ def draw_tuning(numbers, title):
         axes.set_visible(False)
     figure.supxlabel('learning rate')
     figure.supylabel('validation loss (nats per token)')
-    figure.suptitle(f'{title}: the tuning (the ring is what was chosen)')
+    figure.suptitle('The tuning: multiplier for keys and values, and their rms at the start (ring: what was chosen)')
     return figure
 
 
@@ -464,4 +471,4 @@ if setting['max_iters'] < 1000:
     text += '\nA short form, whose losses say nothing about which model is better.\n'
 save(paths, text, draw_cache(numbers, title), None if reuse else numbers)
 if any(model['tuning'] for model in numbers['models'].values()):
-    report.save_figure(os.path.splitext(paths[1])[0] + '-tuning.png', draw_tuning(numbers, title))
+    report.save_figure(os.path.splitext(paths[1])[0] + '-tuning.png', draw_tuning(numbers))
