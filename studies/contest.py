@@ -385,9 +385,7 @@ def draw_tuning(numbers):
     figure = Figure(figsize=(style.WIDTH, 0.8 + 2.4 * rows))
     panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
     lowest = min(r['loss'] for model in found.values() for r in model['tuning'])
-    for (label, model), axes in zip(
-        found.items(), panels, strict=False
-    ):  # panels last: none is lost
+    for (label, model), axes in zip(found.items(), panels, strict=False):  # panels last: none is lost
         by_setting = report.grouped(model['tuning'], lambda r: (r['kv_lr'], r['kv_rms'], r['rate']))
         means = {key: mean(r['loss'] for r in group) for key, group in by_setting.items()}
         for n, (kv_lr, kv_rms) in enumerate(dict.fromkeys(key[:2] for key in sorted(means, reverse=True))):

@@ -268,9 +268,7 @@ def draw(numbers):
     columns = 3 if len(groups) <= 6 else 4
     figure = Figure(figsize=(style.WIDTH, 2.6 * -(-len(groups) // columns) + 0.6))
     panels = figure.subplots(-(-len(groups) // columns), columns, sharex=True, sharey=True, squeeze=False).flat
-    for (label, group), axes in zip(
-        groups.items(), panels, strict=False
-    ):  # panels last: none is lost
+    for (label, group), axes in zip(groups.items(), panels, strict=False):  # panels last: none is lost
         for r in group:
             axes.plot(*zip(*r['curve'], strict=True), color=looks[label]['color'], linewidth=0.9, alpha=0.7)
         axes.axhline(FORMED, color=style.GREY, linewidth=0.6)
