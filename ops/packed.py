@@ -51,7 +51,7 @@ class Form:
     def levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (..., size) as whole numbers in floats (..., few), from -2^bits / 2 on, and scales (..., groups)."""
         each, half = self.group or self.few, 2 ** (self.bits - 1)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 a quotient near 100 would be rounded to halves
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 rounds a quotient near 100 to halves
         x = F.pad(x[..., : self.few], (0, self.groups * each - self.few)).unflatten(-1, (self.groups, each))
         scale = (x.abs().amax(-1) / half).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
         levels = (x / scale.to(x.dtype)[..., None]).floor().clamp(-half, half - 1)
