@@ -390,7 +390,7 @@ def draw_tuning(numbers):
         means = {key: mean(r['loss'] for r in group) for key, group in by_setting.items()}
         for n, (kv_lr, kv_rms) in enumerate(dict.fromkeys(key[:2] for key in sorted(means, reverse=True))):
             curve = sorted((key[2], loss) for key, loss in means.items() if key[:2] == (kv_lr, kv_rms))
-            drawn = dict(look(label, model), **style.VARIANTS[n % 4])
+            drawn = style.look(label, model['latent'] / n_embd) | style.VARIANTS[n % 4]
             axes.plot(*zip(*curve, strict=True), **drawn, label=f'x {kv_lr:g}' + f', rms {kv_rms:g}' * bool(kv_rms))
         chosen = model['setting']
         best = means[chosen['kv_lr'], chosen['kv_rms'], chosen['rate']]
