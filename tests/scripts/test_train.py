@@ -51,7 +51,8 @@ def test_a_run_killed_and_resumed_is_the_run(data_dir, tmp_path):
     assert run('train.py', data_dir, tmp_path / 'whole', **extra).returncode == 0
     broken = tmp_path / 'broken'
     for kills in range(2):
-        process = started('train.py', data_dir, broken, init_from='auto', **extra)
+        # not a fork: the one who is waited for must be the one who holds the folder
+        process = started('train.py', data_dir, broken, fresh=True, init_from='auto', **extra)
         seen = 0
         for line in process.stdout:
             seen += line.startswith('iter ')

@@ -104,7 +104,7 @@ FLAGS = [
     Case(TM, '--n_latent_q=-4', 'n_latent_q is -4', 'at least 0'),
     Case(TM, '--n_rope=2', 'n_rope', 'pos=.?rope'),
     Case(TM, '--n_rope=3 --pos=rope', '3', 'even'),
-    Case(TM, '--n_rope=32 --pos=rope', '32', 'no more'),
+    Case(T, '--n_rope=32 --pos=rope', '32', 'no more'),
     Case(T, '--overwrite=True --init_from=resume --out_dir={place}/mha', 'overwrite.* resume', 'choose one'),
     Case(T, '--out_dir=', 'out_dir', '--out_dir'),
     Case(T, '--out_dir={place}/prompt.txt', r'prompt\.txt', '--out_dir'),
