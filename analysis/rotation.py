@@ -56,12 +56,17 @@ def replace_logits(model: GPT, repeats: Repeats, at: tuple[int, int], score: str
     the softmax drops), and the rotated part by its value without rotation. The model has RoPE and is in eval mode.
     """
     (layer, head), repeats = at, repeats.to(device_of(model))
-    seen: list[Attention] = []
+    seen: dict[int, Attention] = {}
+
+    def keep(n: int, attention: Attention) -> None:
+        if n == layer:
+            seen[n] = attention
+
     x = run(model, repeats.tokens, None, 0, layer) if layer else None  # the layer's input, where each change starts
-    hidden = run(model, repeats.tokens, x, layer, visit=lambda n, attention: n == layer and seen.append(attention))
+    hidden = run(model, repeats.tokens, x, layer, visit=keep)
     before = repeat_losses(model, hidden, repeats).mean()
     T = repeats.tokens.size(1)
-    parts, flat = logit_parts(seen[0], head, model.transformer.h[layer].attn.scale, model.rope[:, :T])
+    parts, flat = logit_parts(seen[layer], head, model.transformer.h[layer].attn.scale, model.rope[:, :T])
     hidden_keys = torch.ones(T, T, dtype=torch.bool, device=hidden.device).triu(1)
     out: dict[str, dict[str, dict]] = {}
     for part, logits in parts.items():
@@ -71,7 +76,7 @@ def replace_logits(model: GPT, repeats: Repeats, at: tuple[int, int], score: str
         out[part] = {}
         for how, instead in choices.items():
             pattern = (sum(parts.values()) - logits + instead).masked_fill(hidden_keys, float('-inf')).softmax(-1)
-            edit = with_pattern(layer, head, pattern @ seen[0].v[:, head])
+            edit = with_pattern(layer, head, pattern @ seen[layer].v[:, head])
             changed = run(model, repeats.tokens, x, layer, edit=edit)
             rise = repeat_losses(model, changed, repeats).mean() - before
             found = pattern_scores(pattern[:, None], repeats)[score].mean()
