@@ -7,6 +7,8 @@ sets matplotlib's defaults.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -73,6 +75,20 @@ def look(label: str, latent: float = 0.0, variant: int = 0) -> dict:
     latent = latent or latent_of(label)
     of_mla = next(look for least, look in LATENTS if latent >= least)
     return OTHERS.get(label[:3], of_mla) | VARIANTS[variant % len(VARIANTS)]
+
+
+def side_by_side(sizes: Sequence[float], gap: float) -> list[tuple[float, bool]]:
+    """
+    Where points stand on a log axis so that those of one size don't hide each other, and whose label goes to the left.
+
+    Each further point of a size is moved right by the factor `gap`; the label of the first goes left.
+    """
+    seen: Counter = Counter()
+    places = []
+    for size in sizes:
+        places.append((size * gap ** seen[size], not seen[size] and sizes.count(size) > 1))
+        seen[size] += 1
+    return places
 
 
 def label_ends(axes: Axes, gap: float = 0.07) -> None:

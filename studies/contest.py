@@ -357,15 +357,11 @@ def draw_cache(numbers, title):
     """Loss over cached numbers, with a name at every point."""
     figure = Figure(figsize=(style.WIDTH, 4.6))
     axes = figure.subplots()
-    beside = {}
-    for label, found in numbers['models'].items():
+    places = style.side_by_side([found['cached_numbers'] for found in numbers['models'].values()], 1.04)
+    for (label, found), (x, left) in zip(numbers['models'].items(), places, strict=True):
         middle, half = stats.t_interval(losses_of(found))
-        size = found['cached_numbers']
-        x = size * beside.get(size, 1)  # points of one size stand side by side
-        beside[size] = 1.04 * beside.get(size, 1)
         drawn = dict(look(label, found), linestyle='none', capsize=4, markersize=7)
         axes.errorbar(x, middle, half or 0, **drawn)
-        left = x == size and [m['cached_numbers'] for m in numbers['models'].values()].count(size) > 1
         place = dict(xytext=(-9, 4), ha='right') if left else dict(xytext=(9, 4))
         axes.annotate(label, (x, middle), textcoords='offset points', color=drawn['color'], **place)
     axes.set_xscale('log', base=2)
@@ -414,7 +410,8 @@ def read_contest(path):
         numbers = read_json(path)
         for model in numbers['models'].values():
             Setting(**model['setting'])
-        model_table(numbers), pair_table(numbers), numbers['setting']['max_iters']
+        model_table(numbers)  # it has all that these show
+        pair_table(numbers)
         return numbers
 
 

@@ -72,7 +72,7 @@ def load(source):
 
 
 def measured(model, saved, chosen):
-    """All measurements of a model: a dict. chosen: rankings {score: heads} of the first model; {} for itself."""
+    """All measurements of a model: a dict. chosen: {score: heads by rank} of the first model, which fills it."""
     ids, bos = range(model.config.vocab_size), None
     if tokenizer := tokenizer_of(saved['tokenizer'], model.config.vocab_size):
         ids, bos = tokenizer.text_ids(), tokenizer.end_of_text
@@ -97,7 +97,7 @@ def measured(model, saved, chosen):
         if model.config.pos == 'rope'
     }
     out['text'] = {}
-    for name in filter(None, texts.split(',')):
+    for name in arguments.names(texts, 'texts'):
         data = TokenData(os.path.join(data_dir, name), context)
         tokens, _ = data.windows('val', data.eval_windows('val', windows))
         out['text'][name] = induction.bigram_losses(forward.text_losses(model, tokens), tokens)

@@ -291,9 +291,10 @@ def formation_figure(outcomes):
     for row, name in zip(axes, ('learned positions', 'RoPE'), strict=True):
         row[0].set_ylabel(f'{name}\nbest induction score')
     figure.supxlabel('iteration (a line is a run; bold: how many end above 0.5)', fontsize=9)
-    scores = {kind: [o['score'] for group in shapes.values() for o in group if o['attention'] == kind]
-              for kind in ('mha', 'mla')}  # fmt: skip
-    said = (f'{sum(score > FORMED for score in of)} of {len(of)} runs of {kind.upper()}' for kind, of in scores.items())
+    said = []
+    for kind in ('mha', 'mla'):
+        ended = [run['score'] > FORMED for group in shapes.values() for run in group if run['attention'] == kind]
+        said.append(f'{sum(ended)} of {len(ended)} runs of {kind.upper()}')
     figure.suptitle(f'Induction heads form in {" and in ".join(said)}')
     return figure
 

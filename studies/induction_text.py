@@ -317,7 +317,7 @@ def draw_arms(outcomes):
         column[2].minorticks_off()
     for axis, title in zip(axes[:, 0], PANELS.values(), strict=True):
         axis.set_ylabel(title)
-    figure.supxlabel('million tokens (a line is a run at the best learning rate of its model)', fontsize=9)
+    figure.supxlabel('million tokens (a line is a run at the best learning rate that was tried)', fontsize=9)
     formed = sum(o['formed'] is not None for group in groups.values() for o in group)
     figure.suptitle(f'Induction heads form in {formed} of {sum(map(len, groups.values()))} runs')
     return figure

@@ -124,14 +124,12 @@ def conversion_table(numbers):
 
 def draw_points(axis, points):
     """Mean losses with their intervals over cached bytes, each with its name. points: (label, cache, losses)."""
-    beside = {cache: 1 for _, cache, _ in points}
-    for label, exact, found in points:
-        cache, beside[exact] = exact * beside[exact], beside[exact] * 1.09  # points of one size stand side by side
+    places = style.side_by_side([cache for _, cache, _ in points], 1.09)
+    for (label, _, found), (cache, left) in zip(points, places, strict=True):
         middle, half = stats.t_interval(list(found))
         look = style.look(label) | dict(linestyle='none', capsize=3, markersize=6)
         axis.errorbar(cache, middle, half or 0, **look)
         name = label.replace(SLOW, '').replace('MLA, r=', 'MLA ')
-        left = cache == exact and [size for _, size, _ in points].count(exact) > 1
         place = dict(xytext=(-5, 13), ha='right') if left else dict(xytext=(7, 4))
         axis.annotate(name, (cache, middle), textcoords='offset points', color=look['color'], fontsize=9, **place)
     axis.set_xscale('log', base=2)
