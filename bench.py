@@ -76,6 +76,7 @@ new_tokens = 256  # length of the generated texts; 0: no texts
 prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
 int8 = False  # on a CPU: also time the models with weights in int8
+int4 = False  # the same with weights in int4
 int8_products = 'bfloat16'  # with int8: how they are multiplied; 'int8' on CPUs with VNNI
 cache = 'float'  # 'int8', 'int4': also time the models with a cache in so many bits
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
@@ -103,8 +104,8 @@ if vocab_size > 2**16:
     raise UserError(f'vocab_size is {vocab_size}; it must be at most {2**16:,}: tokens are read as uint16')
 if (nanogpt or huggingface) and (pos, norm, mlp) != ('learned', 'layer', 'gelu'):
     raise UserError('nanoGPT and GPT-2 have learned positions, LayerNorm and GELU; leave out pos, norm and mlp')
-if int8 and device not in ('auto', 'cpu'):
-    raise UserError('int8 is for a CPU; leave it out, or add --device=cpu')
+if (int8 or int4) and device not in ('auto', 'cpu'):
+    raise UserError('int8 and int4 are for a CPU; leave them out, or add --device=cpu')
 for key in ('json', 'plot'):
     if config[key]:
         arguments.check_file(config[key], key)
@@ -349,8 +350,10 @@ def bench_sample():
     longest = max(*lengths, prompt_tokens + new_tokens)
     all_models = build_all((2, 4, 8), block_size=longest, bias=True)  # with biases, as GPT-2
     models = {name: model.eval() for name, model in all_models.items()}
-    if int8:
-        models |= {f'{name}, int8': quantize(copy.deepcopy(model), int8_products) for name, model in all_models.items()}
+    for kind in ('int8', 'int4'):
+        if config[kind]:
+            low = {name: quantize(copy.deepcopy(model), int8_products, kind) for name, model in all_models.items()}
+            models |= {f'{name}, {kind}': model for name, model in low.items()}
     print(f'{host_text}\n')
     steps, texts = [], []
     with torch.no_grad(), machine.autocast(device, dtype):

@@ -53,9 +53,9 @@ cache = 'float'  # 'int8', 'int4': what is cached in so many bits: less memory, 
 seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-weights = 'float'  # 'int8': each weight in one byte, on a CPU: faster, with slightly other probabilities
-int8_products = 'bfloat16'  # 'int8': activations are rounded too, on CPUs with VNNI: faster, at more loss
-int8_windows = 0  # with int8: measure on so many validation windows what it changes
+weights = 'float'  # 'int8', 'int4': weights in so many bits, on a CPU: faster, with slightly other probabilities
+int8_products = 'bfloat16'  # of int8 weights; 'int8': activations are rounded too (VNNI): faster, at more loss
+int8_windows = 0  # with int8 or int4: measure on so many validation windows what it changes
 compile = 'auto'  # capture the decode step as a CUDA graph: True, False, or 'auto' (on CUDA only)
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
@@ -100,7 +100,7 @@ if tokenizer.n_vocab > model.config.vocab_size:
         "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
     )
 
-# ---- weights in int8 -------------------------------------------------------------------------------------------------
+# ---- weights in few bits ---------------------------------------------------------------------------------------------
 
 
 def validation_losses():
@@ -111,18 +111,20 @@ def validation_losses():
 
 
 size, precision = model.get_num_params() / 1e6, dtype
-if weights != 'int8' and (int8_windows or 'int8_products' in given):
-    raise UserError('int8_windows and int8_products are about weights in int8; add --weights=int8, or leave them out')
-if weights == 'int8':
+if weights != 'int8' and 'int8_products' in given:
+    raise UserError('int8_products is about weights in int8; add --weights=int8, or leave it out')
+if weights == 'float' and int8_windows:
+    raise UserError('int8_windows is about weights in int8 or int4; add --weights=int8, or leave it out')
+if weights != 'float':
     if device != 'cpu':
-        raise UserError("weights='int8' is for a CPU; leave it out, or add --device=cpu")
+        raise UserError(f"weights='{weights}' is for a CPU; leave it out, or add --device=cpu")
     dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
     before = validation_losses() if int8_windows else None
-    quantize(model, int8_products)
-    precision = f'weights in int8, their products in {int8_products}, the rest in {dtype}'
+    quantize(model, int8_products, weights)
+    precision = f'weights in {weights}, their products in {int8_products}, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)
-        errors.notice(f'int8 changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
+        errors.notice(f'{weights} changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 prompt = prompt_ids(tokenizer, prompt_text(start, tokenizer), is_default='start' not in given)

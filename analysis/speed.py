@@ -11,7 +11,7 @@ from analysis import style
 def look_of(name: str, n_embd: int) -> dict[str, Any]:
     """How the line of a row is drawn."""
     latent = re.search(r'r=(\d+)', name)
-    variant = 2 if name.endswith(' cache') else int(name.endswith('int8'))
+    variant = 2 if name.endswith(' cache') else int(name.endswith(('int8', 'int4')))
     return style.look(name, int(latent[1]) / n_embd if latent else 0, variant)
 
 

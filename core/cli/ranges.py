@@ -61,7 +61,7 @@ CHOICES = {
     'attention_kernel': ('auto', 'cudnn', 'flash', 'fa3'),
     'optimizer': ('adamw', 'muon'),
     'blocks': ('modern', 'gpt2'),
-    'weights': ('float', 'int8'),
+    'weights': ('float', 'int8', 'int4'),
     'int8_products': ('int8', 'bfloat16'),
     'cache': ('float', 'int8', 'int4'),
     'basis': ('', 'hadamard', 'components', 'balanced'),

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.cli.errors import UserError
+from core.convert.int4 import Int4Linear
 from model import GPT
 from ops.kernels import Linear
 
@@ -90,28 +91,33 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Any, products: str = 'bfloat16') -> GPT:
+def quantize(model: Any, products: str = 'bfloat16', kind: str = 'int8') -> GPT:
     """
-    Replace the weight matrices of a model on the CPU by int8 ones, in place, for decoding. Returns the model.
+    Replace the weight matrices of a model on the CPU by those of a kind, 'int8' or 'int4', in place, for decoding.
 
-    products: 'bfloat16', or 'int8', with which activations are rounded too. UserError where the CPU can't.
+    The output head becomes int8 in both. products: of int8 weights, 'bfloat16', or 'int8', with which activations are
+    rounded too. Returns the model. UserError where the CPU can't.
     """
+
+    def low(linear: nn.Linear) -> nn.Module:
+        return Int4Linear(linear) if kind == 'int4' else Int8Linear(linear, products)
+
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
             for name, child in list(layer.named_children()):
                 if isinstance(child, Linear) and name != 'c_kv_up':
-                    setattr(layer, name, Int8Linear(child, products))
+                    setattr(layer, name, low(child))
     model.lm_head = Int8Linear(model.lm_head, products)  # wte, which shares its weight, is read row by row and stays
     return model
 
 
 def weight_bytes(model: Any, itemsize: int) -> int:
     """
-    Bytes of the weights that a decode step reads: int8 ones as they are, others with `itemsize` bytes per number.
+    Bytes of the weights that a decode step reads: those in few bits as they are, others with `itemsize` bytes each.
 
     Tables of embeddings and positions aren't read as a whole, the output head is.
     """
-    low = sum(part.low_bytes for part in model.modules() if isinstance(part, Int8Linear))
-    head = isinstance(model.lm_head, Int8Linear)
+    low = sum(part.low_bytes for part in model.modules() if isinstance(part, (Int8Linear, Int4Linear)))
+    head = not isinstance(model.lm_head, Linear)
     tables = model.transformer.wte.weight.numel() if head and model.config.tied else 0
     return low + (model.get_num_params() - tables) * itemsize  # get_num_params leaves the positions out

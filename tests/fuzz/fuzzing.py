@@ -58,6 +58,7 @@ TINY = {
     'studies/induction_text.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # it trains for minutes
     'studies/contest.py': {'out_dir': '{place}/out', 'data_dir': '{place}/nowhere'},  # as above
     'studies/bits.py': {'out_dir': '{place}/out', 'sources': '{place}/nowhere'},
+    'studies/llama_cpp.py': {'gguf': '{place}/nowhere'},
     'studies/heads.py': {'out_dir': '{place}/out', 'models': '{place}/nowhere'},
     'studies/staircase.py': {'out_dir': '{place}/out', 'reuse': '{place}/nowhere'},  # as above
     'studies/latent_kernel.py': {'contexts': '8', 'batch_sizes': '1', 'n_latents': '8', 'n_head': 2, 'rounds': 1},
