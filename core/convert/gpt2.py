@@ -111,8 +111,7 @@ def hf_settings(config: Any) -> dict[str, Any]:
 
 
 def from_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A Hugging Face GPT-2's tensors as model.py has them, without the mask buffers that old files keep."""
-    state = {name: value for name, value in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    """A Hugging Face GPT-2's tensors as model.py has them."""
     return {name: value.t() if name.endswith(TRANSPOSED) else value for name, value in state.items()}
 
 
