@@ -91,6 +91,28 @@ def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torc
 
 
 @torch.no_grad()
+def watch(
+    model: GPT,
+    batches: Iterable[torch.Tensor],
+    module_of: Callable[[Any], torch.nn.Module],
+    see: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Run `model` in eval mode over batches of token ids (B, T): see(layer, output of module_of(block)) is called."""
+    hooks = [
+        module_of(block).register_forward_hook(lambda module, inputs, output, layer=layer: see(layer, output))
+        for layer, block in enumerate(layers(model))
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for idx in batches:
+            model.hidden(idx.to(model.lm_head.weight.device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
 def collect_statistics(
     model: GPT,
     batches: Iterable[torch.Tensor],
@@ -102,21 +124,9 @@ def collect_statistics(
 
     module_of(block): whose output it is of, with `size` numbers (0: n_embd). One batch at a time is in memory.
     """
-    device, blocks = model.lm_head.weight.device, layers(model)
-    statistics = [Statistics.empty(size or model.config.n_embd, device) for _ in blocks]
-    hooks = [
-        module_of(block).register_forward_hook(lambda module, inputs, output, own=own: own.add(output))
-        for block, own in zip(blocks, statistics, strict=True)
-    ]
-    training = model.training
-    model.eval()
-    try:
-        for idx in batches:
-            model.hidden(idx.to(device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    device = model.lm_head.weight.device
+    statistics = [Statistics.empty(size or model.config.n_embd, device) for _ in layers(model)]
+    watch(model, batches, module_of, lambda layer, x: statistics[layer].add(x))
     return statistics
 
 

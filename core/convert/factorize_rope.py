@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from core.cli.machine import to_float64
-from core.convert.factorize import Statistics, check_convertible, factorize, layers, like, metric, reachable_root
+from core.convert.factorize import Statistics, check_convertible, factorize, layers, like, metric, reachable_root, watch
 from model import GPT
 from model_mla import MLAGPT, MLAConfig
 from ops.kernels import repeat_heads
@@ -54,7 +54,6 @@ SPREAD = 0.25  # part of the weight of errors that all keys share evenly
 RIDGE = 1e-3  # of the least squares, relative to each factor's own energy
 
 
-@torch.no_grad()
 def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
     """
     Run `model` over batches of token ids (B, T) until FIT_TOKENS are read: what each layer's attention gets.
@@ -64,22 +63,10 @@ def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
     texts = list(batches)
     if not texts:
         raise ValueError('there is no text on which scores could be measured')
-    windows = torch.cat(texts).to(model.lm_head.weight.device)
+    windows = torch.cat(texts)
     windows = windows[:: max(1, windows.numel() // FIT_TOKENS)]
     found: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Tensor) -> None:
-        found.append(output.detach().cpu())
-
-    hooks = [block.ln_1.register_forward_hook(keep) for block in layers(model)]
-    training = model.training
-    model.eval()
-    try:
-        model.hidden(windows)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    watch(model, [windows], lambda block: block.ln_1, lambda layer, x: found.append(x.cpu()))
     return found
 
 
