@@ -37,7 +37,7 @@ def head_weights(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[
         heads = attn.c_attn.weight.unflatten(0, (-1, attn.head_size)).split((H, attn.kv_heads, attn.kv_heads))
         w_q, w_k, w_v = (repeat_heads(w, H, dim=0) for w in heads)
         return w_q, w_k, w_v, w_o
-    w_k, w_v = up_weights(attn)
+    w_k, w_v, _ = attn.up_weights()
     down, shared = attn.c_kv_down.weight.split((attn.n_latent, attn.n_rope))
     down, w_q = with_gain(down, attn.kv_norm), attn.c_q.weight
     if hasattr(attn, 'c_q_down'):
@@ -46,24 +46,10 @@ def head_weights(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[
     return w_q.unflatten(0, (H, -1)), w_k, w_v @ down, w_o
 
 
-def up_weights(attn: MultiHeadLatentAttention) -> tuple[Tensor, Tensor]:
-    """What each head of an MLA layer reads of the latent (r numbers): W_K (H, n_nope, r) and W_V (H, d_v, r)."""
-    keys = attn.n_head * attn.n_nope
-    w_k, w_v = attn.c_kv_up.weight.tensor_split((keys,))
-    return w_k.unflatten(0, (attn.n_head, -1)), w_v.unflatten(0, (attn.n_head, -1))
-
-
 def with_gain(weight: Tensor, norm: nn.Module) -> Tensor:
     """A projection (n, C) with the gain of the norm of its output folded in; an Identity has none."""
     gain = getattr(norm, 'weight', None)
     return weight if gain is None else gain[:, None] * weight
-
-
-@torch.no_grad()
-def circuits(attn: CausalSelfAttention | MultiHeadLatentAttention) -> tuple[Tensor, Tensor]:
-    """W_QK and W_OV of every head, both (H, C, C), on the layer's normed input x: scores x^T W_QK x, output W_OV x."""
-    w_q, w_k, w_v, w_o = head_weights(attn)
-    return w_q.mT @ w_k, w_o @ w_v
 
 
 def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:

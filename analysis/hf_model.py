@@ -94,11 +94,6 @@ class HFModel(nn.Module):
         longest = getattr(hf_config, 'max_position_embeddings', None) or LONGEST
         self.config = Sizes(count, n_head, n_embd, hf_config.vocab_size, min(longest, LONGEST))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.get_input_embeddings().weight.device
-
     @torch.no_grad()
     def probe(self) -> tuple[list[nn.Module], list[nn.Module], int]:
         """The attention of each layer, its output projection, and H, as one pass over four tokens shows them."""
@@ -119,7 +114,7 @@ class HFModel(nn.Module):
         ]
         handles.append(self.layers[0].register_forward_hook(lambda *call: setattr(self, 'layer_output', call[2])))
         try:
-            self.example = self.decoder(input_ids=torch.arange(4, device=self.device)[None], use_cache=False)
+            self.example = self.decoder(input_ids=torch.arange(4, device=self.model.device)[None], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -194,7 +189,7 @@ class HFModel(nn.Module):
         """The logits (n, V) of outputs of the last norm (n, C), with all that the model's class does to them."""
         as_if = replace(self.example, last_hidden_state=hidden[None])
         with replaced([self.decoder], lambda *args, **kwargs: as_if):
-            return self.model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)).logits[0]
+            return self.model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)).logits[0]
 
     def output_weights(self, layer: int) -> Tensor:
         """Each head's part of a layer's output projection: (H, C, d_v)."""
@@ -217,12 +212,12 @@ class HFModel(nn.Module):
 
         Without a reader it's the last norm, and layer n_layer.
         """
-        ones = torch.ones(self.config.n_embd, device=self.device, dtype=self.model.dtype)
+        ones = torch.ones(self.config.n_embd, device=self.model.device, dtype=self.model.dtype)
         signs = ones.clone()
         signs[1::2] = -1  # of mean 0 and mean square 1, so a norm returns its bias plus its gain times this
         x, read = torch.stack((signs, -signs, ones, -ones))[:, None], []
         hook = reader and reader.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-        out = self.run(torch.zeros(4, 1, dtype=torch.int64, device=self.device), x, layer)
+        out = self.run(torch.zeros(4, 1, dtype=torch.int64, device=self.model.device), x, layer)
         if hook:
             hook.remove()
         up, down, of_ones, of_minus_ones = (read[0] if read else out)[:, 0]
@@ -259,7 +254,7 @@ class HFModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(self.model)(copy.deepcopy(self.model.config))
-        return HFModel(model.to(self.device, self.model.dtype))
+        return HFModel(model.to(self.model.device, self.model.dtype))
 
 
 class FolderTokenizer:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
-from analysis.circuits import up_weights
 from analysis.forward import Attention, device_of, rope_of, run
 from analysis.induction import Repeats, joined, repeat_losses, score_layers
 from core.cli.machine import to_float64
+from core.convert.factorize import Statistics
 from model_mla import MLAGPT, MultiHeadLatentAttention
 
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
@@ -29,27 +30,20 @@ def content_latent(attn: MultiHeadLatentAttention, normed: Tensor, rope: Tensor 
 @torch.no_grad()
 def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> list[tuple[Tensor, Tensor]]:
     """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64: L pairs."""
-    L, r = model.config.n_layer, model.config.n_latent
-    total = torch.zeros(L, r, dtype=torch.float64)
-    squares = torch.zeros(L, r, r, dtype=torch.float64)
+    statistics = [Statistics.empty(model.config.n_latent, device_of(model)) for _ in range(model.config.n_layer)]
     rope = rope_of(model, repeats.tokens.size(1))
 
     def add(layer, attention):
-        latent = to_float64(content_latent(model.transformer.h[layer].attn, attention.normed, rope).flatten(0, 1))
-        total[layer] += latent.sum(0).cpu()
-        squares[layer] += (latent.T @ latent).cpu()
+        statistics[layer].add(content_latent(model.transformer.h[layer].attn, attention.normed, rope))
 
     for part in repeats.batches(batch_size, device_of(model)):
         run(model, part.tokens, visit=add)
-    mean = total / repeats.tokens.numel()
-    return [(m, s / repeats.tokens.numel() - m[:, None] * m) for m, s in zip(mean, squares, strict=True)]
+    return [of_layer.moments() for of_layer in statistics]
 
 
 def effective_rank(covariance: Tensor) -> float:
     """exp of the entropy of the normalized eigenvalues of a covariance (r, r), 1 to r (Roy & Vetterli 2007)."""
-    share = torch.linalg.eigvalsh(covariance).clamp_min(0)
-    share = share / share.sum().clamp_min(1e-300)
-    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+    return float(np.exp(scipy.stats.entropy(torch.linalg.eigvalsh(covariance).clamp_min(0).numpy())))
 
 
 # ---- subspaces that heads read ---------------------------------------------------------------------------------------
@@ -74,7 +68,7 @@ def reading_overlaps(attn: MultiHeadLatentAttention) -> dict[str, tuple[np.ndarr
 
     name: of READINGS; 'key_value'[g, h] compares head g's keys with head h's values.
     """
-    w_k, w_v = up_weights(attn)
+    w_k, w_v, _ = attn.up_weights()
     pairs = dict(zip(READINGS, ((w_k, w_k), (w_v, w_v), (w_k, w_v)), strict=True))
     return {
         name: (overlap(a, b).cpu().numpy(), min(1.0, max(a.size(1), b.size(1)) / attn.n_latent))
@@ -116,19 +110,18 @@ def without_directions(layer: int, basis: Tensor, mean: Tensor, path: str) -> Ca
 def ablate_latent(
     model: MLAGPT,
     repeats: Repeats,
-    moments: list[tuple[Tensor, Tensor]] | None = None,
+    moments: list[tuple[Tensor, Tensor]],
     bands: int = 16,
     progress: Callable[[], object] = lambda: None,
 ) -> dict:
     """
     The loss on repeated tokens with bands of a layer's latent directions set to their mean, for keys or values only.
 
-    The directions are the latent's principal components, in bands from the largest variance down. moments: by default
+    The directions are the latent's principal components, in bands from the largest variance down. moments: of
     `latent_moments`. progress: called after each ablation. Returns bands, ranges of components; base (N,), the loss
     without ablation; keys and values (L, bands, N).
     """
     repeats = repeats.to(device_of(model))
-    moments = moments or latent_moments(model, repeats)
     ranges, like = latent_bands(model.config.n_latent, bands), model.lm_head.weight
     shape = (model.config.n_layer, len(ranges), len(repeats))
     out = {'keys': np.zeros(shape, np.float32), 'values': np.zeros(shape, np.float32)}

@@ -66,7 +66,7 @@ def test_bands_cover_the_latent_once():
 
 def test_ablating_bands_of_the_latent():
     model, these = random_model('mla'), induction.repeated_sequences(6, 8, np.arange(40), seed=1)
-    out = latent.ablate_latent(model, these, bands=5)
+    out = latent.ablate_latent(model, these, latent.latent_moments(model, these), bands=5)
     assert out['keys'].shape == out['values'].shape == (2, 5, 6) and len(out['bands']) == 5
     np.testing.assert_allclose(out['base'], induction.head_scores(model, these)['repeat_loss'], rtol=1e-5)
     assert (np.abs(out['values'] - out['base']).mean(-1) > 0).all()
