@@ -94,16 +94,14 @@ def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: i
     return Columns(*means), Columns(*errors)
 
 
-def with_copies(
-    tokens: np.ndarray, share: float, lengths: tuple[int, int] = (16, 48), distance: int = 200, seed: int = 0
-) -> np.ndarray:
+def with_copies(tokens: np.ndarray, share: float) -> np.ndarray:
     """
-    A copy of token ids (N,) in which a share of the tokens repeats what stood up to `distance` tokens earlier.
+    A copy of token ids (N,) in which a share of the tokens repeats what stood up to 200 tokens earlier.
 
-    Spans have lengths[0] to lengths[1] tokens, at random places that don't overlap. A span's source lies before it
-    entirely, and may hold an earlier copy.
+    Spans have 16 to 48 tokens, at random places that don't overlap. A span's source lies before it entirely, and may
+    hold an earlier copy.
     """
-    tokens, rng, (low, high) = tokens.copy(), np.random.default_rng(seed), lengths
+    tokens, rng, (low, high), distance = tokens.copy(), np.random.default_rng(0), (16, 48), 200
     slot = round((low + high) / 2 / share) if share else len(tokens)  # one span in so many tokens
     for start in range(distance, len(tokens) - slot, slot):
         length = int(rng.integers(low, high + 1))

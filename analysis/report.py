@@ -111,9 +111,8 @@ def spread(values: Iterable[float | None], form: str = '.3f') -> str:
     return f'{center:{form}}' + (f' [{low:{form}}, {high:{form}}]' if high > low else '')
 
 
-def cells(rows: Iterable[dict], *keys: str, form: str = '.3f') -> list[str]:
+def cells(rows: Sequence[dict], *keys: str, form: str = '.3f') -> list[str]:
     """Cells with the `spread` over dicts of each of their numbers `keys`."""
-    rows = list(rows)
     return [spread((row[key] for row in rows), form) for key in keys]
 
 

@@ -32,21 +32,21 @@ def bootstrap(
     return np.quantile(means, tail, axis=0), np.quantile(means, 1 - tail, axis=0)
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """
-    Mean of some numbers and the half width of its t interval.
+    Mean of some numbers and the half width of its 95 % t interval.
 
     The half width is None for fewer than LEAST values: they give no useful interval, report their range instead.
     """
     n = len(values)
     if n < LEAST:
         return mean(values), None
-    return mean(values), half_width(n, level) * stdev(values) / n**0.5
+    return mean(values), half_width(n) * stdev(values) / n**0.5
 
 
-def half_width(n: int, level: float = 0.95) -> float:
-    """Half of the t interval of a mean of `n` values, in standard errors."""
-    return float(scipy.stats.t.ppf((1 + level) / 2, n - 1))
+def half_width(n: int) -> float:
+    """Half of the 95 % t interval of a mean of `n` values, in standard errors."""
+    return float(scipy.stats.t.ppf(0.975, n - 1))
 
 
 def welch(one: Sequence[float], other: Sequence[float], margin: float) -> dict[str, Any]:
