@@ -100,13 +100,8 @@ def mla_config():
     return {'model_type': 'mla_gpt', 'architectures': ['MLAGPTForCausalLM'], 'auto_map': auto_map, **sizes}
 
 
-NATIVE_CLIENTS = """\
-What to know before using it with other libraries:
-
-- It requires transformers >= 4.57."""
+NATIVE_CLIENTS = '- It requires transformers >= 4.57.'
 CODE_CLIENTS = """\
-What to know before using it with other libraries:
-
 - It requires transformers >= 5.1; the tokenizer loads from 4.57 on.
 - Decoding multiplies the up-projection `c_kv_up` into queries and outputs ("absorbed") only where it is a plain
   `torch.nn.Linear`. With LoRA, quantization, offloading or hooks on it, keys and values are computed from the latents
@@ -142,6 +137,8 @@ Exported by nanoGPT-MLA's export_hf.py.
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained('{os.path.basename(os.path.normpath(out_dir))}'{trust})
 ```
+
+What to know before using it with other libraries:
 
 {CODE_CLIENTS if code else NATIVE_CLIENTS}
 - Prompt and new tokens together are at most {config.block_size:,}. `generate()` stops there unless it is told a length,

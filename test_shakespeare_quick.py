@@ -19,12 +19,11 @@ signals.exit_at_once()  # for the time of the slow imports
 check_early(__file__, os.path.join(os.path.dirname(__file__), 'train.py'))
 
 import sys
-from dataclasses import fields
 
 from core.cli import arguments, errors, machine, subprocesses
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs.models import KINDS
+from core.runs.models import MLA_KEYS
 from core.runs.resume import OLDER
 from core.text.dataset import TokenData
 from core.text.prompt import prompt_ids
@@ -53,7 +52,6 @@ SIZES = {
 SCHEDULE = dict(min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, eval_interval=250, eval_iters=20, kv_lr=1.0)
 OURS = ('out_dir', 'overwrite', 'size', 'start', 'sample_tokens')
 DECIDED = ('attention', 'resume', 'init_from', 'eval_only')  # by this script
-SHAPE = {kind: {field.name for field in fields(config_class)} for kind, (_, config_class) in KINDS.items()}
 device = machine.pick_device(device)
 size = ('cpu' if device == 'cpu' else 'gpu') if size == 'auto' else size
 if size not in SIZES:
@@ -73,7 +71,7 @@ prompt_ids(load_tokenizer(data.meta), start, is_default='start' not in given)
 
 # ---- train both, with the same arguments -----------------------------------------------------------------------------
 models = {'mha': 'train.py', 'mla': 'train_mla.py'}
-foreign = {'mha': SHAPE['mla'] - SHAPE['mha'], 'mla': {'n_kv_head'}}  # keys of the other attention
+foreign = {'mha': MLA_KEYS, 'mla': {'n_kv_head'}}  # keys of the other attention
 keys = {name: {key: value for key, value in setting.items() if key not in foreign[name]} for name in models}
 for name in models:
     folder = os.path.join(out_dir, name)

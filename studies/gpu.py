@@ -29,7 +29,6 @@ check_early(__file__)
 import contextlib
 import glob
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -44,6 +43,7 @@ from analysis import report
 from core.cli import arguments, errors
 from core.cli.errors import UserError
 from core.speed import gpus, timing
+from studies.measure import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-gpu'
@@ -278,9 +278,8 @@ def measured(name):
     found = {}
     for file_path in (path(f'{name}.json'), *sorted(glob.glob(path(f'{name}-*.json')))):
         if os.path.exists(file_path):
-            with open(file_path, encoding='utf-8') as file:
-                for key, value in json.load(file).items():
-                    found[key] = found.get(key, []) + value if isinstance(value, list) else value
+            for key, value in read_json(file_path).items():
+                found[key] = found.get(key, []) + value if isinstance(value, list) else value
     return found
 
 
@@ -351,8 +350,7 @@ def start():
     machine += f', torch {torch.__version__}'
     if not os.path.exists(path('gpu.json')):
         return {}, machine
-    with open(path('gpu.json'), encoding='utf-8') as file:
-        earlier = json.load(file)
+    earlier = read_json(path('gpu.json'))
     if (earlier['machine'], earlier['rehearsed']) != (machine, rehearse):
         was = 'a rehearsal on ' * earlier['rehearsed'] + earlier['machine']
         raise UserError(f'{out_dir} holds measurements of {was}; choose another --out_dir')

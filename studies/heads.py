@@ -65,14 +65,9 @@ SCORES = {'induction': 'induction', 'previous_token': 'previous token', 'sink': 
 COUNTS = (1, 4, 16)  # induction heads ablated together
 
 
-def load(source):
-    """A model and its checkpoint."""
-    saved = checkpoints.load(checkpoints.find(source))
-    return build_model(saved).eval(), saved
-
-
-def measured(model, saved, chosen):
-    """All measurements of a model: a dict. chosen: {score: heads by rank} of the first model, which fills it."""
+def measured(saved, chosen):
+    """All measurements of a checkpoint's model: a dict. chosen: {score: heads by rank} of the first, which fills it."""
+    model = build_model(saved).eval()
     ids, bos = range(model.config.vocab_size), None
     if tokenizer := tokenizer_of(saved['tokenizer'], model.config.vocab_size):
         ids, bos = tokenizer.text_ids(), tokenizer.end_of_text
@@ -210,7 +205,7 @@ else:
     machine.set_threads(threads)
     chosen, found = {}, {}
     for label, source in zip(named, sources, strict=True):
-        found[label] = measured(*load(source), chosen)
+        found[label] = measured(checkpoints.load(source), chosen)
         errors.notice(f'{label} is done')
     setting = dict(models=sources, sequences=sequences, length=length, windows=windows, context=context, few=few)
     numbers = report.plain(dict(setting=setting, chosen=chosen, models=found))
