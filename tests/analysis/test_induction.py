@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.planted import BOS, IDS, L, planted, random_model, repeats, untrained
+from support.planted import BOS, IDS, L, planted, random_model, repeats
 from torch.nn import functional as F
 
 from analysis import circuits, forward, induction, stats
@@ -120,7 +120,7 @@ def test_planted_heads_are_found(kind, max_gap):
     copying = circuits.copying_eigenvalues(model, IDS)
 
     shuffled = induction.head_scores(model, repeats(max_gap=max_gap, shuffled=True), losses=False)['induction']
-    random_init = induction.head_scores(untrained(model), these, losses=False)['induction'].mean(0).max()
+    random_init = induction.head_scores(forward.untrained(model, 11), these, losses=False)['induction'].mean(0).max()
     low, _ = stats.bootstrap(scores['induction'])
     called = induction.verdict(low, random_init, stats.bootstrap(shuffled)[1], copying)
     assert called.tolist() == [[False, False], [False, True]]
@@ -128,7 +128,7 @@ def test_planted_heads_are_found(kind, max_gap):
 
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 def test_nothing_is_found_in_random_weights(kind):
-    model = untrained(planted(kind))
+    model = forward.untrained(planted(kind), 11)
     scores = induction.head_scores(model, repeats())['induction']
     assert scores.mean(0) == pytest.approx(induction.chance(repeats()), abs=0.01)
     others = [induction.head_scores(type(model)(model.config, seed=seed).eval(), repeats(seed=9)) for seed in (1, 2, 3)]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from support import forking
-from support.planted import T, planted, randomized, save, untrained
+from support.planted import T, planted, randomized, save
 
+from analysis.forward import untrained
 from core.text import tokenizer
 from core.text.write_dataset import write_dataset
 from model import GPT, GPTConfig
@@ -75,7 +76,7 @@ def test_what_is_attended_to_is_rounded_as_a_cache_would(kind, tmp_path):
 
 def test_models_without_training_are_refused(tmp_path):
     cases = {
-        'fresh': (save(tmp_path / 'fresh', untrained(planted('mla'))), 'initial values'),
+        'fresh': (save(tmp_path / 'fresh', untrained(planted('mla'), 11)), 'initial values'),
         'none': (tmp_path / 'nothing', 'no checkpoint'),
     }
     for folder, complaint in cases.values():

@@ -117,11 +117,11 @@ def meta(**changes):
     return damage
 
 
-def ckpt(change, kind='mha'):
+def ckpt(change):
     """A damage: what change(checkpoint) did, or made, is in the checkpoint."""
 
     def damage(place):
-        path = place / kind / 'ckpt.pt'
+        path = place / 'mha' / 'ckpt.pt'
         content = torch.load(path)
         changed = change(content)
         torch.save(content if changed is None else changed, path)

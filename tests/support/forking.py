@@ -85,9 +85,9 @@ def ranks(processes):
     return [{k: str(v) for k, v in dict(same, RANK=n, LOCAL_RANK=n).items()} for n in range(processes)]
 
 
-def interpreter(root=ROOT, modules=MODULES):
-    """The path of the program. modules: imported in `root` before the forks."""
-    return f'{server(root, modules)}/python'
+def interpreter():
+    """The path of the program."""
+    return f'{server(ROOT, MODULES)}/python'
 
 
 @functools.cache

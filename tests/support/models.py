@@ -41,12 +41,16 @@ def make(variant, dtype=torch.float64, **changes):
     model_class, settings = VARIANTS[variant]
     config_class = MLAConfig if model_class is MLAGPT else GPTConfig
     sizes = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=2, n_head=4, n_embd=32)
-    model = model_class(config_class(**(sizes | settings | changes))).to(dtype).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
-    return model
+    return randomized(model_class(config_class(**(sizes | settings | changes))).to(dtype), 0.3, seed=5)
+
+
+@torch.no_grad()
+def randomized(model, std, seed=3):
+    """`model` with noise of this standard deviation added to every parameter, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model.eval()
 
 
 def tokens(B, T, seed=0):

@@ -10,6 +10,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from core.convert import gguf_file, published
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from support.models import randomized
 
 VOCAB, BLOCK = 37, 40
 OURS = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=3, n_head=3, n_embd=42, bias=False, norm='rms', mlp='swiglu',
@@ -21,11 +22,7 @@ IDX = torch.randint(VOCAB, (3, BLOCK), generator=torch.Generator().manual_seed(1
 
 def shaken(model):
     """The model with every parameter, norms too, far enough from its initial value to matter."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return randomized(model, 0.1, seed=5)
 
 
 def our_llama(**changes):

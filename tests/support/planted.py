@@ -7,6 +7,7 @@ from analysis import induction
 from core.runs import checkpoint, models
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from support.models import randomized
 
 V, T, D = 24, 20, 34  # tokens, positions and head size of the planted models
 L = 9  # length of the repeated block; with BOS a sequence has 2L + 1 = 19 tokens
@@ -27,20 +28,6 @@ def random_model(variant, n_layer=2, **changes):
     model_class, config_class, special = VARIANTS[variant]
     sizes = dict(block_size=32, vocab_size=40, n_layer=n_layer, n_head=4, n_embd=32)
     return randomized(model_class(config_class(**{**sizes, **special, **changes})).double(), 0.2)
-
-
-@torch.no_grad()
-def randomized(model, std):
-    """`model` with noise of this standard deviation added to every parameter, in eval mode."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model.eval()
-
-
-def untrained(model):
-    """A model of the same shape with initial values."""
-    return type(model)(model.config, seed=11).eval()
 
 
 def read(part, size=D):
