@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from analysis.forward import Model, device_of, logits, run
-from analysis.hf_model import HFModel
+from analysis.hf_model import HFModel, through_norm
 from core.cli.machine import to_float64
 from model import GPT, Block, CausalSelfAttention
 from model_mla import MultiHeadLatentAttention
@@ -56,9 +56,7 @@ def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`head_weights` on the residual stream: ln_1's gain and mean subtraction are folded into W_Q, W_K and W_V."""
     *reading, w_o = head_weights(block.attn)
     norm: Any = block.ln_1
-    w_q, w_k, w_v = (w * norm.weight for w in reading)
-    if isinstance(norm, nn.LayerNorm):  # RMSNorm subtracts no mean
-        w_q, w_k, w_v = (w - w.mean(-1, keepdim=True) for w in (w_q, w_k, w_v))
+    w_q, w_k, w_v = (through_norm(w, norm.weight, isinstance(norm, nn.LayerNorm)) for w in reading)
     return w_q, w_k, w_v, w_o
 
 
@@ -133,9 +131,7 @@ def products_of_weights(model: GPT, ids: Tensor) -> Iterator[Tensor]:
     subtracts_mean = isinstance(model.transformer.ln_f, nn.LayerNorm)
     norm = F.layer_norm if subtracts_mean else F.rms_norm
     for chunk in ids.split(1024):
-        unembedding = model.lm_head.weight[chunk] * gain
-        if subtracts_mean:
-            unembedding = unembedding - unembedding.mean(-1, keepdim=True)
+        unembedding = through_norm(model.lm_head.weight[chunk], gain, subtracts_mean)
         middle += norm(effective_embeddings(model, chunk), (C,)).T @ unembedding
     for block in model.transformer.h:
         _, _, w_v, w_o = stream_weights(block)

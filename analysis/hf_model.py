@@ -67,6 +67,12 @@ def is_pattern(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:] == (4, 4)
 
 
+def through_norm(rows: Tensor, gain: Tensor, subtracts_mean: bool) -> Tensor:
+    """Weights (..., C) on the output of a norm as they read its input, up to a positive factor per token."""
+    rows = rows * gain
+    return rows - rows.mean(-1, keepdim=True) if subtracts_mean else rows  # RMSNorm subtracts none
+
+
 class HFModel(nn.Module):
     """
     A causal language model of transformers, in eval mode and with the written-out ("eager") attention.
@@ -225,9 +231,7 @@ class HFModel(nn.Module):
 
     def unembedding(self, ids: Tensor) -> Tensor:
         """The output head's rows (n, C) for some ids as they read the residual stream, through the last norm."""
-        gain, subtracts_mean = self.norm_before(self.config.n_layer)
-        rows = self.model.get_output_embeddings().weight[ids] * gain
-        return rows - rows.mean(-1, keepdim=True) if subtracts_mean else rows
+        return through_norm(self.model.get_output_embeddings().weight[ids], *self.norm_before(self.config.n_layer))
 
     def stream_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
@@ -238,12 +242,10 @@ class HFModel(nn.Module):
         readers: list[Any] = [getattr(attention, f'{name}_proj', None) for name in 'qkv']
         if not all(isinstance(reader, nn.Linear) for reader in readers) or len(norms) > 2:
             raise ValueError('its heads are not three matrices that read the normed residual stream')
-        gain, subtracts_mean = self.norm_before(layer, readers[0])
-        w_o = self.output_weights(layer)
-        reading = [repeat_heads(r.weight.unflatten(0, (-1, w_o.size(2))), len(w_o), dim=0) * gain for r in readers]
-        if subtracts_mean:
-            reading = [w - w.mean(-1, keepdim=True) for w in reading]
-        return reading[0], reading[1], reading[2], w_o
+        norm, w_o = self.norm_before(layer, readers[0]), self.output_weights(layer)
+        reading = (repeat_heads(r.weight.unflatten(0, (-1, w_o.size(2))), len(w_o), dim=0) for r in readers)
+        w_q, w_k, w_v = (through_norm(w, *norm) for w in reading)
+        return w_q, w_k, w_v, w_o
 
     def get_num_params(self) -> int:
         """Number of parameters."""

@@ -22,11 +22,6 @@ from model_mla import MLAGPT, MultiHeadLatentAttention
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
 
 
-def content_latent(attn: MultiHeadLatentAttention, normed: Tensor, rope: Tensor | None) -> Tensor:
-    """The latent c_kv (B, T, r) of the layer's normed input (B, T, C), without the shared position key."""
-    return attn.latent(normed, rope)[..., : attn.n_latent]
-
-
 @torch.no_grad()
 def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> list[tuple[Tensor, Tensor]]:
     """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64: L pairs."""
@@ -34,7 +29,8 @@ def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> lis
     rope = rope_of(model, repeats.tokens.size(1))
 
     def add(layer, attention):
-        statistics[layer].add(content_latent(model.transformer.h[layer].attn, attention.normed, rope))
+        latent = model.transformer.h[layer].attn.latent(attention.normed, rope)
+        statistics[layer].add(latent[..., : model.config.n_latent])  # without the shared position key
 
     for part in repeats.batches(batch_size, device_of(model)):
         run(model, part.tokens, visit=add)

@@ -33,14 +33,12 @@ CUSTOMARY = 0.4  # the induction score above which a head is often called an ind
 
 def plain(value: Any) -> Any:
     """`value` with arrays as lists, for JSON: numbers rounded to 6 significant digits, nan and inf as null."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float):
         return float(f'{value:.6g}') if np.isfinite(value) else None
     return value

@@ -33,9 +33,7 @@ def arrows(panel, text, *places):
         panel.add_patch(FancyArrowPatch((x, y + TALL / 2), (to_x, to_y - TALL / 2), **look))
     (x, y), (to_x, to_y) = places[:2]
     behind = dict(facecolor='white', edgecolor='none', pad=1)
-    panel.text(
-        (x + to_x) / 2, (y + to_y) / 2, text, ha='center', va='center', fontsize=9, bbox=behind if text else None
-    )
+    panel.text((x + to_x) / 2, (y + to_y) / 2, text, ha='center', va='center', fontsize=9, bbox=behind)
 
 
 def attention(panel, text, title, cached, output='$W_O$'):

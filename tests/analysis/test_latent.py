@@ -32,7 +32,7 @@ def test_moments_are_those_of_the_latent():
     seen, rope = [], forward.rope_of(model, 16)
 
     def collect(layer, a):
-        seen.append(latent.content_latent(model.transformer.h[layer].attn, a.normed, rope).flatten(0, 1))
+        seen.append(model.transformer.h[layer].attn.latent(a.normed, rope)[..., :12].flatten(0, 1))
 
     forward.run(model, these.tokens, visit=collect)
     mean, covariance = latent.latent_moments(model, these, batch_size=4)[1]
