@@ -81,7 +81,6 @@ def prepare(monkeypatch, capsys):
     def run(script, **keys):
         monkeypatch.setattr(sys, 'argv', [script, *(f'--{key}={value}' for key, value in keys.items())])
         monkeypatch.setattr(sys, 'path', list(sys.path))
-        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
         capsys.readouterr()
         runpy.run_path(str(ROOT / script), run_name='__main__')
         return capsys.readouterr()

@@ -53,9 +53,7 @@ class FakeCuda(TorchFunctionMode):
 
     def index(self, device):
         """The number of a GPU named by a str, an int or a torch.device; without a number the current one."""
-        if device is None or isinstance(device, int):
-            return self.current if device is None else device
-        index = torch.device(device).index
+        index = device if device is None or isinstance(device, int) else torch.device(device).index
         return self.current if index is None else index
 
     def set_device(self, device):
