@@ -10,16 +10,16 @@ Notable features:
 
 import contextlib
 import os
+import struct
+import threading
 import zipfile
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from core.cli import files
 from core.cli.errors import UserError
-from core.text.meta import NumpyDtype, numpy_number
 
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
@@ -42,6 +42,24 @@ TYPES: dict[str, Any] = {
 }
 
 
+class NumpyDtype:
+    """Stands for numpy.dtype while a checkpoint is read: the kind and size of one plain number, such as 'i8'."""
+
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, '<'
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = '>' if state[1] == '>' else '<'
+
+
+def numpy_number(dtype: NumpyDtype, data: bytes) -> int | float | bool:
+    """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
+    formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
+    if not isinstance(dtype, NumpyDtype) or dtype.code not in formats:
+        raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
+    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
+
+
 # nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
 NUMPY: list[Any] = [
     (NumpyDtype, 'numpy.dtype'),
@@ -50,12 +68,8 @@ NUMPY: list[Any] = [
 ]
 
 
-def save(path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
-    """
-    Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays.
-
-    others: further names of the file.
-    """
+def save(path: str, checkpoint: dict) -> None:
+    """Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays."""
     try:
         with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
@@ -67,8 +81,6 @@ def save(path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
             f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
             'checkpoint is as it was'
         ) from error
-    for other in others:
-        link(path, other)
 
 
 def link(path: str, other: str) -> None:
@@ -93,21 +105,34 @@ class Writer:
     """
 
     def __init__(self, writes: bool = True):
-        self.pool, self.writes = ThreadPoolExecutor(1), writes
-        self.last: Future | None = None
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.writes = writes
 
     def save(self, path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
         """Copy `checkpoint` now; write it to `path`, with `others` as further names, while the caller continues."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.last = self.pool.submit(save, path, snapshot, others)
+            self.thread = threading.Thread(target=self._write, args=(path, snapshot, others))
+            self.thread.start()
+
+    def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
+        try:
+            save(path, snapshot)
+            for other in others:
+                link(path, other)
+        except Exception as error:
+            self.error = error
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
-        last, self.last = self.last, None
-        if last is not None:
-            last.result()
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
 
 
 def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:

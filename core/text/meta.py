@@ -9,9 +9,8 @@ import json
 import os
 import pickle
 import re
-import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -175,24 +174,6 @@ def read_header(path: Path) -> Meta | None:
     return {**HEADERS[magic, version], 'count': count}
 
 
-class NumpyDtype:
-    """Stands for numpy.dtype while a pickle is read: the kind and size of one plain value, such as 'i8'."""
-
-    def __init__(self, code: str, *_: object):
-        self.code, self.order = code, '<'
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = '>' if state[1] == '>' else '<'
-
-
-def numpy_number(dtype: NumpyDtype, data: bytes) -> int | float | bool:
-    """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
-    formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
-    if not isinstance(dtype, NumpyDtype) or dtype.code not in formats:
-        raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
-    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
-
-
 class PlainUnpickler(pickle.Unpickler):
     """
     Reads dicts, lists, strings and numbers, also numpy's integers and strings, as plain Python values.
@@ -207,19 +188,32 @@ class PlainUnpickler(pickle.Unpickler):
             return self.dtype
         raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
 
-    def dtype(self, spec: Any, *_: Any) -> NumpyDtype:
+    def dtype(self, spec: Any, *_: Any) -> 'PlainDtype':
         """What stands for a numpy.dtype: that of an integer or a string."""
         if not isinstance(spec, str) or not re.fullmatch(r'[iu][1248]|U\d{1,9}', spec):
             raise pickle.UnpicklingError(f"it contains numpy's {spec!r}; only integers and strings are read")
-        return NumpyDtype(spec)
+        return PlainDtype(spec)
 
-    def scalar(self, dtype: Any, data: Any) -> int | float | str:
+    def scalar(self, dtype: Any, data: Any) -> int | str:
         """What stands for one of numpy's scalars: the int or str that its bytes are."""
-        if type(dtype) is not NumpyDtype or type(data) is not bytes:
+        if type(dtype) is not PlainDtype or type(data) is not bytes:
             raise pickle.UnpicklingError("it contains one of numpy's objects; only integers and strings are read")
-        if dtype.code[0] == 'U':
-            return data.decode('utf-32-le' if dtype.order == '<' else 'utf-32-be').rstrip('\0')
-        return numpy_number(dtype, data)
+        if dtype.spec[0] == 'U':
+            return data.decode('utf-32-le' if dtype.order == 'little' else 'utf-32-be').rstrip('\0')
+        return int.from_bytes(data, dtype.order, signed=dtype.spec[0] == 'i')
+
+
+class PlainDtype:
+    """The type and byte order of one of numpy's integers or strings in a pickle."""
+
+    __slots__ = ('spec', 'order')
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.order: Literal['big', 'little'] = 'little'
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = 'big' if state[1] == '>' else 'little'
 
 
 def read_meta_pickle(folder: Path) -> Meta:
