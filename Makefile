@@ -48,6 +48,7 @@ figures: $(VENV)/.installed ## draw every picture and write every table of resul
 	$(BIN)/python assets/draw_diagram.py
 	$(BIN)/python studies/pages.py --pictures=assets --tables=results/tables
 	$(BIN)/python studies/contest.py --reuse=assets/contest.json --figure=assets/contest.png --table=results/tables/contest.md
+	$(BIN)/python studies/staircase.py --reuse=assets/staircase.json --figure=assets/staircase.png --table=results/tables/staircase.md
 	$(BIN)/python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png --table=results/tables/bits.md
 	$(BIN)/python studies/heads.py --reuse=assets/smollm2_heads.json --figure=assets/smollm2_heads.png --table=results/tables/smollm2-heads.md
 	$(BIN)/python studies/induction.py --reuse=assets/induction_repeats.json --figure=assets/induction_repeats.png --table=results/tables/induction-repeats.md
