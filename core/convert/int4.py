@@ -59,7 +59,10 @@ class Int4Linear(nn.Module):
         rows = x.bfloat16().flatten(0, -2)
         if self.more[0]:
             rows = F.pad(rows, (0, self.more[0]))
-        parts = [torch._weight_int4pack_mm_for_cpu(part, self.weight, GROUP, self.scales) for part in rows.split(ROWS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = self.product(rows) if len(rows) <= ROWS else torch.cat([self.product(part) for part in rows.split(ROWS)])
         y = y[:, : self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """bfloat16 rows (n, inputs) -> (n, outputs), both padded."""
+        return torch._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)
