@@ -27,7 +27,7 @@ import torch
 
 from analysis import report
 from core.cli import arguments, machine
-from core.cli.errors import UserError, output
+from core.cli.errors import UserError, notice, output
 from core.convert.int8 import quantize, weight_bytes
 from core.runs import evaluation, models
 from core.speed import timing
@@ -49,7 +49,6 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 
 # {label: what `quantize` takes}
 WAYS = {
-    'float32': None,
     'int8': dict(kind='int8'),
     'int8, products in int8': dict(kind='int8', products='int8'),
     'int4': dict(kind='int4'),
@@ -90,7 +89,12 @@ machine.set_threads(threads)
 server = their_server()
 original, _ = models.pretrained(gguf)
 prompt = torch.randint(original.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(1))
-ours = {name: quantize(copy.deepcopy(original), **keys) if keys else original for name, keys in WAYS.items()}
+ours = {'float32': original}
+for name, keys in WAYS.items():
+    try:
+        ours[name] = quantize(copy.deepcopy(original), **keys)
+    except UserError as error:
+        notice(f'{name} is left out: {error}')
 theirs = f'llama.cpp, {os.path.basename(gguf)}'
 with torch.no_grad():
     texts = {name: functools.partial(model.generate, prompt, new_tokens, temperature=0) for name, model in ours.items()}
