@@ -26,10 +26,8 @@ quickstart: $(VENV)/.installed ## install, prepare the Shakespeare characters, t
 	$(BIN)/python test_shakespeare_quick.py $(ARGS)
 
 # One thread per process: the tests run side by side already, and more threads than cores is far slower than fewer.
-# One process more than cores, at most four: some tests wait for others (SLURM, torchrun) and leave their core idle.
 # Files are taken in the order of tests/conftest.py: those with slow tests first.
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
-PYTEST = -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test ## install what the tests need and run them (ARGS=...)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) $(ARGS)
 
