@@ -104,7 +104,7 @@ with torch.no_grad():
     rows = [dict(name=name, **timing.spread(times)) for name, times in seconds.items()]
     for row in rows:
         row['tokens_per_s'] = 1e3 * new_tokens / row['ms']
-        row['of_theirs'] = row['tokens_per_s'] * timing.spread(seconds[theirs])['ms'] / (1e3 * new_tokens)
+        row['of_theirs'] = timing.spread(seconds[theirs])['ms'] / row['ms']
         if row['name'] in ours:
             row['weight_bytes'] = weight_bytes(ours[row['name']], 4)
     if dataset:
