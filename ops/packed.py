@@ -7,7 +7,8 @@ rotated key, stay in bfloat16 (arXiv:2602.10718).
 
 One scale for a whole vector can be taken out of a product: q . k_j = s_j (q . n_j + sum(q) / 2). A CPU with integer
 units therefore multiplies int8 as it is stored, with q in two digits of base 127 and the softmax's weights in three;
-bfloat16 would be less exact. Elsewhere, and with several groups, BLOCK tokens at a time become floats.
+bfloat16 would be less exact. Where there is little to read, elsewhere, and with several groups, the numbers become floats
+in pieces that stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-BLOCK = 512
+BLOCK = 512  # tokens that become floats at once on a GPU
+AT_ONCE = 2**19  # numbers that do on a CPU; so few take less time as floats than as integers
 BASE = 127  # of `digits`
 LONGEST = 2**17  # the sum of more products of two bytes may not fit into int32
 
@@ -144,10 +146,10 @@ class Packed:
         """All of its numbers as a tensor of floats (..., size)."""
         return torch.cat((self.few(), self.kept(self.dtype)), dim=-1) if self.form.wide else self.few()
 
-    def blocks(self) -> Iterator[Packed]:
-        """BLOCK tokens at a time."""
-        for first in range(0, self.size(-2), BLOCK):
-            yield self[..., first : first + BLOCK, :]
+    def blocks(self, tokens: int) -> Iterator[Packed]:
+        """So many tokens at a time."""
+        for first in range(0, self.size(-2), tokens):
+            yield self[..., first : first + tokens, :]
 
     def fits_integer_units(self) -> bool:
         """True where its numbers can be multiplied as they are stored."""
@@ -184,40 +186,38 @@ def digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The products of int8 matrices a (K, m, n) and b (K, n, o), as floats (K, m, o)."""
+    """The products of int8 matrices a (B, K, m, n) and b (B, K, n, o), as floats (B, K, m, o)."""
     found = torch.empty(*a.shape[:-1], b.size(-1), dtype=torch.int32)
-    for out, left, right in zip(found, a, b, strict=True):
+    for out, left, right in zip(found.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1), strict=True):
         torch._int_mm(left, right, out=out)
     return found.float()
 
 
 def attend_integers(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None) -> torch.Tensor:
-    """`attend` with q (B, K, G, size) scaled already, a sequence at a time: that stays in the processor's cache."""
+    """`attend` with q (B, K, G, size) scaled already."""
     few, wide = q.split((k.form.few, k.form.wide), dim=-1)
     queries, unit = digits(few, 2)
     worth = torch.cat((torch.diag_embed(unit[..., 0]), torch.diag_embed(unit[..., 0] / BASE)), dim=-1)
-    halves, scale, places = few.sum(-1, keepdim=True) / 2, k.scale.mT.to(q.dtype), q.new_tensor((1, 1 / BASE, BASE**-2))
-    found = []
-    for b in range(len(q)):
-        scores = torch.baddbmm(halves[b], worth[b], multiply(k.low[b], queries[b].mT).mT).mul_(scale[b])
-        if k.form.wide:
-            scores += wide[b] @ k[b].kept(q.dtype).mT
-        if mask is not None:
-            scores.masked_fill_(~mask, float('-inf'))
-        p = scores.softmax(dim=-1).mul_(v.scale[b].mT)
-        low, unit = digits(p, 3)
-        total = torch.einsum('i,kign->kgn', places, multiply(low, v.low[b]).unflatten(1, (3, -1)))
-        found.append(torch.addcmul(p.sum(-1, keepdim=True) / 2, total, unit))
-    return torch.stack(found)
+    scores = worth @ multiply(k.low, queries.mT).mT + few.sum(-1, keepdim=True) / 2
+    scores *= k.scale.mT
+    if k.form.wide:
+        scores += wide @ k.kept(q.dtype).mT
+    if mask is not None:
+        scores.masked_fill_(~mask, float('-inf'))
+    p = scores.softmax(dim=-1).mul_(v.scale.mT)
+    low, unit = digits(p, 3)
+    places = q.new_tensor((1, 1 / BASE, BASE**-2))
+    total = torch.einsum('i,bkign->bkgn', places, multiply(low, v.low).unflatten(2, (3, -1)))
+    return torch.addcmul(p.sum(-1, keepdim=True) / 2, total, unit)
 
 
-def attend_floats(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None) -> torch.Tensor:
-    """`attend` with q (B, K, G, size) scaled already, BLOCK tokens at a time."""
-    scores = torch.cat([q @ block.whole().mT for block in k.blocks()], dim=-1)
+def attend_floats(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """`attend` with q (B, K, G, size) scaled already, so many tokens at a time."""
+    scores = torch.cat([q @ block.whole().mT for block in k.blocks(tokens)], dim=-1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float('-inf'))
     y = torch.zeros_like(q[..., : v.form.few])
-    for p, block in zip(scores.softmax(dim=-1).split(BLOCK, dim=-1), v.blocks(), strict=True):
+    for p, block in zip(scores.softmax(dim=-1).split(tokens, dim=-1), v.blocks(tokens), strict=True):
         y += p @ block.few()
     return y
 
@@ -231,10 +231,13 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-        if k.fits_integer_units() and v.fits_integer_units():
+        B, K, S, size = k.shape
+        if B * K * S * size > AT_ONCE and k.fits_integer_units() and v.fits_integer_units():
             return attend_integers(rows, k, v, mask).to(q.dtype)
-        each = 1 if q.device.type == 'cpu' else len(q)  # a sequence at a time, as above
+        each, tokens = B, BLOCK
+        if q.device.type == 'cpu':  # a few short sequences, or some tokens of one
+            each, tokens = max(1, AT_ONCE // (K * S * size)), max(1, AT_ONCE // (K * size))
         parts = [
-            attend_floats(rows[b : b + each], k[b : b + each], v[b : b + each], mask) for b in range(0, len(q), each)
+            attend_floats(rows[b : b + each], k[b : b + each], v[b : b + each], mask, tokens) for b in range(0, B, each)
         ]
         return torch.cat(parts).to(q.dtype)

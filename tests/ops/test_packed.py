@@ -58,9 +58,10 @@ def test_zeros_and_the_extremes_of_the_dtype():
 
 
 @pytest.mark.parametrize('form', [form for form in FORMS if form.size != 1], ids=str)
-@pytest.mark.parametrize('S', [1, 6, packed.BLOCK + 3])
-def test_attention_reads_what_is_stored(form, S):
-    """By blocks exactly; by the integer units, where this CPU has them, as nearly as float32 asks for."""
+@pytest.mark.parametrize('S, at_once', [(1, packed.AT_ONCE), (6, 0), (6, packed.AT_ONCE), (515, 10_000)])
+def test_attention_reads_what_is_stored(form, S, at_once, monkeypatch):
+    """As floats exactly, in pieces or at once; by the integer units, where this CPU has them, as float32 asks for."""
+    monkeypatch.setattr(packed, 'AT_ONCE', at_once)
     k, v = (filled(form, vectors(form, 2, 3, S, seed=seed)) for seed in (1, 2))
     q, seen = vectors(form, 2, 3, 4, seed=3), torch.arange(S)[None] < max(1, S - 2)
     for mask in (None, seen):
@@ -73,8 +74,9 @@ def test_attention_reads_what_is_stored(form, S):
         assert (single - expected).abs().max() <= 2e-4 * expected.abs().max()
 
 
-def test_the_softmaxs_long_tail_beside_a_peak_is_not_lost():
+def test_the_softmaxs_long_tail_beside_a_peak_is_not_lost(monkeypatch):
     """Two digits would lose its small weights, of which there are many."""
+    monkeypatch.setattr(packed, 'AT_ONCE', 0)
     form, S = Form(64, 8), 4096
     v = filled(form, vectors(form, 1, 1, S, dtype=torch.float32) + 1)
     k = form.empty((1, 1, S), torch.float32, torch.device('cpu'))
@@ -90,6 +92,7 @@ def test_the_softmaxs_long_tail_beside_a_peak_is_not_lost():
 def test_int8_is_multiplied_as_it_is_stored(monkeypatch):
     form = Form(48, 8)
     k = filled(form, vectors(form, 2, 3, 9, dtype=torch.float32))
+    monkeypatch.setattr(packed, 'AT_ONCE', 0)
     monkeypatch.setattr(packed.Packed, 'few', lambda self: pytest.fail('a copy in floats was made'))
     packed.attend(vectors(form, 2, 3, 4, dtype=torch.float32), k, k, 0.1)
     with pytest.raises(pytest.fail.Exception):
