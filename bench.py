@@ -86,7 +86,7 @@ batch_size = 12
 block_size = 1024
 dropout = 0.0
 bias = False
-compile = 'auto'  # torch.compile: True, False, or on GPUs only
+compile = 'auto'  # torch.compile, of a CPU's decode steps too: True, False, or of training on GPUs only
 attention_kernel = 'auto'  # on a GPU: 'cudnn', 'flash', or 'fa3' (FlashAttention 3, where it is installed)
 without = ''  # also measure MHA without each of these: 'memory,fused,loss'
 profile = ''  # profile one step of each model; prefix of the files' names
@@ -112,6 +112,8 @@ for key in ('json', 'plot'):
 device = machine.pick_device(device)
 dtype = machine.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
+if compile:
+    machine.prepare_compiler(device)
 machine.set_threads(threads)
 machine.use_attention(attention_kernel, device)
 torch.set_float32_matmul_precision('high')  # TF32 on GPUs for what stays float32
@@ -294,6 +296,8 @@ def measure_steps(models, hf_model, batch_size, context):
         makers |= {f'{name}, {cache} cache': functools.partial(make, kind=cache) for name, make in makers.items()}
     if eager and device.startswith('cuda'):
         makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
+    if compile and device == 'cpu':
+        makers |= {f'{name}, compiled': functools.partial(make, compiled=True) for name, make in makers.items()}
     if hf_model:
         makers['Hugging Face'] = functools.partial(HuggingFaceDecoding, hf_model, batch_size, context, dtype)
     rows = time_steps(makers)
@@ -308,7 +312,7 @@ def measure_steps(models, hf_model, batch_size, context):
         if 'ms' in row:
             row['tokens_per_s'] = 1e3 * batch_size / row['ms']
         if row.get('cache_bytes'):
-            name = row['name'].removesuffix(', eager').removesuffix(f', {cache} cache')
+            name = row['name'].removesuffix(', eager').removesuffix(', compiled').removesuffix(f', {cache} cache')
             model = models.get(name, models['MHA'])
             weights = weight_bytes(model, machine.DTYPES[dtype].itemsize)
             row['bytes_per_s'] = 1e3 * (weights + row['cache_bytes']) / row['ms']
@@ -326,6 +330,9 @@ def measure_texts(models, hf_model):
     prompt = random_prompt()
     rules = dict(temperature=1.0, top_k=200)  # the same for all
     generators = {name: model.generate for name, model in models.items()}
+    if compile and device == 'cpu':
+        compiled = {name: functools.partial(generate, compiled=True) for name, generate in generators.items()}
+        generators |= {f'{name}, compiled': generate for name, generate in compiled.items()}
     if nanogpt:
         generators['nanoGPT'] = rivals.nanogpt_model(nanogpt, models['MHA'], prompt).generate
     contenders = {

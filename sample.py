@@ -56,7 +56,9 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 weights = 'float'  # 'int8', 'int4': weights in so many bits, on a CPU: faster, with slightly other probabilities
 int8_products = 'bfloat16'  # of int8 weights; 'int8': activations are rounded too (VNNI): faster, at more loss
 int8_windows = 0  # with int8 or int4: measure on so many validation windows what it changes
-compile = 'auto'  # capture the decode step as a CUDA graph: True, False, or 'auto' (on CUDA only)
+compile = (
+    'auto'  # the decode step: 'auto' (a CUDA graph on CUDA), True (on a CPU torch.compile, a minute at first), False
+)
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,6 +70,11 @@ device = machine.pick_device(device)
 machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 captured = device.startswith('cuda') and compile in ('auto', True)
+compiled = device == 'cpu' and compile is True
+if compile is True and not use_cache:
+    raise UserError('compile=True compiles a step with a cache; leave it out, or use_cache=False')
+if compiled:
+    machine.prepare_compiler(device)
 
 # ---- model and tokenizer ---------------------------------------------------------------------------------------------
 if init_from == 'resume':
@@ -176,6 +183,7 @@ with machine.autocast(device, dtype):
         valid_ids=tokenizer.n_vocab,
         generator=torch.Generator(device).manual_seed(seed),
         fixed=captured,
+        compiled=compiled,
     )
 seconds = time.perf_counter() - began
 show([], final=True)

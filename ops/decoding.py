@@ -1,5 +1,5 @@
 """
-Decoding: drawing the next token, keeping the sequences so far, and a step that a GPU can replay as a CUDA graph.
+Decoding: drawing the next token, keeping the sequences so far, and a step of fixed shape for CUDA graphs and compilers.
 
 Nothing here knows which attention a model has: a model is called as `model(token, cache=cache) -> (logits, None)`.
 """
@@ -69,16 +69,18 @@ class Decoder:
         stop_token: int | None = None,
         on_token: Callable[[torch.Tensor], None] | None = None,
         fixed: bool | None = None,
+        compiled: bool = False,
     ):
         """
         model: a GPT; idx (B, t): the prompts. cache: its kind, of cache.KINDS. num_samples: sequences per prompt.
         top_p, valid_ids, generator: as for `draw`. stop_token: a sequence that has it is filled up with it. on_token:
-        called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only).
+        called with each new column (B * num_samples,). fixed: decode by a FixedStep (None: on CUDA only). compiled: by
+        one that torch.compile has compiled.
         """
         self.model, self.window = model, model.config.block_size
         self.rules: dict[str, Any] = dict(top_p=top_p, valid_ids=valid_ids, generator=generator)
         self.stop_token, self.on_token = stop_token, on_token
-        self.fixed = idx.is_cuda if fixed is None else fixed
+        self.fixed, self.compiled = compiled or (idx.is_cuda if fixed is None else fixed), compiled
         self.cache: Any = None
         self.step: FixedStep | None = None
         self.casts: dict = {}
@@ -121,24 +123,35 @@ class Decoder:
             self.cache.length = 0
             self.logits = self.run(self.tokens[:, self.length - max(1, self.cache.max_tokens // 2) : self.length])
         elif self.fixed:
-            self.step = self.step or FixedStep(self.model, self.cache)
+            self.step = self.step or FixedStep(self.model, self.cache, self.compiled)
             self.logits = self.step(token[:, None])
         else:
             self.logits = self.run(token[:, None])
         return True
 
 
+def logits_of(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
+    """A model's logits (B, 1, V) for `token` (B, 1), which continues what the cache holds."""
+    return model(token, cache=cache)[0]
+
+
 class FixedStep:
     """
     A decode step whose shapes never change.
 
-    On a GPU it is captured as a CUDA graph and replayed: one kernel launch instead of hundreds. Elsewhere it runs
-    eagerly, which is slower than an ordinary step, because attention reads all `max_tokens`; the logits are the same.
+    On a GPU it is captured as a CUDA graph and replayed: one kernel launch instead of hundreds. On a CPU torch.compile
+    can do as much: thousands of small operations become some hundred. Run eagerly it is slower than an ordinary step,
+    because attention reads all `max_tokens`; the logits are the same.
     """
 
-    def __init__(self, model: Any, cache: Cache):
-        """cache: a Cache with room for at least one token. Under autocast, call the step in the same context."""
+    def __init__(self, model: Any, cache: Cache, compiled: bool = False):
+        """
+        cache: a Cache with room for at least one token. Under autocast, call the step in the same context.
+
+        compiled: by torch.compile, which takes about a minute in the first step, and needs a C++ compiler on a CPU.
+        """
         self.model, self.cache, self.fixed = model, cache, FixedCache(cache)
+        self.logits_of = torch.compile(logits_of, dynamic=False) if compiled else logits_of
         self.graph: Any = None
         self.casts: dict = {}  # a graph reads these copies of weights as long as it lives
         self.device = self.fixed.position.device
@@ -174,7 +187,7 @@ class FixedStep:
     def run(self) -> torch.Tensor:
         """The logits (B, 1, V) for `token` at the current position."""
         with keep_casts(self.casts):
-            return self.model(self.token, cache=self.fixed)[0]
+            return self.logits_of(self.model, self.token, self.fixed)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, 1, V) that `model(token, cache=cache)` gives for token (B, 1); valid until the next call."""

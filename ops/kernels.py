@@ -17,7 +17,6 @@ tests/ops/test_kernels.py compares each with its plain form, gradients included.
 """
 
 import contextlib
-import functools
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +30,6 @@ from ops import packed
 from ops.packed import Packed
 
 
-@functools.cache
 def cpu_is_intel() -> bool:
     """True on Intel CPUs, where MKL takes its optimized paths (on other CPUs it takes slower, generic ones)."""
     try:
@@ -40,6 +38,8 @@ def cpu_is_intel() -> bool:
     except OSError:
         return 'Intel' in platform.processor()
 
+
+INTEL = cpu_is_intel()  # a constant, since torch.compile traces no reading of files
 
 # ---- linear layers ---------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        plain = rows > 16 or (rows <= 3 and cpu_is_intel()) or x.device.type != 'cpu' or x.dtype == torch.bfloat16
+        plain = rows > 16 or (rows <= 3 and INTEL) or x.device.type != 'cpu' or x.dtype == torch.bfloat16
         if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
             return super().forward(x)
         # a multiple of the threads, with about 768 outputs each: much larger pieces outgrow a core's cache
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         weight = self.weight[:split].view(pieces, -1, self.in_features)
         x_each = x.reshape(1, rows, self.in_features).expand(pieces, -1, -1)
         # both branches give (pieces, rows, outputs)
-        as_columns = rows > 6 if cpu_is_intel() else rows == 1
+        as_columns = rows > 6 if INTEL else rows == 1
         y = torch.bmm(weight, x_each.mT).mT if as_columns else torch.bmm(x_each, weight.mT)
         # attention's kernels want each row contiguous
         y = y.transpose(0, 1).reshape(*x.shape[:-1], split).contiguous()
@@ -80,7 +80,7 @@ def per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight = cast_once(weight, x.dtype)
     x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
     # away from Intel, memory is read fastest along its contiguous rows, except bfloat16
-    along_rows = weight.mT.is_contiguous() and x.dtype != torch.bfloat16 and not cpu_is_intel()
+    along_rows = weight.mT.is_contiguous() and x.dtype != torch.bfloat16 and not INTEL
     y = torch.bmm(weight.mT, x.mT).mT if along_rows else torch.bmm(x, weight)
     return y.reshape(H, B, T, -1).transpose(0, 1)
 
@@ -106,7 +106,7 @@ def keep_casts(casts: dict | None = None) -> Iterator[None]:
 
 def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in `dtype`; inside `keep_casts`, and where no gradient is needed, the copy of an earlier call."""
-    if kept_casts is None or torch.is_grad_enabled():
+    if kept_casts is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weight.to(dtype)
     key = (weight.data_ptr(), weight.shape, weight.stride(), dtype)
     if key not in kept_casts:
@@ -167,6 +167,12 @@ def attention_pattern(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.T
     return ((q * scale) @ k.mT).masked_fill_(~visible, float('-inf')).softmax(dim=-1)
 
 
+# EagerAttention is used without dropout only up to a length at which the patterns take a quarter of the memory of a
+# block's other activations: they are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run
+# might decide differently. The longest sequence, in head sizes of 16 or more:
+EAGER_HEAD_SIZES = 8  # not an attribute of the autograd.Function, which torch.compile (2.13) can't read
+
+
 class EagerAttention(torch.autograd.Function):
     """
     Causal self-attention for training on a CPU: it keeps the attention patterns, and its backward pass is written out.
@@ -182,10 +188,6 @@ class EagerAttention(torch.autograd.Function):
     # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32,
     # one core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
     QUERY_BLOCK = {torch.float32: 64}  # others: 128
-    # Without dropout only up to a length at which the patterns take a quarter of the memory of a block's other
-    # activations: they are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run might
-    # decide differently.
-    HEAD_SIZES = 8  # the longest sequence, in head sizes of 16 or more
 
     @staticmethod
     def forward(
@@ -287,7 +289,7 @@ def fast_attention(
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     square = mask is None and T == S
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
-    short = T <= EagerAttention.HEAD_SIZES * max(16, q.size(-1))
+    short = T <= EAGER_HEAD_SIZES * max(16, q.size(-1))
     if square and trains_on_cpu and (p_drop or short):
         return EagerAttention.apply(q, k, v, scale, p_drop)
     # SDPA aligns its is_causal mask top-left, which is right only where T equals S; a single query sees every key
@@ -315,6 +317,11 @@ def logits_gradient(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return log_p.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=log_p.dtype))
 
 
+def loss_rows(device: str, vocab_size: int) -> int:
+    """How many rows LinearCrossEntropy takes at a time: enough for fast products, more of a small vocabulary."""
+    return max({'cuda': 4096}.get(device, 512), 2**22 // vocab_size)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """
     Output head and cross-entropy in one, a few rows at a time, so that the (N, V) logits never exist as a whole.
@@ -323,19 +330,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     computed twice. `backward` can run only once: it scales the stored weight gradient (V x C) in place.
     """
 
-    ROWS = {'cuda': 4096, 'cpu': 512}  # at a time, by device (others: 512): enough for fast products
-
-    @staticmethod
-    def piece(rows: int, vocab_size: int) -> int:
-        """How many rows are taken at a time: `rows`, or more where the vocabulary is small."""
-        return max(rows, 2**22 // vocab_size)
-
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        rows = LinearCrossEntropy.piece(LinearCrossEntropy.ROWS.get(kind, 512), weight.size(0))
+        rows = loss_rows(kind, weight.size(0))
         low_x, low_weight, scored = x.to(dtype), weight.to(dtype), (targets != -1)[:, None]
         grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight)
         total = torch.zeros((), dtype=wide, device=x.device)

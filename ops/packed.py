@@ -7,8 +7,8 @@ rotated key, stay in bfloat16 (arXiv:2602.10718).
 
 One scale for a whole vector can be taken out of a product: q . k_j = s_j (q . n_j + sum(q) / 2). A CPU with integer
 units therefore multiplies int8 as it is stored, with q in two digits of base 127 and the softmax's weights in three;
-bfloat16 would be less exact. Where there is little to read, elsewhere, and with several groups, the numbers become floats
-in pieces that stay in the processor's cache.
+bfloat16 would be less exact. Where there is little to read, elsewhere, and with several groups, the numbers become
+floats, in pieces that stay in the processor's cache.
 """
 
 from __future__ import annotations

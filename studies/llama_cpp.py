@@ -45,6 +45,7 @@ rounds = 7  # timed rounds, after one round of warm-up
 windows = 24  # of `context` tokens each, of the validation split
 context = 256
 threads = 0  # CPU threads; 0: the cores that this process may use
+compile = False  # also every model with its step compiled, which takes some minutes at first
 json = ''  # write all numbers to this file
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,6 +89,8 @@ if not os.path.isfile(gguf):
 if json:
     arguments.check_file(json, 'json')
 machine.set_threads(threads)
+if compile:
+    machine.prepare_compiler('cpu')
 server = their_server()
 original, _ = models.pretrained(gguf)
 prompt = torch.randint(original.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(1))
@@ -100,17 +103,19 @@ for name, keys in WAYS.items():
 theirs = f'llama.cpp, {os.path.basename(gguf)}'
 with torch.no_grad():
     texts = {name: functools.partial(model.generate, prompt, new_tokens, temperature=0) for name, model in ours.items()}
+    if compile:
+        texts |= {f'{name}, compiled': functools.partial(text, compiled=True) for name, text in texts.items()}
     seconds = timing.alternate(texts | {theirs: lambda: their_text(server)}, rounds)
     rows = [dict(name=name, **timing.spread(times)) for name, times in seconds.items()]
     for row in rows:
         row['tokens_per_s'] = 1e3 * new_tokens / row['ms']
         row['of_theirs'] = timing.spread(seconds[theirs])['ms'] / row['ms']
-        if row['name'] in ours:
-            row['weight_bytes'] = weight_bytes(ours[row['name']], 4)
+        if (name := row['name'].removesuffix(', compiled')) in ours:
+            row['weight_bytes'] = weight_bytes(ours[name], 4)
     if dataset:
         data = TokenData(os.path.join(data_dir, dataset), context)
         before = loss(original)
-        for row in rows[1:-1]:
+        for row in (row for row in rows if row['name'] in ours and row['name'] != 'float32'):
             row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(loss(ours[row['name']]) - before)
 
 host = timing.describe_machine('cpu', 'float32')

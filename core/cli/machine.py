@@ -156,10 +156,23 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def keep_compiled() -> None:
-    """Keep torch.compile's cache in the user's cache folder instead of /tmp, so that it survives a reboot."""
+def prepare_compiler(device: str) -> None:
+    """
+    Before torch.compile: its cache is kept in the user's cache folder instead of /tmp, so that it survives a reboot.
+
+    UserError where a CPU is to be compiled for, and there is no C++ compiler.
+    """
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'torchinductor'))
+    if device == 'cpu':
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            hint = 'such as g++; install one, or leave compile=True out'
+            raise UserError(f'compile=True needs a C++ compiler on a CPU, {hint}') from None
 
 
 def available_cores() -> int:

@@ -162,7 +162,7 @@ def start(device: str, backend: str, threads: int, compile: bool | str) -> tuple
     threads = machine.set_threads(threads)
     compiles = device.startswith('cuda') if compile == 'auto' else bool(compile)
     if compiles:
-        machine.keep_compiled()
+        machine.prepare_compiler(device)
     if device == 'cpu':
         machine.keep_freed_memory()
     torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU

@@ -27,7 +27,7 @@ from core.runs.models import label_of
 from core.speed import timing
 from model import GPT, GPTConfig
 from model_mla import MLAConfig
-from ops.kernels import EagerAttention, LinearCrossEntropy
+from ops.kernels import EAGER_HEAD_SIZES, loss_rows
 
 GPT2 = dict(vocab_size=50257, block_size=1024, bias=True)
 # {name: keys of sizing.py}
@@ -108,7 +108,7 @@ class Plan:
     @property
     def counted_length(self) -> int:
         """Tokens of a sequence that is long enough for attention on a CPU to keep no patterns, as on a GPU."""
-        return EagerAttention.HEAD_SIZES * max(16, self.config.widths[0]) + 1
+        return EAGER_HEAD_SIZES * max(16, self.config.widths[0]) + 1
 
     def counted_bytes(self, n_layer: int, sequences: int, recompute: bool) -> dict[str, float]:
         """
@@ -153,7 +153,7 @@ class Plan:
     def loss_bytes(self, tokens: int, device: str = 'cuda') -> int:
         """Memory that ops/kernels.py's LinearCrossEntropy takes above its input's, at the most."""
         C, V, each = self.config.n_embd, self.config.vocab_size, self.bytes_each
-        rows = min(tokens, LinearCrossEntropy.piece(LinearCrossEntropy.ROWS[device], V))
+        rows = min(tokens, loss_rows(device, V))
         whole = 4 * C * V + each * C * tokens  # gradients of weight and input
         if each == 4:
             return whole + rows * max(8 * V, 4 * V + 8 * C)

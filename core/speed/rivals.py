@@ -240,16 +240,24 @@ class SeparateTraining:
 class Decoding:
     """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
 
-    def __init__(self, model: GPT, batch_size: int, context: int, captured: bool = True, kind: str = 'float'):
-        """captured: on a GPU, as a CUDA graph. kind: of the cache."""
+    def __init__(
+        self,
+        model: GPT,
+        batch_size: int,
+        context: int,
+        captured: bool = True,
+        kind: str = 'float',
+        compiled: bool = False,
+    ):
+        """captured: on a GPU, as a CUDA graph; compiled: by torch.compile. kind: of the cache."""
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context, kind=kind)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         self.step: Callable = functools.partial(model, cache=self.cache)
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
-        if captured and self.token.is_cuda:
+        if compiled or (captured and self.token.is_cuda):
             self.cache.length = context - 1
-            self.step = FixedStep(model, self.cache)
+            self.step = FixedStep(model, self.cache, compiled)
 
     def run(self) -> None:
         """One step."""

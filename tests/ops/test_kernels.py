@@ -138,7 +138,7 @@ def test_the_loss_without_logits_needs_a_fraction_of_the_memory():
 @pytest.mark.parametrize('rows', [1, 2, 3, 5, 8, 16, 17])
 @pytest.mark.parametrize('sizes', [(8, 6), (16, 1600), (5, 1)])
 def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, sizes, intel, monkeypatch):
-    monkeypatch.setattr('ops.kernels.cpu_is_intel', lambda: intel)
+    monkeypatch.setattr('ops.kernels.INTEL', intel)
     layer = Linear(*sizes).double()
     x = torch.randn(rows, 1, sizes[0], dtype=torch.float64)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_few_rows_are_multiplied_to_the_same_numbers_and_lie_in_order(rows, size
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 def test_each_head_multiplies_its_own_rows(dtype, intel, monkeypatch):
     """With a weight that is contiguous, and with one whose transpose is, as W_K and W_V are."""
-    monkeypatch.setattr('ops.kernels.cpu_is_intel', lambda: intel)
+    monkeypatch.setattr('ops.kernels.INTEL', intel)
     generator = torch.Generator().manual_seed(0)
     for B, T in ((1, 1), (3, 1), (2, 5)):
         x, weight = torch.randn(B, 4, T, 6, generator=generator), torch.randn(4, 6, 9, generator=generator)

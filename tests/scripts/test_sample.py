@@ -3,12 +3,14 @@
 import os
 import pickle
 import runpy
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from support import ROOT, forking
+from torch._inductor.exc import InvalidCxxCompiler
 
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
@@ -249,6 +251,24 @@ def test_stop(sample, folder):
         assert after == 'hello' + before[5:].split(stop)[0]
 
 
+@pytest.mark.slow
+def test_a_compiled_step_draws_the_same_text(sample, folder):
+    """By PyTorch's own compiler; tests/model/test_compiled.py has the cases."""
+    if not any(map(shutil.which, ('g++', 'clang++'))):
+        pytest.skip('this machine has no C++ compiler')
+    flags = (f'--out_dir={folder}', '--start=hello', '--max_new_tokens=20', '--temperature=0', '--device=cpu')
+    assert sample(*flags, '--compile=True')[0] == sample(*flags)[0]
+
+
+def test_a_missing_compiler_is_said_in_one_line(sample, folder, monkeypatch):
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', none)
+    with pytest.raises(UserError, match='needs a C\\+\\+ compiler'):
+        sample(f'--out_dir={folder}', '--device=cpu', '--compile=True')
+
+
 def test_prompt_from_a_file(sample, folder):
     (folder / 'prompt.txt').write_text('hello', encoding='utf-8')
     out, _ = sample(f'--out_dir={folder}', f'--start=FILE:{folder / "prompt.txt"}', '--max_new_tokens=9')
@@ -267,6 +287,7 @@ def test_prompt_from_a_file(sample, folder):
     (['--device=tpu'], 'device'),
     (['--dtype=float8'], 'dtype'),
     (['--compile=maybe'], 'compile'),
+    (['--compile=True', '--use_cache=False'], 'compile=True'),
     (['--init_from=gpt3'], 'gpt2-xl'),
 ])  # fmt: skip
 def test_mistakes(sample, folder, flags, words):

@@ -14,8 +14,8 @@ from core.speed import planner, timing
 from core.speed.planner import Plan
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
+from ops import kernels
 from ops.decoding import draw
-from ops.kernels import EagerAttention
 from ops.optimizers import adamw, param_groups
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_memory_of_a_training_step_is_that_measured_on_the_cpu(variant, dtype, r
     model = plan.model_class(replace(plan.config, recompute=recompute))
     for sequences in (4, 12):
         with monkeypatch.context() as patch:
-            patch.setattr(EagerAttention, 'HEAD_SIZES', 0)  # without patterns, as in sequences longer than these
+            patch.setattr(kernels, 'EAGER_HEAD_SIZES', 0)  # without patterns, as in sequences longer than these
             measured = timing.peak_bytes(micro_step(model, sequences, dtype))
         predicted = plan.step_bytes(sequences * 256, recompute, 'cpu')['peak']
         assert predicted == pytest.approx(measured, rel=TOLERANCE)
