@@ -86,7 +86,7 @@ batch_size = 12
 block_size = 1024
 dropout = 0.0
 bias = False
-compile = 'auto'  # torch.compile, of a CPU's decode steps too: True, False, or of training on GPUs only
+compile = 'auto'  # torch.compile: True (also for decode steps on a CPU), False, or for training on GPUs
 attention_kernel = 'auto'  # on a GPU: 'cudnn', 'flash', or 'fa3' (FlashAttention 3, where it is installed)
 without = ''  # also measure MHA without each of these: 'memory,fused,loss'
 profile = ''  # profile one step of each model; prefix of the files' names
@@ -112,7 +112,7 @@ for key in ('json', 'plot'):
 device = machine.pick_device(device)
 dtype = machine.pick_dtype(dtype, device, n_embd)
 compile = device.startswith('cuda') if compile == 'auto' else compile
-if compile:
+if compile and mode in ('train', 'sample'):
     machine.prepare_compiler(device)
 machine.set_threads(threads)
 machine.use_attention(attention_kernel, device)
@@ -268,7 +268,11 @@ def time_together(makers):
     """A row for each of {name: function that makes its Decoding}, timed in turns: times, sizes and peak memory."""
     decodings = {name: make() for name, make in makers.items()}
     seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds, turn=TURN)
-    own = {name: decoding.run_attention for name, decoding in decodings.items() if isinstance(decoding, Decoding)}
+    own = {
+        name: decoding.run_attention
+        for name, decoding in decodings.items()
+        if isinstance(decoding, Decoding) and not name.endswith(', compiled')
+    }
     attention = alternate(own, rounds, turn=TURN)
     rows = [{'name': name, **spread(seconds[name]), **decoding.sizes} for name, decoding in decodings.items()]
     decodings.clear(), own.clear()  # frees the caches

@@ -71,6 +71,10 @@ machine.set_threads(threads)
 torch.set_float32_matmul_precision('high')  # TF32 for what stays float32 on a GPU
 captured = device.startswith('cuda') and compile in ('auto', True)
 compiled = device == 'cpu' and compile is True
+if compiled and dtype == 'auto':
+    dtype = 'float32'  # autocast would convert the weights in every step
+if compiled and int8_products == 'int8':
+    raise UserError('int8_products=int8 can not be compiled; leave it out, or compile=True')
 if compile is True and not use_cache:
     raise UserError('compile=True compiles a step with a cache; leave it out, or use_cache=False')
 if compiled:

@@ -27,7 +27,7 @@ def decoding_figure(rows: list[dict[str, Any]], n_embd: int, setting: str) -> Fi
     rows: dicts of bench.py's steps, with times in milliseconds and sizes in bytes; ms_quartiles may be missing.
     setting: the title.
     """
-    rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager'))]
+    rows = [row for row in rows if 'ms' in row and not row['name'].endswith((', no cache', ', eager', ', compiled'))]
     names = list(dict.fromkeys(row['name'] for row in rows))
     sizes = sorted({row['batch_size'] for row in rows})
     looks = {name: look_of(name, n_embd) for name in names}

@@ -12,6 +12,8 @@ import torch
 from ops.cache import Cache, FixedCache
 from ops.kernels import keep_casts
 
+SIZES = 128  # a compiled step serves one size of the cache: a multiple of so many tokens
+
 
 def draw(
     logits: torch.Tensor,
@@ -85,8 +87,11 @@ class Decoder:
         self.step: FixedStep | None = None
         self.casts: dict = {}
         prompt = idx[:, -self.window :]
+        if compiled and not use_cache:
+            raise ValueError('compiled steps have a cache; leave out compiled or use_cache=False')
         if use_cache:
-            self.cache = model.init_cache(idx.size(0), prompt.size(1) + max_new_tokens, kind=cache)
+            tokens, unit = prompt.size(1) + max_new_tokens, SIZES if compiled else 1
+            self.cache = model.init_cache(idx.size(0), -(-tokens // unit) * unit, kind=cache)
         self.logits = self.run(prompt)
         if num_samples > 1:
             idx, self.logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, self.logits))
@@ -148,10 +153,11 @@ class FixedStep:
         """
         cache: a Cache with room for at least one token. Under autocast, call the step in the same context.
 
-        compiled: by torch.compile, which takes about a minute in the first step, and needs a C++ compiler on a CPU.
+        compiled: by torch.compile, which takes a minute in the first step of each model, batch size and max_tokens, and
+        needs a C++ compiler on a CPU.
         """
         self.model, self.cache, self.fixed = model, cache, FixedCache(cache)
-        self.logits_of = torch.compile(logits_of, dynamic=False) if compiled else logits_of
+        self.logits_of = torch.compile(logits_of, dynamic=False, fullgraph=True) if compiled else logits_of
         self.graph: Any = None
         self.casts: dict = {}  # a graph reads these copies of weights as long as it lives
         self.device = self.fixed.position.device

@@ -36,7 +36,7 @@ def cpu_is_intel() -> bool:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             return 'GenuineIntel' in file.read(4096)
     except OSError:
-        return 'Intel' in platform.processor()
+        return platform.system() != 'Darwin' and 'Intel' in platform.processor()
 
 
 INTEL = cpu_is_intel()  # a constant, since torch.compile traces no reading of files
@@ -56,7 +56,7 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
         plain = rows > 16 or (rows <= 3 and INTEL) or x.device.type != 'cpu' or x.dtype == torch.bfloat16
-        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling():
             return super().forward(x)
         # a multiple of the threads, with about 768 outputs each: much larger pieces outgrow a core's cache
         pieces = torch.get_num_threads() * max(1, self.out_features // (768 * torch.get_num_threads()))
@@ -106,7 +106,7 @@ def keep_casts(casts: dict | None = None) -> Iterator[None]:
 
 def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in `dtype`; inside `keep_casts`, and where no gradient is needed, the copy of an earlier call."""
-    if kept_casts is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or kept_casts is None or torch.is_grad_enabled():
         return weight.to(dtype)
     key = (weight.data_ptr(), weight.shape, weight.stride(), dtype)
     if key not in kept_casts:

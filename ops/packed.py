@@ -155,6 +155,8 @@ class Packed:
         """True where its numbers can be multiplied as they are stored."""
         # torch._int_mm's product of vectors of one number is wrong
         stored = self.form.bits == 8 and self.form.groups == 1 and self.form.few > 1 and self.device.type == 'cpu'
+        if torch.compiler.is_compiling():  # what follows it can't trace, and it makes floats well
+            return False
         return stored and self.dtype != torch.float64 and self.size(-2) <= LONGEST and has_integer_units()
 
 
@@ -232,12 +234,12 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
     with torch.autocast(q.device.type, enabled=False):
         rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
         B, K, S, size = k.shape
-        if B * K * S * size > AT_ONCE and k.fits_integer_units() and v.fits_integer_units():
-            return attend_integers(rows, k, v, mask).to(q.dtype)
-        each, tokens = B, BLOCK
-        if q.device.type == 'cpu':  # a few short sequences, or some tokens of one
+        integers = B * K * S * size > AT_ONCE and k.fits_integer_units() and v.fits_integer_units()
+        each, tokens = B, BLOCK  # sequences at a time, and tokens of them
+        if integers:
+            each = max(1, 2**22 // (K * rows.size(2) * S))  # so many scores at once
+        elif q.device.type == 'cpu':
             each, tokens = max(1, AT_ONCE // (K * S * size)), max(1, AT_ONCE // (K * size))
-        parts = [
-            attend_floats(rows[b : b + each], k[b : b + each], v[b : b + each], mask, tokens) for b in range(0, B, each)
-        ]
+        few = attend_integers if integers else functools.partial(attend_floats, tokens=tokens)
+        parts = [few(rows[b : b + each], k[b : b + each], v[b : b + each], mask) for b in range(0, B, each)]
         return torch.cat(parts).to(q.dtype)

@@ -171,8 +171,9 @@ def prepare_compiler(device: str) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            hint = 'such as g++; install one, or leave compile=True out'
-            raise UserError(f'compile=True needs a C++ compiler on a CPU, {hint}') from None
+            hint = 'g++ or what the environment variable CXX names; install it, or leave compile=True out'
+            raise UserError(f'compile=True needs a C++ compiler on a CPU: {hint}') from None
+    torch._dynamo.config.recompile_limit = 64  # decode steps of so many sizes; then it would go on uncompiled
 
 
 def available_cores() -> int:

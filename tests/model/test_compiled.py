@@ -1,15 +1,18 @@
 """torch.compile: training steps and decode steps are one graph each, and give what is given without it."""
 
-import functools
-
 import pytest
 import torch
 from support.models import BLOCK, assert_close, make, tokens
 
 from core.cli.errors import UserError
 from core.convert.int8 import quantize
+from ops import packed
 
-one_graph = functools.partial(torch.compile, backend='eager', fullgraph=True)
+compiler = torch.compile
+
+
+def one_graph(function, dynamic=None, fullgraph=True):
+    return compiler(function, backend='eager', dynamic=dynamic, fullgraph=fullgraph)
 
 
 @pytest.fixture(autouse=True)
@@ -29,23 +32,31 @@ def test_a_training_step_is_one_graph(variant):
     assert_close(*gradients)
 
 
-def compiled_texts(model, monkeypatch, **settings):
-    """Greedy texts of a model by ordinary steps, and by compiled ones of one graph."""
-    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: one_graph(function, dynamic=dynamic))
-    idx = tokens(2, 5)
-    return [model.generate(idx, 20, temperature=0, compiled=compiled, **settings) for compiled in (False, True)]
+def compiled_texts(model, monkeypatch, rows=2, **settings):
+    """Greedy texts of a model by ordinary steps, and by compiled ones of one graph, past a full cache."""
+    monkeypatch.setattr(torch, 'compile', one_graph)
+    idx = tokens(rows, 5)
+    return [model.generate(idx, BLOCK + 3, temperature=0, compiled=compiled, **settings) for compiled in (False, True)]
 
 
 @pytest.mark.parametrize('variant', ['mha', 'mqa-rope', 'mla', 'mla-published', 'mla-whole-keys'])
-def test_a_decode_step_is_one_graph(variant, monkeypatch):
-    ordinary, compiled = compiled_texts(make(variant), monkeypatch)
+@pytest.mark.parametrize('intel, rows', [(True, 2), (False, 5)])
+def test_a_decode_step_is_one_graph(variant, intel, rows, monkeypatch):
+    monkeypatch.setattr('ops.kernels.INTEL', intel)
+    ordinary, compiled = compiled_texts(make(variant), monkeypatch, rows)
     assert torch.equal(ordinary, compiled)
+
+
+def test_a_compiled_step_without_a_cache_is_refused():
+    with pytest.raises(ValueError, match='use_cache'):
+        make('mla').generate(tokens(1, 3), 4, use_cache=False, compiled=True)
 
 
 @pytest.mark.parametrize('variant, weights, kind', [
     ('mha-modern', 'int8', 'int4'), ('mla-published', 'int4', 'int8'), ('mla', 'int8', 'float'),
 ])  # fmt: skip
 def test_with_few_bits_too(variant, weights, kind, monkeypatch):
+    monkeypatch.setattr(packed, 'AT_ONCE', 100)  # where an ordinary step multiplies integers
     try:
         model = quantize(make(variant, torch.float32), kind=weights)
     except UserError as error:
