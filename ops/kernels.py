@@ -170,7 +170,10 @@ def attention_pattern(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.T
 # EagerAttention is used without dropout only up to a length at which the patterns take a quarter of the memory of a
 # block's other activations: they are H T^2 / 2 numbers beside some 16 T C. A rule and not a trial, which a resumed run
 # might decide differently. The longest sequence, in head sizes of 16 or more:
-EAGER_HEAD_SIZES = 8  # not an attribute of the autograd.Function, which torch.compile (2.13) can't read
+EAGER_HEAD_SIZES = 8
+# Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32, one
+# core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
+QUERY_BLOCK = {torch.float32: 64}  # others: 128. Neither is an attribute of the class: torch.compile (2.13) reads none
 
 
 class EagerAttention(torch.autograd.Function):
@@ -185,10 +188,6 @@ class EagerAttention(torch.autograd.Function):
     g(scores) = D g(D) - P rowsum(O g(O)), all products elementwise (arXiv:2205.14135, appendix B).
     """
 
-    # Smaller blocks skip more of the hidden half, larger ones make better products. Forward and backward in float32,
-    # one core of a Zen 3, 8 x 6 heads of 64 at T = 256: 35.5 ms by 64, 39.0 by 128, 46.9 by 256; the fused kernel 45.3.
-    QUERY_BLOCK = {torch.float32: 64}  # others: 128
-
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p_drop: float
@@ -199,7 +198,7 @@ class EagerAttention(torch.autograd.Function):
         out = torch.empty(B, T, H, v.size(-1), dtype=v.dtype).transpose(1, 2)  # the layout that c_proj reads
         patterns = []
         with torch.autocast('cpu', enabled=False):
-            block = EagerAttention.QUERY_BLOCK.get(q.dtype, 128)
+            block = QUERY_BLOCK.get(q.dtype, 128)
             for first in range(0, T, block):
                 end = min(first + block, T)
                 scores = torch.bmm(q[:, first:end], k[:, :end].mT)
@@ -288,7 +287,7 @@ def fast_attention(
     if k.size(1) < q.size(1):
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     square = mask is None and T == S
-    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu'
     short = T <= EAGER_HEAD_SIZES * max(16, q.size(-1))
     if square and trains_on_cpu and (p_drop or short):
         return EagerAttention.apply(q, k, v, scale, p_drop)

@@ -187,7 +187,7 @@ def test_linear(outputs, bias):
 @pytest.mark.parametrize('p', [0.0, 0.3])
 def test_eager_attention_and_its_gradients_are_those_of_the_formula(B, T, p, monkeypatch):
     """Over several blocks of queries, and under dropout with the same masks."""
-    monkeypatch.setattr(EagerAttention, 'QUERY_BLOCK', {torch.float64: 64})
+    monkeypatch.setattr('ops.kernels.QUERY_BLOCK', {torch.float64: 64})
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(B, T, 3 * 14, generator=generator, dtype=torch.float64, requires_grad=True)
 
@@ -216,7 +216,7 @@ def test_eager_attention_and_its_gradients_are_those_of_the_formula(B, T, p, mon
 
 @pytest.mark.parametrize('p', [0.0, 0.2])
 def test_eager_attention_in_bfloat16_is_that_in_float32_to_its_precision(p, monkeypatch):
-    monkeypatch.setattr(EagerAttention, 'QUERY_BLOCK', {})  # of one size, for the same dropout masks
+    monkeypatch.setattr('ops.kernels.QUERY_BLOCK', {})  # of one size, for the same dropout masks
     parts = [torch.randn(2, 3, 80, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
     parts, weights, found = parts[:3], parts[3].float(), []
     for dtype in (torch.bfloat16, torch.float32):
