@@ -221,30 +221,39 @@ TEXTS = {'smollm2-python': 'Python source', 'smollm2-reviews': 'film reviews'}
 
 
 def make_smollm2():
-    """The table and the picture of what SmolLM2 loses as MLA, before any fine-tuning."""
+    """The tables and the picture of what SmolLM2 loses as MLA, and with the same fine-tuning."""
     found = read_json('assets', 'smollm2.json')
     whole = found['rows']['original']['cache_bytes_per_token']
     half = stats.half_width(found['windows'])
-    named = {'decompressed': 'keys decompressed, then rotated', 'published': 'published shape'}
-    rows, points = [], []
+    named = {
+        'original': 'SmolLM2 itself',
+        'decompressed': 'keys decompressed, then rotated',
+        'published': 'published shape',
+        'cacheshrink': 'cacheshrink 0.1.5',
+    }
+    rows, tuned, points = [], [], []
     for name, row in found['rows'].items():
-        if name != 'original' and 'n_latent' not in row:
-            continue  # fine-tuned, or another program's
-        form, part = name.split(', ') if ', ' in name else (name, '')
+        form, part = (name.removesuffix(', fine-tuned') + ', 1').split(', ')[:2]
         cells = [f'{row[text]["loss"]:.4f}' for text in TEXTS]
-        if part:
+        cells += [
+            f'{row[text]["rise"]:+.4f} ± {half * row[text]["rise_stderr"]:.4f}' if 'rise' in row[text] else '0'
+            for text in TEXTS
+        ]
+        if 'rate' in row:
+            tuned.append((named[form], part, row['rate'], f'{row["tokens"]:,}', *cells))
+            continue
+        if 'n_latent' in row:
             points.append((form, row['cache_bytes_per_token'] / whole, [row[text] for text in TEXTS]))
-            errors = [f'{row[text]["rise"]:+.4f} ± {half * row[text]["rise_stderr"]:.4f}' for text in TEXTS]
-            sizes = (part, row['n_latent'], row['n_rope'])
-        else:
-            errors, sizes = ['0', '0'], ('1', '', '')
-        rows.append((named.get(form, 'SmolLM2 itself'), *sizes, *cells, *errors))
-    heading = ['form', 'part of the cache', 'r', 'R', *TEXTS.values(), *(f'rise, {text}' for text in TEXTS.values())]
+        rows.append((named[form], part, row.get('n_latent', ''), row.get('n_rope', ''), *cells))
+    losses = [*TEXTS.values(), *(f'rise, {text}' for text in TEXTS.values())]
+    heading = ['form', 'part of the cache', 'r', 'R', *losses]
     about = (
         'Made by `python studies/pages.py` from `assets/smollm2.json`: losses in nats per token of '
         f'{found["windows"]} windows of {found["context"]} tokens; rises with half of a 95 % interval over windows.'
     )
-    save('smollm2', [about, report.markdown_table(heading, rows)])
+    after = 'The same windows, each model fine-tuned on Python source; rises are relative to SmolLM2, fine-tuned alike.'
+    fine = ['form', 'part of the cache', 'the better learning rate', 'tokens', *losses]
+    save('smollm2', [about, report.markdown_table(heading, rows), after, report.markdown_table(fine, tuned)])
     figure = Figure(figsize=(style.WIDTH, 3.6))
     panels = figure.subplots(1, 2, sharey=True)
     looks = {'decompressed': style.look('MLA', 0.2), 'published': style.look('MLA', 0.5)}
