@@ -7,6 +7,7 @@ in every fork, so that what a script starts itself starts at once too.
 """
 
 import atexit
+import concurrent.futures.thread
 import contextlib
 import functools
 import gc
@@ -180,6 +181,7 @@ def become(arguments, folder, variables, streams):
         os.environ.update(variables)
         os.chdir(folder)
         code = run_program(arguments)
+        concurrent.futures.thread._python_exit()  # wakes the threads of pools, as Python does first
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
