@@ -56,9 +56,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 weights = 'float'  # 'int8', 'int4': weights in so many bits, on a CPU: faster, with slightly other probabilities
 int8_products = 'bfloat16'  # of int8 weights; 'int8': activations are rounded too (VNNI): faster, at more loss
 int8_windows = 0  # with int8 or int4: measure on so many validation windows what it changes
-compile = (
-    'auto'  # the decode step: 'auto' (a CUDA graph on CUDA), True (on a CPU torch.compile, a minute at first), False
-)
+compile = 'auto'  # the decode step: 'auto' (a CUDA graph on CUDA), True (on a CPU: torch.compile), or False
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +72,7 @@ compiled = device == 'cpu' and compile is True
 if compiled and dtype == 'auto':
     dtype = 'float32'  # autocast would convert the weights in every step
 if compiled and int8_products == 'int8':
-    raise UserError('int8_products=int8 can not be compiled; leave it out, or compile=True')
+    raise UserError("int8_products=int8 can't be compiled; leave it out, or compile=True")
 if compile is True and not use_cache:
     raise UserError('compile=True compiles a step with a cache; leave it out, or use_cache=False')
 if compiled:

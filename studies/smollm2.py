@@ -147,8 +147,7 @@ def peer_model():
     shape = {**models.model_args(model.config), 'n_kv_head': 0, 'n_latent': cached // 2, 'shared_rope': False}
     new, K, H = like(model, MLAGPT, MLAConfig(**shape)), model.config.kv_heads, model.config.n_head
     for old, block, other in zip(layers(model), layers(new), theirs.model.layers, strict=True):
-        attention, theirs_attention = block.attn, getattr(other.self_attn, 'mla', other.self_attn)  # 0.1.5: an adapter
-        found = theirs_attention.mla_compression
+        attention, found = block.attn, other.self_attn.mla.mla_compression
         attention.c_q.weight.copy_(old.attn.c_attn.weight[: model.config.n_embd])
         attention.c_kv_down.weight.copy_(torch.cat((found.W_down_k.weight, found.W_down_v.weight)))
         parts = to_neighbors(found.W_uk, K), found.W_uv
