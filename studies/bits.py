@@ -3,6 +3,7 @@ What does a bit of the cache buy? MHA, GQA, MQA and MLA with what they cache in 
 
 $ python studies/bits.py --sources=out-shakespeare-cpu,out-shakespeare-cpu-mla
 $ python studies/bits.py --sources=$(echo out-contest/code-*/*_s300? | tr ' ' ,)     # final runs of studies/contest.py
+$ python studies/bits.py --sources=data/smollm2 --dataset=smollm2-python --context=256 --windows=24
 $ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
 
 Each model's full pass attends to rounded keys and values, or latents, in each basis of core/convert/bits.py, on the
@@ -43,7 +44,7 @@ from core.runs import evaluation
 from core.runs.models import attention_of, build_model, label_of
 from core.text.dataset import TokenData
 from ops.packed import Form
-from studies.measure import outputs, read_json, reading, save
+from studies.measure import outputs, read_json, reading, repeated, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 sources = ''  # checkpoints, separated by commas
@@ -52,6 +53,8 @@ figure = ''  # the picture, with the numbers in a .json beside it; '': bits.png 
 table = ''  # a file for the tables; '': bits.md in out_dir
 reuse = ''  # the .json of an earlier study, in place of sources
 data_dir = 'data'
+dataset = ''  # a data set in the models' tokens; '': each model's own
+context = 0  # tokens of a window; 0: what each model was trained for
 windows = 400  # of the validation split, evenly spaced
 jobs = 0  # checkpoints measured at a time, with one thread each; 0: the cores that this process may use
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
@@ -66,7 +69,7 @@ BITS = (8, 6, 4, 3, 2)
 def item(source):
     """A checkpoint that is to be measured, and where its numbers go."""
     slug = os.path.basename(os.path.normpath(source))
-    unique = hashlib.sha256(os.path.abspath(source).encode()).hexdigest()[:8]
+    unique = hashlib.sha256(repr((os.path.abspath(source), dataset, context)).encode()).hexdigest()[:8]
     return dict(name=source, result=os.path.join(out_dir, f'{slug}-{unique}-{windows}.json'))
 
 
@@ -93,8 +96,10 @@ def measured(ckpt):
     """The loss of the model in a checkpoint, its rise under each rounding, and what becomes of its heads: a dict."""
     saved = checkpoints.load(ckpt)
     model = build_model(saved).eval()
-    data = TokenData(Path(data_dir, saved['config']['dataset']), model.config.block_size)
-    text = list(training_text(data, 256, 32))
+    if not (name := dataset or saved['config'].get('dataset', '')):
+        raise UserError(f'{ckpt} names no data set; choose one with --dataset=NAME')
+    data = TokenData(Path(data_dir, name), context or model.config.block_size)
+    text = list(training_text(data, 64, 32))
     exact = evaluation.window_losses(model, data, 'val', windows, batch_size=32)
     numbers = sum(t.numel() for layer in model.init_cache(1, 1).layers for t in layer)
     rows = []
@@ -105,7 +110,7 @@ def measured(ckpt):
         rows.append(dict(basis=basis, bits=bits, bytes=size, rise=rise[0], rise_stderr=rise[1]))
     found = dict(attention=label_of(model.config), rope=model.config.pos == 'rope', val_loss=float(exact.mean()))
     share = getattr(model.config, 'n_latent', 0) / model.config.n_embd
-    return dict(found, share=share, numbers=numbers, corpus=data.corpus, rows=rows, heads=heads(model, data))
+    return dict(found, share=share, numbers=numbers, corpus=data.corpus, rows=rows, heads=heads(model, saved))
 
 
 def roundings(model, text):
@@ -183,11 +188,9 @@ def by_component(sizes, bits):
 
 
 @torch.no_grad()
-def heads(model, data):
+def heads(model, saved):
     """Scores of the best induction and previous-token heads, and the loss on repeated tokens, by bits; 32: exact."""
-    ids = np.arange(data.n_vocab)
-    layout = induction.layouts(50, model.config.block_size, len(ids))['main']
-    repeats = induction.repeated_sequences(32, ids=ids, bos=None, seed=1, **layout)
+    repeats = repeated(model, saved['tokenizer'], 32, 50, seed=1)
     vector, wide = model.init_cache(1, 1).layers[0][0].size(-1), getattr(model.transformer.h[0].attn, 'n_rope', 0)
     found, best = {}, {}
     for bits in (32, *BITS):

@@ -37,8 +37,7 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs.models import build_model
 from core.text.dataset import TokenData
-from core.text.tokenizer import tokenizer_of
-from studies.measure import outputs, read_json, reading, save
+from studies.measure import outputs, read_json, reading, repeated, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 models = ''  # checkpoints, separated by commas, the original first
@@ -68,11 +67,7 @@ COUNTS = (1, 4, 16)  # induction heads ablated together
 def measured(saved, chosen):
     """All measurements of a checkpoint's model: a dict. chosen: {score: heads by rank} of the first, which fills it."""
     model = build_model(saved).eval()
-    ids, bos = range(model.config.vocab_size), None
-    if tokenizer := tokenizer_of(saved['tokenizer'], model.config.vocab_size):
-        ids, bos = tokenizer.text_ids(), tokenizer.end_of_text
-    layout = induction.layouts(length, model.config.block_size - (bos is not None), len(ids))['main']
-    repeats = induction.repeated_sequences(sequences, ids=ids, bos=bos, seed=seed, **layout)
+    repeats = repeated(model, saved['tokenizer'], sequences, length, seed)
     half = len(repeats) // 2
     selecting = induction.head_scores(model, repeats[:half], losses=False)
     reported = induction.head_scores(model, repeats[half:])

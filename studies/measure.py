@@ -10,8 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import report
+from analysis.induction import Repeats, layouts, repeated_sequences
 from core.cli import arguments, errors, subprocesses
 from core.cli.errors import UserError
+from core.text.tokenizer import tokenizer_of
+from model import GPT
 
 
 def measure(folder: str, **keys: object) -> None:
@@ -53,6 +56,15 @@ def best_heads(found: dict) -> dict:
 def formed(curve: list[tuple[int, float]], threshold: float) -> int | None:
     """When the best induction score of a run first exceeded a threshold; None if it never did."""
     return next((time for time, score in curve if score > threshold), None)
+
+
+def repeated(model: GPT, tokenizer: dict, count: int, length: int, seed: int) -> Repeats:
+    """`count` sequences with a block of `length` random tokens of text twice, behind the token that begins a text."""
+    ids, bos = np.arange(model.config.vocab_size), None
+    if found := tokenizer_of(tokenizer, model.config.vocab_size):
+        ids, bos = found.text_ids(), found.end_of_text
+    layout = layouts(length, model.config.block_size - (bos is not None), len(ids))['main']
+    return repeated_sequences(count, ids=ids, bos=bos, seed=seed, **layout)
 
 
 def places(group: list[dict], key: str) -> str:
