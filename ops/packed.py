@@ -236,7 +236,9 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
         B, K, S, size = k.shape
         integers = B * K * S * size > AT_ONCE and k.fits_integer_units() and v.fits_integer_units()
         each, tokens = B, BLOCK  # sequences at a time, and tokens of them
-        if integers:
+        if torch.compiler.is_compiling():
+            tokens = S  # each piece would become code of its own, which takes minutes to compile
+        elif integers:
             each = max(1, 2**22 // (K * rows.size(2) * S))  # so many scores at once
         elif q.device.type == 'cpu':
             each, tokens = max(1, AT_ONCE // (K * S * size)), max(1, AT_ONCE // (K * size))

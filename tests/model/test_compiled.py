@@ -63,3 +63,21 @@ def test_with_few_bits_too(variant, weights, kind, monkeypatch):
         pytest.skip(str(error))
     ordinary, compiled = compiled_texts(model, monkeypatch, cache=kind)
     assert torch.equal(ordinary, compiled)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_a_long_cache_in_few_bits_is_no_longer_program(kind, monkeypatch):
+    """Pieces of a cache would become code of their own: behind 4,096 tokens that took over nine minutes to compile."""
+    sizes = []
+
+    def counting(graph, _):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for at_once in (packed.AT_ONCE, 100):
+        torch._dynamo.reset()
+        monkeypatch.setattr(packed, 'AT_ONCE', at_once)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'compile', lambda f, **keys: compiler(f, **(keys | dict(backend=counting))))
+            make('mla').generate(tokens(2, 5), 3, temperature=0, compiled=True, cache=kind)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
