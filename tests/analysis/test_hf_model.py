@@ -189,9 +189,10 @@ def train(model, steps):
     """Train on blocks of random tokens of a random length that repeat, until a head attends to the repetition."""
     torch.set_grad_enabled(True)
     generator, hf = np.random.default_rng(0), HFModel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     these = induction.repeated_sequences(8, 16, np.arange(64), seed=1)
     for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 5e-3 * min(1, (step + 1) / 100)
         period = int(generator.integers(8, 25))
         block = torch.from_numpy(generator.integers(0, 64, (32, period)))
         tokens = block.repeat(1, 48 // period + 1)[:, :48]
@@ -199,6 +200,7 @@ def train(model, steps):
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, period:].flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 49:
             model.eval()
@@ -208,12 +210,16 @@ def train(model, steps):
     raise AssertionError(f'no head after {steps} steps: {scores["induction"].mean(0)}')
 
 
+TRAINED = dict(vocab_size=64, hidden_size=64, head_dim=16, intermediate_size=128, initializer_range=0.05)
+TRAINED_LATENT = TRAINED | dict(kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+
+
 @pytest.mark.slow
-def test_a_llama_trained_by_its_own_class_forms_a_head_that_ablation_finds():
-    sizes = dict(vocab_size=64, hidden_size=64, head_dim=16, intermediate_size=128)
+@pytest.mark.parametrize('model_type, sizes', [('llama', TRAINED), ('deepseek_v3', TRAINED_LATENT)])
+def test_a_model_trained_by_its_own_class_forms_a_head_that_ablation_finds(model_type, sizes):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model('llama', **CLASSES['llama'] | sizes)
-    model, these, scores = train(transformers.AutoModelForCausalLM.from_config(config), 500)
+    config = transformers.AutoConfig.for_model(model_type, **CLASSES[model_type] | sizes)
+    model, these, scores = train(transformers.AutoModelForCausalLM.from_config(config), 600)
     strongest = divmod(int(scores['induction'].mean(0).argmax()), 4)
     assert strongest[0] == 1 and scores['previous_token'].mean(0)[0].max() > 0.3
     assert circuits.copying_eigenvalues(model, np.arange(64))[strongest] > 0.3
