@@ -73,6 +73,8 @@ if compiled and dtype == 'auto':
     dtype = 'float32'  # autocast would convert the weights in every step
 if compiled and int8_products == 'int8':
     raise UserError("int8_products=int8 can't be compiled; leave it out, or compile=True")
+if compile is True and not (captured or compiled):
+    raise UserError(f'compile=True is for a CPU or an NVIDIA GPU, and the device is {device}; leave it out')
 if compile is True and not use_cache:
     raise UserError('compile=True compiles a step with a cache; leave it out, or use_cache=False')
 if compiled:

@@ -263,10 +263,12 @@ def draw():
     """Loss over exact cache bytes per token, and the rise over bits per number; a line per model, in its own basis."""
     picture = Figure(figsize=(style.WIDTH, 5))
     left, right = picture.subplots(1, 2)
+    shown = []
     for n, (label, group) in enumerate(groups().items()):
         look, exact = style.look(group[0]['attention'], group[0]['share'], n // 5), [run['val_loss'] for run in group]
         sizes = [values(group, 'own', bits, 'bytes')[0] for bits in BITS]
         rises = [float(np.mean(values(group, 'own', bits))) for bits in BITS]
+        shown += [np.mean(exact), np.mean(exact) + rises[BITS.index(4)]]
         left.plot(sizes, [np.mean(exact) + rise for rise in rises], label=label, **look)
         left.plot(2 * group[0]['numbers'], np.mean(exact), **(look | dict(markersize=9, markerfacecolor='white')))
         right.plot(BITS, np.maximum(rises, 1e-5), **look)
@@ -274,10 +276,10 @@ def draw():
         right.plot(BITS, noise, color=look['color'], linestyle=':', linewidth=0.8)
     left.set_xscale('log', base=2)
     left.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
-    lowest = min(np.mean([run['val_loss'] for run in group]) for group in groups().values())
-    left.set(
-        xlabel='cache bytes per token', ylabel='validation loss (nats per token)', ylim=(lowest - 0.01, lowest + 0.15)
-    )
+    lowest, highest = min(shown), max(shown)  # 3 and 2 bits may lie above the picture
+    room = (highest - lowest) / 10
+    left.set(xlabel='cache bytes per token', ylabel='validation loss (nats per token)')
+    left.set_ylim(lowest - room, highest + 5 * room)
     left.set_title('large hollow marks: in 16 bits')
     left.legend(fontsize=7.5)
     right.set(xlabel='bits per number', ylabel='rise of the loss (nats)', yscale='log', title='dotted: noise as large')

@@ -253,7 +253,16 @@ def make_smollm2():
     )
     after = 'The same windows, each model fine-tuned on Python source; rises are relative to SmolLM2, fine-tuned alike.'
     fine = ['form', 'part of the cache', 'the better learning rate', 'tokens', *losses]
-    save('smollm2', [about, report.markdown_table(heading, rows), after, report.markdown_table(fine, tuned)])
+    parts = [about, report.markdown_table(heading, rows), after, report.markdown_table(fine, tuned)]
+    pair = [found['rows'].get(f'{form}, 1/2, fine-tuned') for form in ('cacheshrink', 'published')]
+    if all(pair):
+        behind = []
+        for text, said in TEXTS.items():
+            losses, reference = (row[text]['losses'] for row in pair)
+            middle, to_ends = stats.t_interval([a - b for a, b in zip(losses, reference, strict=True)])
+            behind.append(f'{middle:.4f} ± {to_ends:.4f} ({said})')
+        parts.append(f'cacheshrink, fine-tuned, is behind the published shape by {" and ".join(behind)}.')
+    save('smollm2', parts)
     figure = Figure(figsize=(style.WIDTH, 3.6))
     panels = figure.subplots(1, 2, sharey=True)
     looks = {'decompressed': style.look('MLA', 0.2), 'published': style.look('MLA', 0.5)}

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import sys
+import sysconfig
 import time
 
 import torch
@@ -160,7 +161,7 @@ def prepare_compiler(device: str) -> None:
     """
     Before torch.compile: its cache is kept in the user's cache folder instead of /tmp, so that it survives a reboot.
 
-    UserError where a CPU is to be compiled for, and there is no C++ compiler.
+    UserError where a CPU is to be compiled for, and there is no C++ compiler or no Python.h.
     """
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'torchinductor'))
@@ -173,6 +174,10 @@ def prepare_compiler(device: str) -> None:
         except InvalidCxxCompiler:
             hint = 'g++ or what the environment variable CXX names; install it, or leave compile=True out'
             raise UserError(f'compile=True needs a C++ compiler on a CPU: {hint}') from None
+        headers = sysconfig.get_path('include')
+        if not os.path.exists(os.path.join(headers, 'Python.h')):
+            hint = 'install the package python3-dev or the like, or leave compile=True out'
+            raise UserError(f'compile=True needs Python.h on a CPU, which is not in {headers}: {hint}')
     torch._dynamo.config.recompile_limit = 64  # decode steps of so many sizes; then it would go on uncompiled
 
 

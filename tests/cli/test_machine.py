@@ -1,12 +1,15 @@
 """core/cli/machine.py: which device and dtype 'auto' becomes, and what processes agree on."""
 
 import importlib.util
+import sysconfig
 
 import pytest
 import torch
 from support import forking
 from support.fake_cuda import FakeCuda
 from support.training import torchrun
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from core.cli import machine
 from core.cli.errors import UserError
@@ -220,3 +223,18 @@ def test_the_kernel_of_attention_is_chosen_only_on_a_gpu(monkeypatch):
 def test_flash_attention_3_must_be_installed():
     with pytest.raises(UserError, match='not installed'):
         machine.use_attention('fa3', 'cuda')
+
+
+@pytest.mark.parametrize('missing', ['compiler', 'headers'])
+def test_what_the_compiler_needs_is_named(missing, tmp_path, monkeypatch):
+    def no_compiler():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(cpp_builder, 'get_cpp_compiler', no_compiler if missing == 'compiler' else lambda: 'c++')
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+    with pytest.raises(UserError, match='C\\+\\+ compiler' if missing == 'compiler' else 'Python.h'):
+        machine.prepare_compiler('cpu')
+    (tmp_path / 'Python.h').touch()
+    if missing == 'headers':
+        machine.prepare_compiler('cpu')

@@ -55,6 +55,11 @@ def test_training(runs):
         assert [row['iter'] for row in rows] == list('0123456') and rows[-1]['val_loss']
 
 
+def test_compiling_is_refused(tmp_path):
+    done = forking.run(PROGRAM, ['sample.py', f'--out_dir={tmp_path}', '--compile=True', '--device=mps'])
+    assert done.returncode == 2 and 'compile=True is for a CPU or an NVIDIA GPU' in done.stderr
+
+
 @pytest.mark.parametrize('name', ['mha', 'mla'])
 def test_sampling(runs, name):
     text = on_mps('sample.py', out_dir=runs / name, start='abc', num_samples=2, max_new_tokens=20)
