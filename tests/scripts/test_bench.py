@@ -5,6 +5,7 @@ import re
 
 import pytest
 from support import ROOT, forking
+from support.forking import only_traced
 
 from model import GPT, GPTConfig
 
@@ -82,6 +83,15 @@ def test_a_cache_in_few_bits_is_timed_beside_float(tmp_path):
     sizes = {name: row['bytes_per_token'] for name, row in timed(tmp_path / 'a.json').items()}
     # two heads of 16 numbers, keys and values: 8 bytes and a scale each; a latent of 16 the same
     assert sizes == {'MHA': 256, 'MLA, r=16': 64, 'MHA, int4 cache': 4 * 10, 'MLA, r=16, int4 cache': 10}
+
+
+def test_compiled_steps_are_timed_beside_ordinary_ones(tmp_path):
+    keys = ['--contexts=8', '--batch_sizes=1', '--new_tokens=4', '--n_latents=16', '--uncached_tokens=0']
+    keys += ['--prompt_tokens=2', '--compile=True', f'--json={tmp_path}/a.json']
+    done = forking.run('-c', [only_traced('bench.py'), *TINY, '--mode=sample', *keys])
+    assert done.returncode == 0, done.stderr
+    for what in ('steps', 'texts'):
+        assert list(timed(tmp_path / 'a.json', what)) == ['MHA', 'MLA, r=16', 'MHA, compiled', 'MLA, r=16, compiled']
 
 
 def with_little_memory(*arguments):

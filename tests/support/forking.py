@@ -199,6 +199,12 @@ def limit_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 
+def only_traced(script):
+    """Python code for `run` that runs a script whose torch.compile traces its functions and compiles nothing."""
+    traced = "torch.compile = lambda function, **keys: compiler(function, **(keys | {'backend': 'eager'}))"
+    return f"import runpy, torch; compiler = torch.compile; {traced}; runpy.run_path({script!r}, run_name='__main__')"
+
+
 def run_program(arguments):
     """Run a file, a module or code as Python would; returns the exit code."""
     if arguments[0] == '-u':
