@@ -150,6 +150,18 @@ MUTATIONS = [
     ('keys are rotated whole by the positions of the newest tokens', 'model_mla.py',
      'return apply_rope(k, self.angles[:, : k.size(2)]), v', 'return apply_rope(k, self.angles[:, -k.size(2) :]), v',
      'cache'),
+    ('numbers in few bits lie at the lower end of their level', 'ops/packed.py',
+     'return levels.to(dtype).add_(0.5).mul_(scale)', 'return levels.to(dtype).mul_(scale)', 'packed'),
+    ('integer scores forget the half level', 'ops/packed.py',
+     'scores = worth @ multiply(k.low, queries.mT).mT + few.sum(-1, keepdim=True) / 2',
+     'scores = worth @ multiply(k.low, queries.mT).mT', 'packed'),
+    ('all digits of the softmax count alike', 'ops/packed.py', 'places = q.new_tensor((1, 1 / BASE, BASE**-2))',
+     'places = q.new_tensor((1, 1, 1))', 'packed'),
+    ('content is kept in place of the rotated key', 'ops/packed.py',
+     'high = torch.cat((scale, x[..., self.few :].bfloat16()), dim=-1)',
+     'high = torch.cat((scale, x[..., : self.wide].bfloat16()), dim=-1)', 'packed cache_bits'),
+    ('each piece of a cache in few bits is compiled', 'ops/packed.py',
+     'tokens = S  # each piece would become code of its own, which takes minutes to compile', 'pass', 'compiled'),
 ]  # fmt: skip
 
 
