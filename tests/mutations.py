@@ -160,8 +160,8 @@ MUTATIONS = [
     ('content is kept in place of the rotated key', 'ops/packed.py',
      'high = torch.cat((scale, x[..., self.few :].bfloat16()), dim=-1)',
      'high = torch.cat((scale, x[..., : self.wide].bfloat16()), dim=-1)', 'packed cache_bits'),
-    ('each piece of a cache in few bits is compiled', 'ops/packed.py',
-     'tokens = S  # each piece would become code of its own, which takes minutes to compile', 'pass', 'compiled'),
+    ('each piece of a cache in few bits is compiled', 'ops/packed.py', 'if torch.compiler.is_compiling():',
+     'if False:', 'compiled'),
 ]  # fmt: skip
 
 
