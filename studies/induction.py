@@ -7,8 +7,8 @@ $ python studies/induction.py --reuse=assets/induction_repeats.json    # its tab
 
 Trains every model with train.py on data/repeats, measures it at several iterations with find_induction_heads.py, and
 writes the tables and, beside the picture, a .json with every number. Finished runs are kept: repeat the command to
-continue after an interruption. MLA has the shape and the initial values of version 0.1.0, with which the figures of
-results/induction-repeats.md were measured. Run it from the repository root.
+continue after an interruption. With RoPE, MLA has the published shape: rotated dimensions beside the content and a norm
+on the latent. Run it from the repository root.
 """
 
 import sys
@@ -48,7 +48,6 @@ exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf
 FORMED = 0.5  # an induction head has formed when the best induction score exceeds this
 TUNING = 200  # iterations of fine-tuning after a conversion
 WIDTH, LAYERS, DEEP = 64, 2, 4  # n_embd of config/train_repeats.py, its layers, and those of the runs about depth
-HEAD = WIDTH // 4  # the head size
 iterations = max_iters or (2000 if full else 1200)
 runs_dir = os.path.join(out_dir, f'{iterations}')  # runs of other forms aren't continued: their schedule was another
 
@@ -95,7 +94,7 @@ def train_and_measure(run):
     steps, folder = snapshots(), run['folder']
     if not os.path.exists(os.path.join(folder, f'ckpt_{steps[-1]:06}.pt')):
         keys = {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
-        keys |= dict(latent_init='gpt2', n_nope=HEAD // 2 if run['pos'] == 'rope' else HEAD)
+        keys |= dict(latent_norm=run['pos'] == 'rope') if run['n_latent'] else {}
         keys |= dict(max_iters=steps[-1], keep_checkpoints=','.join(map(str, steps)))
         keys |= dict(out_dir=folder, data_dir=data_dir, resume='auto', threads=1)
         subprocesses.run_script('train.py', ['config/train_repeats.py', keys], folder)
