@@ -54,6 +54,7 @@ sequences = 64  # random sequences; half of them choose heads, the others are re
 length = 50  # distinct tokens in the repeated block
 few = 16  # sequences for ablations and replaced logits
 best = 5  # heads whose logits are replaced
+drawn = 4  # models in the picture: the first so many
 seed = 1
 threads = 0
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
@@ -162,12 +163,12 @@ def part_table(numbers):
 
 def draw(numbers):
     """Scores by layer and head, a column per model."""
-    found = numbers['models']
-    drawn = [name for name in SCORES if name != 'sink']
+    found = list(numbers['models'].items())[:drawn]
+    scores = [name for name in SCORES if name != 'sink']
     figure = Figure(figsize=(style.WIDTH, 6.5))
-    panels = figure.subplots(len(drawn), len(found), sharex=True, sharey=True, squeeze=False)
-    for row, name in zip(panels, drawn, strict=True):
-        for axes, (label, model) in zip(row, found.items(), strict=True):
+    panels = figure.subplots(len(scores), len(found), sharex=True, sharey=True, squeeze=False)
+    for row, name in zip(panels, scores, strict=True):
+        for axes, (label, model) in zip(row, found, strict=True):
             image = axes.imshow(np.array(model['scores'][name]), vmin=0, vmax=1, cmap='viridis', aspect='auto')
             axes.grid(False)
             axes.set_xticks(range(0, len(model['scores'][name][0]), 2))

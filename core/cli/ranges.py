@@ -37,7 +37,7 @@ KEYS = {
     '(0, 100000]': 'minutes',
     '[0, 86400]': 'follow',
     # samples and measurements
-    '[1, 100000]': 'num_samples ablate_sequences few best',
+    '[1, 100000]': 'num_samples ablate_sequences few best drawn',
     '[0, 100]': 'temperature kv_rms',
     '[8, 100000]': 'sequences',
     '[4, 1000000]': 'length',
