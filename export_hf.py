@@ -29,11 +29,9 @@ no token for the start of a text: --model_args ...,prefix_token_id=ID gives lm_e
 decode(..., skip_special_tokens=True) omits the token; no logits and no other ids are changed.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 import shlex

@@ -26,7 +26,7 @@ import types
 import warnings
 from collections.abc import Callable
 
-from core.cli import errors, ranges
+from core.cli import errors, ranges, signals
 from core.cli.errors import UserError
 
 Value = bool | int | float | str
@@ -56,6 +56,12 @@ def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
         if found := ranges.problem(key, value):
             raise UserError(f'{key} {found}')
     return keys
+
+
+def begin(script: str, *others: str) -> None:
+    """What a script does before its slow imports: from now on signals end it at once; then `check_early`."""
+    signals.exit_at_once()
+    check_early(script, *others)
 
 
 def check_early(script: str, *others: str) -> None:
