@@ -20,6 +20,7 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError
+from core.text.meta import PlainDtype
 
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
@@ -42,27 +43,17 @@ TYPES: dict[str, Any] = {
 }
 
 
-class NumpyDtype:
-    """Stands for numpy.dtype while a checkpoint is read: the kind and size of one plain number, such as 'i8'."""
-
-    def __init__(self, code: str, *_: object):
-        self.code, self.order = code, '<'
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = '>' if state[1] == '>' else '<'
-
-
-def numpy_number(dtype: NumpyDtype, data: bytes) -> int | float | bool:
+def numpy_number(dtype: PlainDtype, data: bytes) -> int | float | bool:
     """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
     formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
-    if not isinstance(dtype, NumpyDtype) or dtype.code not in formats:
+    if not isinstance(dtype, PlainDtype) or dtype.code not in formats:
         raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
     return struct.unpack(dtype.order + formats[dtype.code], data)[0]
 
 
 # nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
 NUMPY: list[Any] = [
-    (NumpyDtype, 'numpy.dtype'),
+    (PlainDtype, 'numpy.dtype'),
     (numpy_number, 'numpy.core.multiarray.scalar'),
     (numpy_number, 'numpy._core.multiarray.scalar'),
 ]
