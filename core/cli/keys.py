@@ -213,8 +213,7 @@ class Keys:
         if not path.endswith('.py'):
             raise UserError(self.misplaced(path))
         try:
-            with open(path, encoding='utf-8-sig') as file:
-                return file.read()
+            return source_of(path)
         except FileNotFoundError as error:
             raise UserError(f"config file '{path}' does not exist; {near_file(path)}") from error
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
