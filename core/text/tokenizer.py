@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class CharTokenizer(Tokenizer):
     """One id per character. chars: the characters in the order of their ids."""
 
-    name, learned_from = 'char', 'characters'
+    name, learned_from, entries = 'char', 'characters', ('chars',)
 
     def __init__(self, chars: str) -> None:
         self.chars = chars
@@ -62,18 +62,11 @@ class CharTokenizer(Tokenizer):
         return cls(''.join(sorted(set(material))))
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'CharTokenizer':
-        return cls(meta['chars'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         chars, size = meta.get('chars'), meta.get('vocab_size')
         if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
             return None
         return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
-
-    def meta(self) -> Meta:
-        return {**super().meta(), 'chars': self.chars}
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
@@ -103,7 +96,7 @@ class TableTokenizer(Tokenizer):
     Text is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
     """
 
-    name = 'table'
+    name, entries = 'table', ('strings', 'vocab_size')
 
     def __init__(self, strings: list[str | None], vocab_size: int) -> None:
         self.strings, self.vocab_size, self.n_vocab = strings, vocab_size, len(strings)
@@ -120,10 +113,6 @@ class TableTokenizer(Tokenizer):
         return max(self.ids, key=len)
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'TableTokenizer':
-        return cls(meta['strings'], meta['vocab_size'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         strings: Any = meta.get('strings')
         size = meta.get('vocab_size')
@@ -131,9 +120,6 @@ class TableTokenizer(Tokenizer):
         if not is_list or not any(strings):
             return 'has no valid "strings"'
         return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
-
-    def meta(self) -> Meta:
-        return {'tokenizer': self.name, 'vocab_size': self.vocab_size, 'strings': self.strings}
 
     def text_ids(self) -> np.ndarray:
         return np.array(sorted(self.ids.values()))
@@ -245,7 +231,7 @@ class BPETokenizer(BytePairTokenizer):
     pieces: in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
     """
 
-    name, learned_from, vocab_sizes = 'bpe', 'text', range(300, (1 << 16) + 1)
+    name, learned_from, entries, vocab_sizes = 'bpe', 'text', ('pieces',), range(300, (1 << 16) + 1)
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
@@ -257,10 +243,6 @@ class BPETokenizer(BytePairTokenizer):
         return cls(learn_bpe(material, vocab_size or 4096))
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'BPETokenizer':
-        return cls(meta['pieces'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         pieces, size = meta.get('pieces') or [], meta.get('vocab_size')
         if are_pieces(pieces) and size in (None, len(pieces) + 1):
@@ -268,9 +250,6 @@ class BPETokenizer(BytePairTokenizer):
         if not isinstance(size, int):
             return 'has no valid "pieces"'
         return f'has "pieces" that are not {size - 1} different strings that include every single byte'
-
-    def meta(self) -> Meta:
-        return {**super().meta(), 'pieces': self.pieces}
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':

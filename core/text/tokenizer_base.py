@@ -26,6 +26,7 @@ class Tokenizer(abc.ABC):
     reads_bytes = False  # encodes bytes that are not UTF-8
     learned_from: str | None = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
     vocab_sizes: range | None = None  # the sizes that `learn` accepts; None if the size can't be chosen
+    entries: tuple[str, ...] = ()  # of its meta: what the class is called with, and its attributes of the same names
 
     @property
     def padded_vocab_size(self) -> int:
@@ -40,7 +41,8 @@ class Tokenizer(abc.ABC):
     @classmethod
     def from_meta(cls, meta: Meta) -> 'Tokenizer':
         """The tokenizer that a valid meta describes; its vocabulary is not loaded yet."""
-        return cls()
+        make: Any = cls
+        return make(*(meta[entry] for entry in cls.entries))
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
@@ -50,7 +52,8 @@ class Tokenizer(abc.ABC):
 
     def meta(self) -> Meta:
         """The tokenizer's entries in meta.json: all that from_meta needs."""
-        return {'tokenizer': self.name, 'vocab_size': self.n_vocab}
+        own = {entry: getattr(self, entry) for entry in self.entries}
+        return {'tokenizer': self.name, 'vocab_size': self.n_vocab, **own}
 
     def load(self) -> 'Tokenizer':
         """Load the vocabulary; returns self. UserError if it's not available."""
