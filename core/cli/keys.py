@@ -36,11 +36,7 @@ EXPECTED = {bool: 'True or False (bool)', int: 'a whole number (int)', float: 'a
 
 
 def configure(script: dict[str, object]) -> tuple[dict[str, Value], set[str]]:
-    """
-    Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}).
-
-    UserError where a flag, a file or a value is wrong. Exits after --help.
-    """
+    """Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}). UserError."""
     errors.install()
     check_folder(str(script.get('__file__') or ''))
     keys = applied(script, errors.notice)
@@ -132,11 +128,7 @@ class Keys:
     # ---- flags
 
     def read_flag(self, flag: str, rest: list[str]) -> str:
-        """
-        Apply '--key=value', or '--key' and the first of `rest`, which is removed from it; returns the key.
-
-        A boolean key without a value is True.
-        """
+        """Apply '--key=value', or '--key' and what it takes from `rest` (True for a boolean key); returns the key."""
         key, equals, text = flag[2:].partition('=')
         if key in ('local-rank', 'local_rank'):
             raise UserError(f'{flag} comes from torch.distributed.launch; use torchrun in its place')

@@ -1,11 +1,7 @@
 """
-Checkpoints: what one holds, writing one so that a crash never leaves a broken file, and reading one.
+Checkpoints: what one holds, writing one so that a crash leaves no broken file, and reading one, which runs no code.
 
-Notable features:
-- nanoGPT's keys, so its sample.py reads our MHA checkpoints, and its checkpoints are read here
-- only tensors and plain values, loaded with `weights_only=True`: opening a checkpoint never runs code
-- written beside its place, flushed to disk, then renamed: the name always holds a whole checkpoint, old or new
-- a checkpoint records its own attention, tokenizer and corpus
+The keys are nanoGPT's and more, so its sample.py reads our MHA checkpoints, and its checkpoints are read here.
 """
 
 import contextlib

@@ -1,6 +1,4 @@
-"""
-Byte-pair encodings: learned from text, converted to what Hugging Face reads, and GPT-2's own from tiktoken.
-"""
+"""Byte-pair encodings: learned from text, converted to what Hugging Face reads, and GPT-2's own from tiktoken."""
 
 import re
 import threading
@@ -96,11 +94,7 @@ def byte_letters() -> list[str]:
 def byte_level_bpe(
     ranks: dict[bytes, int], special_token: str, special_id: int, split_words: bool
 ) -> 'tokenizers.Tokenizer':
-    """
-    The byte-pair encoding with these ranks, {token: id}.
-
-    special_token: recognized in text and encoded as special_id.
-    """
+    """The byte-pair encoding with these ranks, {token: id}. special_token: recognized in text, with special_id."""
     import tokenizers
 
     letters = byte_letters()

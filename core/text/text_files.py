@@ -1,11 +1,8 @@
 """
 Text files as streams: which files there are, their text in blocks, and the pieces of it that a tokenizer encodes.
 
-Notable features:
-- for the prepare scripts that read a user's own files: data/text and data/code; data/hub shares how they are named
-- files of any size: text is read, surveyed and cut in blocks, in bounded memory
-- one rule for all text, prompts too: UTF-8 whatever the locale, without byte order marks, and \\r\\n becomes \\n;
-  tokenizers that read bytes get the bytes of the files unchanged
+Files may have any size: text is read, surveyed and cut in blocks, in bounded memory. One rule is for all text, prompts
+too: see `as_text`. Tokenizers that read bytes get the bytes of the files unchanged.
 """
 
 import gzip
@@ -140,7 +137,7 @@ def opened(path: Path) -> Any:
 
 
 def as_text(file: IO[bytes]) -> io.TextIOWrapper:
-    """The rule for all text that is read: UTF-8 without a byte order mark, each line with '\\n' at its end."""
+    """The rule for all text: UTF-8 whatever the locale, without a byte order mark, each line with '\\n' at its end."""
     return io.TextIOWrapper(file, encoding='utf-8-sig')
 
 
@@ -283,9 +280,7 @@ def learn(
 
 
 def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:
-    """
-    Yields evenly spaced texts: about `most` characters, or all if there are fewer. total: the characters in all texts.
-    """
+    """Yields evenly spaced texts of about `most` characters, or all if they have fewer. total: how many they have."""
     taken = position = 0
     for text in texts:
         if taken * total <= position * most:

@@ -1,11 +1,8 @@
 """
 The tokenizers: text to token ids and back.
 
-Notable features:
-- each tokenizer is one subclass of Tokenizer, registered in TOKENIZERS: data sets, checkpoints, the prepare scripts,
-  export and analysis read its name, sizes and special ids from there
-- `load_tokenizer(meta)` returns the tokenizer that the meta of a data set or a checkpoint describes
-- sizes and special ids are known without tiktoken and without a network; vocabularies are loaded on first use
+Each is one subclass of Tokenizer. Data sets, checkpoints, the prepare scripts, export and analysis read its name, sizes
+and special ids from there, without tiktoken and without a network; vocabularies are loaded on first use.
 """
 
 import abc
@@ -190,11 +187,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """
-    A byte-pair encoding over words, computed by tiktoken; the last id is <|endoftext|>.
-
-    Subclasses set end_of_text and `encoding`.
-    """
+    """A byte-pair encoding over words, by tiktoken; subclasses set `encoding` and end_of_text, which is the last id."""
 
     byte_pair = True
     end_of_text: int
@@ -225,11 +218,7 @@ class BytePairTokenizer(Tokenizer):
 
 
 class BPETokenizer(BytePairTokenizer):
-    """
-    A byte-pair encoding learned from the training text.
-
-    pieces: in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
-    """
+    """A byte-pair encoding learned from text. pieces: in the order of their ids, one Latin-1 character per byte."""
 
     name, learned_from, entries, vocab_sizes = 'bpe', 'text', ('pieces',), range(300, (1 << 16) + 1)
 
@@ -321,11 +310,7 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
 
 
 def load_tokenizer(meta: Meta) -> Tokenizer:
-    """
-    The tokenizer that the meta of a data set or a checkpoint describes, ready to encode and decode.
-
-    UserError if there is none, or if its vocabulary is not available.
-    """
+    """The tokenizer that a meta describes, ready to encode and decode. UserError without one, or its vocabulary."""
     tokenizer = tokenizer_of(meta)
     if tokenizer is None:
         raise UserError(f'these tokens stand for no text (tokenizer: {NO_TEXT}), so none can be encoded or decoded')
