@@ -58,8 +58,9 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
     """
     The files that `--input` names: (files in order, a count of what else was in the folders, copies of pipes).
 
-    suffixes: of the files of a folder that count, separated by commas. Pipes, as of the shell's <(command), are copied
-    to temporary files, which exist as long as their objects do. UserError if there are no files.
+    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes, as of
+    the shell's <(command), are copied to temporary files, which exist as long as their objects do. UserError if there
+    are no files.
     """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and os.path.exists(given):
@@ -87,6 +88,8 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
+    if ignored:
+        notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
     return files, ignored, copies
 
 
@@ -110,12 +113,6 @@ def in_words(ignored: Counter[str]) -> str:
     most = ignored.most_common(5)
     others = ignored.total() - sum(count for _, count in most)
     return ', '.join(f'{count:,} {suffix}' for suffix, count in most) + (f' and {others:,} others' if others else '')
-
-
-def notice_ignored(ignored: Counter[str], suffixes: str) -> None:
-    """Print what the folders held beside the files that were chosen, a Counter of suffixes, if there was anything."""
-    if ignored:
-        notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
 
 
 def named(given: str) -> str:

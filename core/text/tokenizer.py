@@ -78,9 +78,6 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode('utf-8', errors='replace')
-
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         return word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
 
@@ -137,9 +134,6 @@ class TableTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.strings[i] or '' for i in checked_ids(ids, self.n_vocab))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode('utf-8', errors='replace')
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         longest_first = sorted(self.ids, key=len, reverse=True)

@@ -16,7 +16,7 @@ NO_TEXT = 'none'  # meta['tokenizer'] of a data set whose ids stand for no text
 
 
 class Tokenizer(abc.ABC):
-    """What all tokenizers share. A subclass sets the attributes below and implements the abstract methods."""
+    """What all tokenizers share. A subclass sets the attributes below, and has one of decode and decode_bytes."""
 
     name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
     n_vocab: int  # number of ids; set per instance if it depends on the text
@@ -76,9 +76,9 @@ class Tokenizer(abc.ABC):
         """The text of some ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-    @abc.abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 text of some ids; characters may be incomplete. ValueError for an unknown id."""
+        return self.decode(ids).encode('utf-8', errors='replace')
 
     @abc.abstractmethod
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':

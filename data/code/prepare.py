@@ -176,8 +176,7 @@ folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')
 if input:
-    files, ignored, copies = text_files.input_files(input, suffixes)
-    text_files.notice_ignored(ignored, suffixes)
+    files, _, copies = text_files.input_files(input, suffixes)
     versions, found = {}, [('', path) for path in files]
 else:
     installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned()})}

@@ -58,7 +58,6 @@ if documents == 'line' and not kind.byte_pair:
     raise UserError(f'--documents=line requires --tokenizer={listed(divided)}: the others have no end-of-text token')
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out_dir)
 files, ignored, copies = text_files.input_files(input, suffixes)
-text_files.notice_ignored(ignored, suffixes)
 text_files.check_not_overwritten(files, folder)
 
 texts = text_files.TextFiles(files, kind, documents)
