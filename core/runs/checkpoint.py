@@ -7,9 +7,9 @@ The keys are nanoGPT's and more, so its sample.py reads our MHA checkpoints, and
 import contextlib
 import os
 import struct
-import threading
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -92,34 +92,27 @@ class Writer:
     """
 
     def __init__(self, writes: bool = True):
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
         self.writes = writes
+        self.thread = ThreadPoolExecutor(1)
+        self.saving: Future | None = None
 
     def save(self, path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
         """Copy `checkpoint` now; write it to `path`, with `others` as further names, while the caller continues."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.thread = threading.Thread(target=self._write, args=(path, snapshot, others))
-            self.thread.start()
+            self.saving = self.thread.submit(self._write, path, snapshot, others)
 
     def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
-        try:
-            save(path, snapshot)
-            for other in others:
-                link(path, other)
-        except Exception as error:
-            self.error = error
+        save(path, snapshot)
+        for other in others:
+            link(path, other)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
 
 
 def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:
