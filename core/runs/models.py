@@ -171,12 +171,7 @@ def changed(config: GPTConfig, key: str, value: Any) -> bool:
 
 
 def build_model(checkpoint: dict, **overrides: Any) -> GPT:
-    """
-    The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
-
-    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit, and
-    weights that are not finite.
-    """
+    """The model of a loaded checkpoint, on the CPU. overrides: other model_args. UserError names what doesn't fit."""
     state = state_of(checkpoint)
     config = model_config(checkpoint, state, **overrides)
     check_sizes(state, config)
