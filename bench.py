@@ -23,11 +23,9 @@ $ python bench.py --mode=memory
 Weights are random: times don't depend on them. Other programs on the machine disturb the times: check the quartiles.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import contextlib
 import copy

@@ -11,11 +11,9 @@ would give: train several, or see studies/contest.py.
 Writes comparison.png, comparison.md and comparison.json (all numbers, and the samples) into out_dir.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 import shutil

@@ -32,11 +32,9 @@ The algebra is in core/convert/factorize.py and factorize_rope.py. Fine-tuning r
 $ python train_mla.py --init_from=out-converted
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 

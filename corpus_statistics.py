@@ -15,11 +15,9 @@ split, as a model reads them, so one may hold the end of a document and the star
 that have the same tokenizer, vocabulary size and block_size.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 import sys

@@ -29,11 +29,9 @@ no token for the start of a text: --model_args ...,prefix_token_id=ID gives lm_e
 decode(..., skip_special_tokens=True) omits the token; no logits and no other ids are changed.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 import shlex
@@ -43,7 +41,7 @@ from dataclasses import fields
 from core.cli import arguments, errors, files
 from core.cli.errors import UserError
 from core.cli.keys import keys_of
-from core.convert import gguf_file, gpt2, hf_folder, hf_tokenizer, published
+from core.convert import gguf_file, gpt2, hf_tokenizer, published
 from core.convert.factorize import to_mha
 from core.runs import models
 from core.text.tokenizer import tokenizer_of
@@ -211,7 +209,7 @@ def write_folder(folder):
 if not tokenizer:
     errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
 try:
-    with hf_folder.replacing(out_dir, GGUF_NAMES if format == 'gguf' else NAMES) as folder:
+    with files.replacing_in(out_dir, GGUF_NAMES if format == 'gguf' else NAMES) as folder:
         if format == 'gguf':
             file = os.path.join(folder, *GGUF_NAMES)
             gguf_file.write(file, model.config, model.state_dict(), tokenizer and tokenizer.load(), label)

@@ -23,11 +23,9 @@ Prints a table and writes into out_dir: induction.json (all numbers), induction_
 and writes formation.json and formation.png.
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import glob
 import os

@@ -16,11 +16,9 @@ DeepSeek-V3's shape at a long context, with a cache in int8; all numbers as JSON
 $ python sizing.py --shape=deepseek-v3 --block_size=131072 --gpu=H200 --cache=int8 --json=sizing.json
 """
 
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import os
 import textwrap

@@ -12,11 +12,9 @@ $ python test_shakespeare_quick.py --max_iters=500 --block_size=128 --out_dir=ou
 
 import os
 
-from core.cli import signals
-from core.cli.keys import check_early, keys_of
+from core.cli.keys import begin, keys_of
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__, os.path.join(os.path.dirname(__file__), 'train.py'))
+begin(__file__, os.path.join(os.path.dirname(__file__), 'train.py'))  # before the slow imports
 
 import sys
 

@@ -185,11 +185,6 @@ class FixedStep:
                 self.logits = self.run()
         self.graph = graph
 
-    def replay(self) -> None:
-        """Launch the captured step on its GPU's current stream."""
-        with torch.cuda.device(self.device):
-            self.graph.replay()
-
     def run(self) -> torch.Tensor:
         """The logits (B, 1, V) for `token` at the current position."""
         with keep_casts(self.casts):
@@ -202,6 +197,7 @@ class FixedStep:
         if self.graph is None:
             self.logits = self.run()
         else:
-            self.replay()
+            with torch.cuda.device(self.device):  # a graph is launched on the current stream of its GPU
+                self.graph.replay()
         self.cache.advance(1)
         return self.logits

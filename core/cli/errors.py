@@ -1,11 +1,4 @@
-"""
-What a script says to its user: errors of one line, notices and results, and how it ends.
-
-Notable features:
-- a user's mistake, a full disk or a lack of memory ends in one line on stderr and exit code 2, never in a traceback
-- control characters in names and paths are printed as escapes, because a terminal would execute them
-- importing this is fast: it doesn't need torch
-"""
+"""What a script says to its user: errors of one line, notices and results, and how it ends. It doesn't need torch."""
 
 import atexit
 import errno

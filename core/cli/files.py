@@ -37,6 +37,40 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
         raise
 
 
+@contextlib.contextmanager
+def replacing_in(folder: str, names: tuple[str, ...]) -> Iterator[str]:
+    """
+    A context manager that yields a new folder beside the files of `folder`; when the block ends, the files in it
+    replace those of the same name, and of the other `names` none is left in `folder`. Whatever else lies there stays.
+
+    The last of `names`, by which a reader finds the others, is replaced last. If the block fails, as on a full disk,
+    `folder` is as it was. Raises OSError.
+    """
+    existed = os.path.isdir(folder)
+    beside = os.path.join(folder, '.writing')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        os.mkdir(beside)
+        yield beside
+        for name in os.listdir(beside):
+            with open(os.path.join(beside, name), 'rb') as file:
+                os.fsync(file.fileno())
+        if taken := [name for name in names if os.path.isdir(os.path.join(folder, name))]:
+            raise IsADirectoryError(f'{taken[0]} is a folder')
+        for name in names:
+            if os.path.exists(os.path.join(beside, name)):
+                os.replace(os.path.join(beside, name), os.path.join(folder, name))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, name))
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(beside if existed else folder, ignore_errors=True)
+        raise
+    os.rmdir(beside)
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write a value as indented JSON, atomically. Raises OSError."""
     with replacing(path) as file:

@@ -26,7 +26,7 @@ import types
 import warnings
 from collections.abc import Callable
 
-from core.cli import errors, ranges
+from core.cli import errors, ranges, signals
 from core.cli.errors import UserError
 
 Value = bool | int | float | str
@@ -36,11 +36,7 @@ EXPECTED = {bool: 'True or False (bool)', int: 'a whole number (int)', float: 'a
 
 
 def configure(script: dict[str, object]) -> tuple[dict[str, Value], set[str]]:
-    """
-    Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}).
-
-    UserError where a flag, a file or a value is wrong. Exits after --help.
-    """
+    """Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}). UserError."""
     errors.install()
     check_folder(str(script.get('__file__') or ''))
     keys = applied(script, errors.notice)
@@ -56,6 +52,12 @@ def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
         if found := ranges.problem(key, value):
             raise UserError(f'{key} {found}')
     return keys
+
+
+def begin(script: str, *others: str) -> None:
+    """What a script does before its slow imports: from now on signals end it at once; then `check_early`."""
+    signals.exit_at_once()
+    check_early(script, *others)
 
 
 def check_early(script: str, *others: str) -> None:
@@ -126,11 +128,7 @@ class Keys:
     # ---- flags
 
     def read_flag(self, flag: str, rest: list[str]) -> str:
-        """
-        Apply '--key=value', or '--key' and the first of `rest`, which is removed from it; returns the key.
-
-        A boolean key without a value is True.
-        """
+        """Apply '--key=value', or '--key' and what it takes from `rest` (True for a boolean key); returns the key."""
         key, equals, text = flag[2:].partition('=')
         if key in ('local-rank', 'local_rank'):
             raise UserError(f'{flag} comes from torch.distributed.launch; use torchrun in its place')
@@ -207,8 +205,7 @@ class Keys:
         if not path.endswith('.py'):
             raise UserError(self.misplaced(path))
         try:
-            with open(path, encoding='utf-8-sig') as file:
-                return file.read()
+            return source_of(path)
         except FileNotFoundError as error:
             raise UserError(f"config file '{path}' does not exist; {near_file(path)}") from error
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path

@@ -87,11 +87,7 @@ def bfloat16_gain(trials: int = 5) -> float:
 
 
 def use_attention(kernel: str, device: str) -> None:
-    """
-    Which library computes PyTorch's attention on a GPU: 'cudnn', 'flash' or 'fa3'; 'auto': PyTorch's own choice.
-
-    UserError where it is not there.
-    """
+    """The library of PyTorch's attention on a GPU: 'cudnn', 'flash' or 'fa3' (else a UserError); 'auto': its choice."""
     if kernel == 'auto' or not device.startswith('cuda'):
         return
     if kernel == 'fa3':

@@ -88,14 +88,9 @@ def problem(key: str, value: object) -> str | None:
 
 
 def ends(interval: str) -> tuple[float, float]:
-    """The two ends of an interval such as '[0, 1)', as numbers."""
-    low, high = interval[1:-1].split(', ')
-    return number(low), number(high)
-
-
-def number(text: str) -> float:
-    """The end of an interval: whole ones stay exact."""
-    return float(text) if text == 'inf' or '.' in text else int(text)
+    """The two ends of an interval such as '[0, 1)', as numbers; whole ones stay exact."""
+    low, high = (float(end) if end == 'inf' or '.' in end else int(end) for end in interval[1:-1].split(', '))
+    return low, high
 
 
 def inside(key: str, value: float) -> bool:

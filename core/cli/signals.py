@@ -1,8 +1,8 @@
 """
 Signals that ask a script to stop. This imports nothing slow, so that a script can listen before its other imports.
 
-A script that trains records the signal (StopRequest), saves, and exits with STOPPED. Any other begins with
-`exit_at_once()`; configurator.py, which it executes after its imports, continues with `exit_in_order()`.
+A script that trains records the signal (StopRequest), saves, and exits with STOPPED. Any other begins by keys.py's
+`begin`, with `exit_at_once()`; configurator.py, which it executes after its imports, continues with `exit_in_order()`.
 """
 
 import os

@@ -79,14 +79,10 @@ def read(
 
 def settings_of(hf_config: Any) -> dict[str, Any]:
     """GPTConfig's keyword arguments for a transformers GPT2Config. ValueError where GPTConfig can't express it."""
-    expected = dict(
-        layer_norm_epsilon=(1e-5,),
-        scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,),
-    )
-    for name, values in expected.items():
-        if getattr(hf_config, name) not in values:
-            raise ValueError(f'this GPT-2 has {name}={getattr(hf_config, name)}; only {values[-1]} is supported')
+    expected = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    for name, value in expected.items():
+        if getattr(hf_config, name) != value:
+            raise ValueError(f'this GPT-2 has {name}={getattr(hf_config, name)}; only {value} is supported')
     gelu = next((ours for ours, theirs in GELUS.items() if hf_config.activation_function in theirs), None)
     if gelu is None:
         raise ValueError(f"this GPT-2 uses '{hf_config.activation_function}'; only GELU is supported")

@@ -8,6 +8,7 @@ transformers 5 writes itself names TokenizersBackend, which 4.57 doesn't.)
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from core.cli.errors import UserError
@@ -30,8 +31,7 @@ GPT2_MERGES = '04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0'
 def write(folder: str, tokenizer: Tokenizer, block_size: int) -> None:
     """Write FILES for a tokenizer and a model of block_size tokens. OSError; UserError without the vocabulary."""
     fast = tokenizer.load().fast_tokenizer()
-    with open(os.path.join(folder, FILES[0]), 'w', encoding='utf-8') as file:
-        file.write(fast.to_str(pretty=True))
+    Path(folder, FILES[0]).write_text(fast.to_str(pretty=True), encoding='utf-8')
     roles = ('eos_token', 'pad_token', 'unk_token', *(('bos_token',) if tokenizer.end_of_text is not None else ()))
     settings = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -41,8 +41,7 @@ def write(folder: str, tokenizer: Tokenizer, block_size: int) -> None:
         'model_input_names': ['input_ids', 'attention_mask'],
         **dict.fromkeys(roles, tokenizer.special_token),
     }
-    with open(os.path.join(folder, FILES[1]), 'w', encoding='utf-8') as file:
-        json.dump(settings, file, indent=2)
+    Path(folder, FILES[1]).write_text(json.dumps(settings, indent=2), encoding='utf-8')
 
 
 def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer] | Tokenizer:
@@ -87,18 +86,12 @@ def read(folder: str, vocab_size: int) -> dict[str, Any]:
 
 def read_file(folder: str) -> dict[str, Any] | None:
     """A folder's tokenizer.json, or what stands for it where there is the older form of two files; None without."""
-
-    def path(name):
-        return os.path.join(folder, name)
-
-    if os.path.isfile(path('tokenizer.json')):
-        with open(path('tokenizer.json'), encoding='utf-8') as file:
-            return json.load(file)
-    if os.path.isfile(path('vocab.json')) and os.path.isfile(path('merges.txt')):
-        with open(path('vocab.json'), encoding='utf-8') as file:
-            vocab = json.load(file)
-        with open(path('merges.txt'), encoding='utf-8') as file:
-            lines = [line.rstrip('\n') for line in file if line.strip() and not line.startswith('#version')]
+    whole, pieces, merges = (Path(folder, name) for name in ('tokenizer.json', 'vocab.json', 'merges.txt'))
+    if os.path.isfile(whole):
+        return json.loads(whole.read_text(encoding='utf-8'))
+    if os.path.isfile(pieces) and os.path.isfile(merges):
+        vocab, lines = json.loads(pieces.read_text(encoding='utf-8')), merges.read_text(encoding='utf-8').split('\n')
+        lines = [line for line in lines if line.strip() and not line.startswith('#version')]
         return byte_level(vocab, lines, 'gpt-2', {END_OF_TEXT: True} if END_OF_TEXT in vocab else {})
     return None
 
@@ -106,8 +99,7 @@ def read_file(folder: str) -> dict[str, Any] | None:
 def read_end(folder: str) -> str | None:
     """The name of the end-of-text token in a folder's tokenizer_config.json, or None."""
     try:
-        with open(os.path.join(folder, FILES[1]), encoding='utf-8') as file:
-            found = json.load(file).get('eos_token')
+        found = json.loads(Path(folder, FILES[1]).read_text(encoding='utf-8')).get('eos_token')
     except FileNotFoundError:
         return None
     return found['content'] if isinstance(found, dict) else found

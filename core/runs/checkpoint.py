@@ -1,25 +1,22 @@
 """
-Checkpoints: what one holds, writing one so that a crash never leaves a broken file, and reading one.
+Checkpoints: what one holds, writing one so that a crash leaves no broken file, and reading one, which runs no code.
 
-Notable features:
-- nanoGPT's keys, so its sample.py reads our MHA checkpoints, and its checkpoints are read here
-- only tensors and plain values, loaded with `weights_only=True`: opening a checkpoint never runs code
-- written beside its place, flushed to disk, then renamed: the name always holds a whole checkpoint, old or new
-- a checkpoint records its own attention, tokenizer and corpus
+The keys are nanoGPT's and more, so its sample.py reads our MHA checkpoints, and its checkpoints are read here.
 """
 
 import contextlib
 import os
 import struct
-import threading
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from core.cli import files
 from core.cli.errors import UserError
+from core.text.meta import PlainDtype
 
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
@@ -42,27 +39,17 @@ TYPES: dict[str, Any] = {
 }
 
 
-class NumpyDtype:
-    """Stands for numpy.dtype while a checkpoint is read: the kind and size of one plain number, such as 'i8'."""
-
-    def __init__(self, code: str, *_: object):
-        self.code, self.order = code, '<'
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = '>' if state[1] == '>' else '<'
-
-
-def numpy_number(dtype: NumpyDtype, data: bytes) -> int | float | bool:
+def numpy_number(dtype: PlainDtype, data: bytes) -> int | float | bool:
     """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
     formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
-    if not isinstance(dtype, NumpyDtype) or dtype.code not in formats:
+    if not isinstance(dtype, PlainDtype) or dtype.code not in formats:
         raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
     return struct.unpack(dtype.order + formats[dtype.code], data)[0]
 
 
 # nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
 NUMPY: list[Any] = [
-    (NumpyDtype, 'numpy.dtype'),
+    (PlainDtype, 'numpy.dtype'),
     (numpy_number, 'numpy.core.multiarray.scalar'),
     (numpy_number, 'numpy._core.multiarray.scalar'),
 ]
@@ -105,34 +92,27 @@ class Writer:
     """
 
     def __init__(self, writes: bool = True):
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
         self.writes = writes
+        self.thread = ThreadPoolExecutor(1)
+        self.saving: Future | None = None
 
     def save(self, path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
         """Copy `checkpoint` now; write it to `path`, with `others` as further names, while the caller continues."""
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.thread = threading.Thread(target=self._write, args=(path, snapshot, others))
-            self.thread.start()
+            self.saving = self.thread.submit(self._write, path, snapshot, others)
 
     def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
-        try:
-            save(path, snapshot)
-            for other in others:
-                link(path, other)
-        except Exception as error:
-            self.error = error
+        save(path, snapshot)
+        for other in others:
+            link(path, other)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
 
 
 def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:

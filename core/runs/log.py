@@ -36,11 +36,7 @@ ENOUGH = 4 * 2**20  # bytes of a log of which every row is read, some 60,000 of 
 
 
 def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
-    """
-    The wandb run with the id `run_id`, resumed where it exists; offline where there is no API key.
-
-    UserError without wandb.
-    """
+    """The wandb run `run_id`, resumed where it exists; offline where there is no API key. UserError without wandb."""
     try:
         import wandb
     except ImportError as error:

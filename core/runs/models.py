@@ -130,13 +130,9 @@ def all_args(checkpoint: dict, state: dict[str, torch.Tensor]) -> dict[str, Any]
     return args
 
 
-def model_config(checkpoint: dict, **overrides: Any) -> GPTConfig:
-    """The GPTConfig or MLAConfig of a loaded checkpoint. overrides: model_args to replace. UserError if invalid."""
-    return config_of(checkpoint, state_of(checkpoint), overrides)
-
-
-def config_of(checkpoint: dict, state: dict[str, torch.Tensor], overrides: dict[str, Any]) -> GPTConfig:
-    """The same, with the tensors of `state_of` at hand."""
+def model_config(checkpoint: dict, state: dict[str, torch.Tensor] | None = None, **overrides: Any) -> GPTConfig:
+    """The config of a loaded checkpoint. state: its `state_of`; overrides: other model_args. UserError if invalid."""
+    state = state_of(checkpoint) if state is None else state
     config_class, args = KINDS[kind_of(checkpoint)][1], {**all_args(checkpoint, state), **overrides}
     try:
         for field in fields(config_class):
@@ -175,14 +171,9 @@ def changed(config: GPTConfig, key: str, value: Any) -> bool:
 
 
 def build_model(checkpoint: dict, **overrides: Any) -> GPT:
-    """
-    The GPT or MLAGPT of a loaded checkpoint, with its weights, on the CPU.
-
-    overrides: model_args to replace, such as dropout. UserError names the tensors or arguments that don't fit, and
-    weights that are not finite.
-    """
+    """The model of a loaded checkpoint, on the CPU. overrides: other model_args. UserError names what doesn't fit."""
     state = state_of(checkpoint)
-    config = config_of(checkpoint, state, overrides)
+    config = model_config(checkpoint, state, **overrides)
     check_sizes(state, config)
     if config.tied:
         state['lm_head.weight'] = state['transformer.wte.weight']  # some files hold it once

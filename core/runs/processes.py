@@ -153,11 +153,7 @@ def join_processes(device: str, backend: str = 'nccl') -> tuple[Processes, str]:
 
 
 def start(device: str, backend: str, threads: int, compile: bool | str) -> tuple[Processes, str, int, bool]:
-    """
-    Join the process group, if any, and set up the machine for training: (processes, device, CPU threads, compile).
-
-    device, threads and compile: the keys, which may be 'auto' or 0; what is returned is what they mean here.
-    """
+    """Join the process group, if any; set up the machine: (processes, device, CPU threads, compile), none 'auto'."""
     processes, device = join_processes(machine.pick_device(device), backend)
     threads = machine.set_threads(threads)
     compiles = device.startswith('cuda') if compile == 'auto' else bool(compile)

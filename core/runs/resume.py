@@ -103,12 +103,9 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> 
 
 def same_type(value: Any, default: Any) -> bool:
     """True where the value of a key in a checkpoint has the type that the key has here."""
-    types: tuple[type, ...] = (
-        (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else (type(default),)
-    )
     if default == 'auto':
-        types = (str, bool)
-    return type(value) in types
+        return type(value) in (str, bool)
+    return type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
 def unchangeable(key: str, value: Any, found: Any, path: str | None, keys: dict) -> UserError:

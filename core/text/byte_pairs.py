@@ -1,6 +1,4 @@
-"""
-Byte-pair encodings: learned from text, converted to what Hugging Face reads, and GPT-2's own from tiktoken.
-"""
+"""Byte-pair encodings: learned from text, converted to what Hugging Face reads, and GPT-2's own from tiktoken."""
 
 import re
 import threading
@@ -40,12 +38,9 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
     letters = byte_letters()
     byte_of = {letter: chr(byte) for byte, letter in enumerate(letters)}
     fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf'\S{{{LONGEST_WORD}}}'), 'isolated'),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    long_words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf'\S{{{LONGEST_WORD}}}'), 'isolated')
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([long_words, words])
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=letters, show_progress=False)
     fast.train_from_iterator(with_distinct_words(list(texts)), trainer)
     ids = fast.get_vocab()
@@ -96,11 +91,7 @@ def byte_letters() -> list[str]:
 def byte_level_bpe(
     ranks: dict[bytes, int], special_token: str, special_id: int, split_words: bool
 ) -> 'tokenizers.Tokenizer':
-    """
-    The byte-pair encoding with these ranks, {token: id}.
-
-    special_token: recognized in text and encoded as special_id.
-    """
+    """The byte-pair encoding with these ranks, {token: id}. special_token: recognized in text, with special_id."""
     import tokenizers
 
     letters = byte_letters()

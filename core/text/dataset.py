@@ -7,11 +7,9 @@ Notable features:
   files with the header of llm.c work too
 - a large training split may lie in several files, `train_00000.bin`, ...: batches and windows are those of one file,
   since a window that begins in one file goes on in the next
-- batch n is a function of (seed, n, size, data) only: a counter-based generator computes its windows directly, so the
-  model, evaluation, world size and resuming can't change it
-- validation windows are fixed, evenly spaced and don't overlap
+- a counter-based generator computes the windows of batch n directly, so the model, evaluation, world size and resuming
+  can't change it
 - files of any size: a batch reads its own rows only, and no memory map, which would end the process where a file is cut
-- a broken data set raises a UserError of one line: what is wrong, and the command that fixes it
 """
 
 import bisect
@@ -165,10 +163,7 @@ class TokenData:
         return self._open[name]
 
     def _length(self, name: str, expected: int | None, dtype: np.dtype) -> int:
-        """
-        The number of tokens in a file. UserError if it is missing, empty or truncated, or has not the `expected` number
-        (None: any, or what its header says).
-        """
+        """The tokens in a file: `expected` (None: any, or as its header says). UserError if it has others, or none."""
         path = self.folder / name
         try:
             size = self._sizes[name] = path.stat().st_size

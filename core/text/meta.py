@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -198,22 +198,20 @@ class PlainUnpickler(pickle.Unpickler):
         """What stands for one of numpy's scalars: the int or str that its bytes are."""
         if type(dtype) is not PlainDtype or type(data) is not bytes:
             raise pickle.UnpicklingError("it contains one of numpy's objects; only integers and strings are read")
-        if dtype.spec[0] == 'U':
-            return data.decode('utf-32-le' if dtype.order == 'little' else 'utf-32-be').rstrip('\0')
-        return int.from_bytes(data, dtype.order, signed=dtype.spec[0] == 'i')
+        little = dtype.order == '<'
+        if dtype.code[0] == 'U':
+            return data.decode('utf-32-le' if little else 'utf-32-be').rstrip('\0')
+        return int.from_bytes(data, 'little' if little else 'big', signed=dtype.code[0] == 'i')
 
 
 class PlainDtype:
-    """The type and byte order of one of numpy's integers or strings in a pickle."""
+    """Stands for numpy.dtype while a pickle is read: the type, such as 'i8', and byte order of one number or string."""
 
-    __slots__ = ('spec', 'order')
-
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        self.order: Literal['big', 'little'] = 'little'
+    def __init__(self, code: str, *_: object) -> None:
+        self.code, self.order = code, '<'
 
     def __setstate__(self, state: Any) -> None:
-        self.order = 'big' if state[1] == '>' else 'little'
+        self.order = '>' if state[1] == '>' else '<'
 
 
 def read_meta_pickle(folder: Path) -> Meta:

@@ -1,11 +1,8 @@
 """
 Text files as streams: which files there are, their text in blocks, and the pieces of it that a tokenizer encodes.
 
-Notable features:
-- for the prepare scripts that read a user's own files: data/text and data/code; data/hub shares how they are named
-- files of any size: text is read, surveyed and cut in blocks, in bounded memory
-- one rule for all text, prompts too: UTF-8 whatever the locale, without byte order marks, and \\r\\n becomes \\n;
-  tokenizers that read bytes get the bytes of the files unchanged
+Files may have any size: text is read, surveyed and cut in blocks, in bounded memory. One rule is for all text, prompts
+too: see `as_text`. Tokenizers that read bytes get the bytes of the files unchanged.
 """
 
 import gzip
@@ -61,8 +58,9 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
     """
     The files that `--input` names: (files in order, a count of what else was in the folders, copies of pipes).
 
-    suffixes: of the files of a folder that count, separated by commas. Pipes, as of the shell's <(command), are copied
-    to temporary files, which exist as long as their objects do. UserError if there are no files.
+    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes, as of
+    the shell's <(command), are copied to temporary files, which exist as long as their objects do. UserError if there
+    are no files.
     """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and os.path.exists(given):
@@ -90,6 +88,8 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
+    if ignored:
+        notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
     return files, ignored, copies
 
 
@@ -115,12 +115,6 @@ def in_words(ignored: Counter[str]) -> str:
     return ', '.join(f'{count:,} {suffix}' for suffix, count in most) + (f' and {others:,} others' if others else '')
 
 
-def notice_ignored(ignored: Counter[str], suffixes: str) -> None:
-    """Print what the folders held beside the files that were chosen, a Counter of suffixes, if there was anything."""
-    if ignored:
-        notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
-
-
 def named(given: str) -> str:
     """The names of the files and folders that `--input` names, for a line that says which text this is."""
     return ', '.join(Path(part.strip()).resolve().name for part in given.split(',') if part.strip())
@@ -140,7 +134,7 @@ def opened(path: Path) -> Any:
 
 
 def as_text(file: IO[bytes]) -> io.TextIOWrapper:
-    """The rule for all text that is read: UTF-8 without a byte order mark, each line with '\\n' at its end."""
+    """The rule for all text: UTF-8 whatever the locale, without a byte order mark, each line with '\\n' at its end."""
     return io.TextIOWrapper(file, encoding='utf-8-sig')
 
 
@@ -283,9 +277,7 @@ def learn(
 
 
 def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:
-    """
-    Yields evenly spaced texts: about `most` characters, or all if there are fewer. total: the characters in all texts.
-    """
+    """Yields evenly spaced texts of about `most` characters, or all if they have fewer. total: how many they have."""
     taken = position = 0
     for text in texts:
         if taken * total <= position * most:

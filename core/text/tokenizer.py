@@ -1,11 +1,8 @@
 """
 The tokenizers: text to token ids and back.
 
-Notable features:
-- each tokenizer is one subclass of Tokenizer, registered in TOKENIZERS: data sets, checkpoints, the prepare scripts,
-  export and analysis read its name, sizes and special ids from there
-- `load_tokenizer(meta)` returns the tokenizer that the meta of a data set or a checkpoint describes
-- sizes and special ids are known without tiktoken and without a network; vocabularies are loaded on first use
+Each is one subclass of Tokenizer. Data sets, checkpoints, the prepare scripts, export and analysis read its name, sizes
+and special ids from there, without tiktoken and without a network; vocabularies are loaded on first use.
 """
 
 import abc
@@ -42,7 +39,7 @@ if TYPE_CHECKING:
 class CharTokenizer(Tokenizer):
     """One id per character. chars: the characters in the order of their ids."""
 
-    name, learned_from = 'char', 'characters'
+    name, learned_from, entries = 'char', 'characters', ('chars',)
 
     def __init__(self, chars: str) -> None:
         self.chars = chars
@@ -62,18 +59,11 @@ class CharTokenizer(Tokenizer):
         return cls(''.join(sorted(set(material))))
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'CharTokenizer':
-        return cls(meta['chars'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         chars, size = meta.get('chars'), meta.get('vocab_size')
         if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
             return None
         return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
-
-    def meta(self) -> Meta:
-        return {**super().meta(), 'chars': self.chars}
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
@@ -88,9 +78,6 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode('utf-8', errors='replace')
-
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         return word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
 
@@ -103,7 +90,7 @@ class TableTokenizer(Tokenizer):
     Text is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
     """
 
-    name = 'table'
+    name, entries = 'table', ('strings', 'vocab_size')
 
     def __init__(self, strings: list[str | None], vocab_size: int) -> None:
         self.strings, self.vocab_size, self.n_vocab = strings, vocab_size, len(strings)
@@ -120,10 +107,6 @@ class TableTokenizer(Tokenizer):
         return max(self.ids, key=len)
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'TableTokenizer':
-        return cls(meta['strings'], meta['vocab_size'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         strings: Any = meta.get('strings')
         size = meta.get('vocab_size')
@@ -131,9 +114,6 @@ class TableTokenizer(Tokenizer):
         if not is_list or not any(strings):
             return 'has no valid "strings"'
         return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
-
-    def meta(self) -> Meta:
-        return {'tokenizer': self.name, 'vocab_size': self.vocab_size, 'strings': self.strings}
 
     def text_ids(self) -> np.ndarray:
         return np.array(sorted(self.ids.values()))
@@ -154,9 +134,6 @@ class TableTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.strings[i] or '' for i in checked_ids(ids, self.n_vocab))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode('utf-8', errors='replace')
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         longest_first = sorted(self.ids, key=len, reverse=True)
@@ -204,11 +181,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """
-    A byte-pair encoding over words, computed by tiktoken; the last id is <|endoftext|>.
-
-    Subclasses set end_of_text and `encoding`.
-    """
+    """A byte-pair encoding over words, by tiktoken; subclasses set `encoding` and end_of_text, which is the last id."""
 
     byte_pair = True
     end_of_text: int
@@ -239,13 +212,9 @@ class BytePairTokenizer(Tokenizer):
 
 
 class BPETokenizer(BytePairTokenizer):
-    """
-    A byte-pair encoding learned from the training text.
+    """A byte-pair encoding learned from text. pieces: in the order of their ids, one Latin-1 character per byte."""
 
-    pieces: in the order of their ids, one Latin-1 character per byte; see `learn_bpe`.
-    """
-
-    name, learned_from, vocab_sizes = 'bpe', 'text', range(300, (1 << 16) + 1)
+    name, learned_from, entries, vocab_sizes = 'bpe', 'text', ('pieces',), range(300, (1 << 16) + 1)
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
@@ -257,10 +226,6 @@ class BPETokenizer(BytePairTokenizer):
         return cls(learn_bpe(material, vocab_size or 4096))
 
     @classmethod
-    def from_meta(cls, meta: Meta) -> 'BPETokenizer':
-        return cls(meta['pieces'])
-
-    @classmethod
     def problem(cls, meta: Meta) -> str | None:
         pieces, size = meta.get('pieces') or [], meta.get('vocab_size')
         if are_pieces(pieces) and size in (None, len(pieces) + 1):
@@ -268,9 +233,6 @@ class BPETokenizer(BytePairTokenizer):
         if not isinstance(size, int):
             return 'has no valid "pieces"'
         return f'has "pieces" that are not {size - 1} different strings that include every single byte'
-
-    def meta(self) -> Meta:
-        return {**super().meta(), 'pieces': self.pieces}
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
@@ -342,11 +304,7 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
 
 
 def load_tokenizer(meta: Meta) -> Tokenizer:
-    """
-    The tokenizer that the meta of a data set or a checkpoint describes, ready to encode and decode.
-
-    UserError if there is none, or if its vocabulary is not available.
-    """
+    """The tokenizer that a meta describes, ready to encode and decode. UserError without one, or its vocabulary."""
     tokenizer = tokenizer_of(meta)
     if tokenizer is None:
         raise UserError(f'these tokens stand for no text (tokenizer: {NO_TEXT}), so none can be encoded or decoded')

@@ -16,7 +16,7 @@ NO_TEXT = 'none'  # meta['tokenizer'] of a data set whose ids stand for no text
 
 
 class Tokenizer(abc.ABC):
-    """What all tokenizers share. A subclass sets the attributes below and implements the abstract methods."""
+    """What all tokenizers share. A subclass sets the attributes below, and has one of decode and decode_bytes."""
 
     name = ''  # meta['tokenizer'], and --tokenizer of data/text/prepare.py
     n_vocab: int  # number of ids; set per instance if it depends on the text
@@ -26,6 +26,7 @@ class Tokenizer(abc.ABC):
     reads_bytes = False  # encodes bytes that are not UTF-8
     learned_from: str | None = None  # what `learn` takes: 'characters' (all that occur), 'text' (a sample), or None
     vocab_sizes: range | None = None  # the sizes that `learn` accepts; None if the size can't be chosen
+    entries: tuple[str, ...] = ()  # of its meta: what the class is called with, and its attributes of the same names
 
     @property
     def padded_vocab_size(self) -> int:
@@ -40,7 +41,8 @@ class Tokenizer(abc.ABC):
     @classmethod
     def from_meta(cls, meta: Meta) -> 'Tokenizer':
         """The tokenizer that a valid meta describes; its vocabulary is not loaded yet."""
-        return cls()
+        make: Any = cls
+        return make(*(meta[entry] for entry in cls.entries))
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
@@ -50,7 +52,8 @@ class Tokenizer(abc.ABC):
 
     def meta(self) -> Meta:
         """The tokenizer's entries in meta.json: all that from_meta needs."""
-        return {'tokenizer': self.name, 'vocab_size': self.n_vocab}
+        own = {entry: getattr(self, entry) for entry in self.entries}
+        return {'tokenizer': self.name, 'vocab_size': self.n_vocab, **own}
 
     def load(self) -> 'Tokenizer':
         """Load the vocabulary; returns self. UserError if it's not available."""
@@ -73,9 +76,9 @@ class Tokenizer(abc.ABC):
         """The text of some ids; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-    @abc.abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 text of some ids; characters may be incomplete. ValueError for an unknown id."""
+        return self.decode(ids).encode('utf-8', errors='replace')
 
     @abc.abstractmethod
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':

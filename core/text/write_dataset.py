@@ -1,10 +1,4 @@
-"""
-Encode text on all cores, and write a data set to disk.
-
-Notable features:
-- text streams through the cores in bounded memory; the ids equal those of encoding the whole text at once
-- the files of a data set are written into a temporary folder and moved when complete; a failed run changes nothing
-"""
+"""Encode text on all cores, as a stream in bounded memory, and write a data set to disk: all of it, or nothing."""
 
 import collections
 import hashlib

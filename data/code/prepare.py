@@ -27,11 +27,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import collections
 import hashlib
@@ -178,8 +176,7 @@ folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')
 if input:
-    files, ignored, copies = text_files.input_files(input, suffixes)
-    text_files.notice_ignored(ignored, suffixes)
+    files, _, copies = text_files.input_files(input, suffixes)
     versions, found = {}, [('', path) for path in files]
 else:
     installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned()})}

@@ -24,11 +24,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import contextlib
 import gc
@@ -284,8 +282,7 @@ if 0 < shard_tokens < text_files.LEAST:
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name or hub.split('/')[-1] or 'hub', out_dir)
 files = []
 if input:
-    files, ignored, copies = text_files.input_files(input, suffixes)
-    text_files.notice_ignored(ignored, suffixes)
+    files, _, copies = text_files.input_files(input, suffixes)
     text_files.check_not_overwritten(files, folder)
 drawn = drawn_numbers()
 

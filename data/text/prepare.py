@@ -25,11 +25,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from core.cli import signals
-from core.cli.keys import check_early
+from core.cli.keys import begin
 
-signals.exit_at_once()  # for the time of the slow imports
-check_early(__file__)
+begin(__file__)  # before the slow imports
 
 import time
 
@@ -60,7 +58,6 @@ if documents == 'line' and not kind.byte_pair:
     raise UserError(f'--documents=line requires --tokenizer={listed(divided)}: the others have no end-of-text token')
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out_dir)
 files, ignored, copies = text_files.input_files(input, suffixes)
-text_files.notice_ignored(ignored, suffixes)
 text_files.check_not_overwritten(files, folder)
 
 texts = text_files.TextFiles(files, kind, documents)
