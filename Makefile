@@ -50,6 +50,7 @@ figures: $(VENV)/.installed ## draw every picture and write every table of resul
 	$(BIN)/python studies/contest.py --reuse=assets/contest.json --figure=assets/contest.png --table=results/tables/contest.md
 	$(BIN)/python studies/staircase.py --reuse=assets/staircase.json --figure=assets/staircase.png --table=results/tables/staircase.md
 	$(BIN)/python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png --table=results/tables/bits.md
+	$(BIN)/python studies/bits.py --reuse=assets/bits_smollm2.json --figure=assets/bits_smollm2.png --table=results/tables/bits-smollm2.md
 	$(BIN)/python studies/heads.py --reuse=assets/smollm2_heads.json --figure=assets/smollm2_heads.png --table=results/tables/smollm2-heads.md
 	$(BIN)/python studies/induction.py --reuse=assets/induction_repeats.json --figure=assets/induction_repeats.png --table=results/tables/induction-repeats.md
 	$(BIN)/python studies/induction_text.py --reuse=assets/induction_text.json --figure=assets/induction_text.png --table=results/tables/induction-text.md

@@ -41,7 +41,7 @@ from analysis import circuits, forward, hf_model, induction, latent, report, sta
 from analysis.hf_model import FolderTokenizer, HFModel
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
-from core.convert.bits import round_as
+from core.convert.bits import for_few_bits, round_as
 from core.convert.published import form_of
 from core.runs import checkpoint as checkpoints
 from core.runs.models import attention_of, build_model, is_published, model_args, pretrained
@@ -119,7 +119,8 @@ def load(spec):
     ids, bos = drawable_ids(tokenizer, meta, model.config, dataset)
     if cache != 'float' and isinstance(model, HFModel):
         raise UserError(f'{spec} is run by transformers, whose cache has no {cache}; leave out --cache')
-    return Loaded(round_as(model.eval().to(device), cache), facts, ids, bos, tokenizer, dataset)
+    model = for_few_bits(model.eval(), cache).to(device)
+    return Loaded(round_as(model, cache), facts, ids, bos, tokenizer, dataset)
 
 
 def published(spec):

@@ -26,6 +26,7 @@ import torch
 
 from core.cli import errors, machine
 from core.cli.errors import UserError, printable
+from core.convert.bits import for_few_bits
 from core.convert.int8 import quantize
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
@@ -96,7 +97,7 @@ if context:
         model.set_context(context)
     except ValueError as error:
         raise UserError(f'context={context} is too much: {error}') from error
-model.eval().to(device)
+model = for_few_bits(model.eval(), cache).to(device)
 dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
 if meta.get('tokenizer') == NO_TEXT:
     tokenizer, start = IdTokenizer(model.config.vocab_size), start if 'start' in given else '0'

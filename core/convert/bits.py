@@ -48,12 +48,29 @@ def hadamard(size: int) -> Tensor:
     return torch.kron(matrix, cosines)
 
 
+def for_few_bits(model: GPT, kind: str) -> GPT:
+    """
+    The model as it goes with a cache of a kind of ops/cache.py: an MLA model in few bits has its latents mixed evenly.
+
+    Without it one large number, as converted models have it, sets the scale of a whole latent: in 4 bits the others are
+    lost. It is the same function to rounding. Signs are flipped first, or Hadamard's matrix would undo itself where
+    the latents are in its basis already (as in QuIP#, arXiv:2402.04396).
+    """
+    if kind == 'float' or not isinstance(model, MLAGPT):
+        return model
+    signs = torch.randint(2, (model.config.n_latent,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return rotate(model, 'hadamard', signs=signs.double())
+
+
 @torch.no_grad()
-def rotate(model: MLAGPT, basis: str, statistics: list[Statistics] | None = None) -> MLAGPT:
+def rotate(
+    model: MLAGPT, basis: str, statistics: list[Statistics] | None = None, signs: Tensor | None = None
+) -> MLAGPT:
     """
     A copy of `model` with its latents in another of BASES; the same function to rounding.
 
-    statistics: from `latent_statistics`, for all but 'hadamard'. ValueError for an unknown basis or a model without a
+    statistics: from `latent_statistics`, for all but 'hadamard'. signs: 1 or -1 for each of a latent's numbers (r,),
+    which are multiplied by them before they are mixed. ValueError for an unknown basis or a model without a
     latent, without statistics, and under a latent norm where the basis isn't orthogonal.
     """
     if basis not in BASES:
@@ -82,7 +99,8 @@ def rotate(model: MLAGPT, basis: str, statistics: list[Statistics] | None = None
                 size[size <= 1e-12 * size.max()] = 1.0
                 down, up = down / size[:, None], up * size
         if basis != 'components':
-            down, up = hadamard(r) @ down, up @ hadamard(r).mT
+            mix = hadamard(r) if signs is None else hadamard(r) * signs
+            down, up = mix @ down, up @ mix.mT
         attn.c_kv_up.weight.copy_(up)
         for rows in attn.c_kv_down.parameters():
             rows[:r] = (down @ to_float64(rows[:r]).cpu()).to(rows)

@@ -1,11 +1,13 @@
 """The basis of a latent: the same model, in which fewer bits suffice; and what convert_mla.py makes of it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from support.models import MLA, assert_close, make, tokens
 from support.planted import randomized
 
-from core.convert.bits import BASES, hadamard, latent_statistics, rotate, round_cached
+from core.convert.bits import BASES, for_few_bits, hadamard, latent_statistics, rotate, round_as, round_cached
 from model_mla import MLAGPT, MLAConfig
 from ops.packed import Form
 
@@ -45,6 +47,26 @@ def test_no_logit_changes_where_latents_have_unused_directions(basis, unused):
         getattr(model.transformer.h[0].attn, unused).weight.zero_()
     new = rotate(model, basis, latent_statistics(model, [idx]))
     assert_close(new(idx, idx)[0], model(idx, idx)[0])
+
+
+@pytest.mark.parametrize('already, most', [('', 0.1), ('hadamard', 0.3), ('balanced', 0.02)])
+@torch.no_grad()
+def test_a_cache_in_few_bits_keeps_latents_with_one_large_number(already, most):
+    """As converted models have it. Without the change of basis, 4 bits keep that number and lose the others."""
+    sizes = dict(vocab_size=60, block_size=32, n_layer=2, n_head=4, n_embd=64, n_latent=64)
+    model, idx = randomized(MLAGPT(MLAConfig(**sizes)), 0.1).double().eval(), tokens(8, 32) % 60
+    for block in model.transformer.h:
+        for rows in block.attn.c_kv_down.parameters():
+            rows[0] *= 30
+        block.attn.c_kv_up.weight[:, 0] /= 30
+    exact = model(idx, idx)[0]
+    plain = (round_as(deepcopy(model), 'int4')(idx, idx)[0] - exact).square().mean()
+    if already:
+        model = rotate(model, already, latent_statistics(model, [idx]))
+    mixed = for_few_bits(model, 'int4')
+    assert for_few_bits(model, 'float') is model and mixed is not model
+    assert_close(mixed(idx, idx)[0], exact)
+    assert (round_as(mixed, 'int4')(idx, idx)[0] - exact).square().mean() < most * plain
 
 
 def test_what_can_not_be_rotated():
