@@ -47,7 +47,7 @@ from analysis.report import cells
 from core.cli import arguments, files, subprocesses
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
-from studies.measure import best_heads, formed, measure, measurement, outputs, places, read_json, reading, save, sweep
+from studies.measure import best_heads, formed, measure, outputs, places, read_json, reading, save, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-induction-text'  # the runs
@@ -146,8 +146,8 @@ def train_and_measure(run):
         keys |= dict(threads=1, device='cpu', dtype='float32')
         if not subprocesses.converges('train.py', ['config/train_code_cpu.py', keys], folder):
             return None  # the rate is too high for this arm
-    measure(folder, sweep=folder, text_windows=128, device='cpu', data_dir=keys['data_dir'])
-    return dict(run, **outcome(measurement(folder), sweep(folder)))
+    found = measure(folder, sweep=folder, text_windows=128, device='cpu', data_dir=keys['data_dir'])
+    return dict(run, **outcome(found, sweep(folder)))
 
 
 def outcome(found, steps):
