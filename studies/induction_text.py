@@ -236,24 +236,13 @@ def ablation_table(outcomes):
 
 
 def prose_table(outcomes):
-    """MHA on prose by the share of copies."""
+    """Runs of MHA on prose by the share of copies."""
     heading = ['copied tokens', UNTIL, 'best induction score', 'layer.head', 'best previous-token score', 'layer.head']
     rows = []
-    for o in of_prose(outcomes):
-        row = [
-            f'{o["share"]:.0%}',
-            when([o]),
-            *cells([o], 'score'),
-            places([o], 'best'),
-            *cells([o], 'previous'),
-        ]
-        rows.append([*row, places([o], 'best_previous'), *cells([o], 'repeated', 'others')])
+    for o in outcomes:
+        scores = [*cells([o], 'score'), places([o], 'best'), *cells([o], 'previous'), places([o], 'best_previous')]
+        rows.append((f'{o["share"]:.0%}', when([o]), *scores, *cells([o], 'repeated', 'others')))
     return report.markdown_table([*heading, 'loss at repeated bigrams of plain prose', 'elsewhere'], rows)
-
-
-def of_prose(outcomes):
-    """The runs of part 2."""
-    return [o for o in outcomes if o['share'] is not None]
 
 
 def rate_table(outcomes):
@@ -269,17 +258,16 @@ def rate_table(outcomes):
 
 def tables(outcomes):
     """The text of all tables."""
-    parts = {
-        f'Every learning rate, seed {SEED}': rate_table(outcomes),
+    prose, parts = [o for o in outcomes if o['share'] is not None], {}
+    if any(o['rate'] != RATE for o in outcomes):
+        parts[f'Every learning rate, seed {SEED}'] = rate_table(outcomes)
+    parts |= {
         'Formation': formation_table(outcomes),
         'Paired by seed': paired_table(outcomes),
         'The best induction heads, mean-ablated: rise of the loss on validation text': ablation_table(outcomes),
-        'MHA on prose with copied spans': prose_table(outcomes),
     }
-    if all(o['rate'] == RATE for o in outcomes):
-        del parts[f'Every learning rate, seed {SEED}']
-    if not of_prose(outcomes):
-        del parts['MHA on prose with copied spans']
+    if prose:
+        parts['MHA on prose with copied spans'] = prose_table(prose)
     intro = (
         'Brackets are ranges over seeds. Losses are in nats per token, over 128 validation windows of 256 tokens; in '
         f'code {outcomes[0]["repeated_share"]:.0%} of positions repeat a bigram of their window.'
@@ -306,9 +294,8 @@ def draw_arms(outcomes):
         for run in group:
             tokens = [step['tokens'] / 1e6 for step in run['curve']]
             for axis, key in zip(column, PANELS, strict=True):
-                axis.plot(
-                    tokens, [step['gain']['mean'] if key == 'gain' else step[key] for step in run['curve']], **look
-                )
+                values = [step['gain']['mean'] if key == 'gain' else step[key] for step in run['curve']]
+                axis.plot(tokens, values, **look)
         column[0].axhline(FORMED, color=style.GREY, linewidth=0.6)
         column[0].set(title=arm.replace(', r', ' r').replace(', ', '\n'), ylim=(0, 1))
         column[1].set(ylim=(0, 1))
