@@ -207,34 +207,22 @@ def by_arm(numbers):
     return report.grouped(numbers['runs'], lambda r: r['label'])
 
 
-def log_rank(group, first):
-    """p of the log-rank test between the formation times of two groups; heads that never formed are censored."""
-    samples = [
-        scipy.stats.CensoredData(
-            uncensored=[r['formed'] for r in runs if r['formed']],
-            right=[numbers['setting']['iterations'] for r in runs if not r['formed']],
-        )
-        for runs in (group, first)
-    ]
-    return scipy.stats.logrank(*samples).pvalue
+def formation_times(group):
+    """The times at which a group's runs formed heads, for the log-rank test; those that never did are censored."""
+    ended = [numbers['setting']['iterations'] for r in group if not r['formed']]
+    return scipy.stats.CensoredData(uncensored=[r['formed'] for r in group if r['formed']], right=ended)
 
 
 def formation_table(numbers):
     """When heads form, how strong they are, and losses."""
-    groups = by_arm(numbers)
-    first = next(iter(groups.values()))
-    heading = [
-        'model',
-        'learning rate',
-        f'iteration of best score > {FORMED}',
-        'formed',
-        'log-rank p against the first (Holm)',
-    ]
-    heading += ['best induction score', 'loss on repeats', 'at twice the length', 'at four times']
-    rows, ps = [], {}
-    for label, group in groups.items():
-        if group is not first and any(r['formed'] for r in (*group, *first)):
-            ps[label] = log_rank(group, first)
+    heading = ['model', 'learning rate', f'iteration of best score > {FORMED}', 'formed']
+    heading += ['log-rank p against the first (Holm)', 'best induction score', 'loss on repeats']
+    heading += ['at twice the length', 'at four times']
+    groups, rows, ps = by_arm(numbers), [], {}
+    first, *others = groups
+    for label in others:
+        if any(r['formed'] for r in groups[label] + groups[first]):
+            ps[label] = scipy.stats.logrank(*(formation_times(groups[one]) for one in (label, first))).pvalue
     ps = dict(zip(ps, stats.holm(list(ps.values())), strict=True))
     for label, group in groups.items():
         times = [r['formed'] for r in group]
@@ -300,17 +288,9 @@ else:
     best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
     plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
     runs = subprocesses.run_all(train_and_measure, plans, jobs)
+    setting = dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps, dtype=dtype)
     numbers = dict(
-        setting=dict(
-            iterations=iterations,
-            seeds=n_seeds,
-            tuning_seeds=n_tuning,
-            snapshots=steps,
-            dtype=dtype,
-            compile=compile,
-            cpu=timing.cpu_name(),
-            commit=commit(),
-        ),
+        setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
         rates={arm.label: rate for arm, rate in best.items()},
         tuning={arm.label: {f'{rate:g}': loss for rate, loss in sorted(grid.items())} for arm, grid in grids.items()},
         runs=runs,
