@@ -138,24 +138,19 @@ def run_of(arm, rate, seed):
 
 def tune(arms):
     """{arm: {rate: mean loss}} of grids in which every arm's best rate has a worse one on either side."""
-    grids, losses = {arm: list(RATES) for arm in arms}, {}
-    while True:
-        wanted = [(arm, rate, TUNING_SEED + n) for arm in arms for rate in grids[arm] for n in range(n_tuning)]
-        items = [run_of(*key) for key in wanted if key not in losses]
-        if not items:
-            return {arm: {rate: at(losses, arm, rate) for rate in grids[arm]} for arm in arms}
-        losses |= {(r['arm'], r['rate'], r['seed']): r['loss'] for r in subprocesses.run_all(train, items, jobs)}
+    grids, wanted = {arm: {} for arm in arms}, [(arm, rate) for arm in arms for rate in RATES]
+    while wanted:
+        items = [run_of(arm, rate, TUNING_SEED + n) for arm, rate in wanted for n in range(n_tuning)]
+        done = report.grouped(subprocesses.run_all(train, items, jobs), lambda r: (r['arm'], r['rate']))
+        for (arm, rate), runs in done.items():
+            grids[arm][rate] = mean(r['loss'] for r in runs)
+        wanted = []
         for arm, grid in grids.items():
-            best = min(grid, key=lambda rate: at(losses, arm, rate))
-            if best == grid[0]:
-                grid.insert(0, best / 2)
-            elif best == grid[-1]:
-                grid.append(best * 2)
-
-
-def at(losses, arm, rate):
-    """The mean loss of an arm at a rate."""
-    return mean(loss for (a, r, _), loss in losses.items() if (a, r) == (arm, rate))
+            low, *_, high = rates = sorted(grid)
+            best = min(rates, key=grid.get)  # the lowest of those that are equal, as where all diverged
+            if best in (low, high):
+                wanted.append((arm, best / 2 if best == low else best * 2))
+    return {arm: dict(sorted(grid.items())) for arm, grid in grids.items()}
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -292,7 +287,7 @@ else:
     numbers = dict(
         setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
         rates={arm.label: rate for arm, rate in best.items()},
-        tuning={arm.label: {f'{rate:g}': loss for rate, loss in sorted(grid.items())} for arm, grid in grids.items()},
+        tuning={arm.label: {f'{rate:g}': loss for rate, loss in grid.items()} for arm, grid in grids.items()},
         runs=runs,
     )
 setting = numbers['setting']
