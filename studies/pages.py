@@ -248,10 +248,9 @@ def make_smollm2():
             look = dict(looks[form], linestyle='none', markersize=8, capsize=4)
             axes.errorbar(part, losses[n]['rise'], half * losses[n]['rise_stderr'], **look)
             if part == 1 / 4:
-                right, where = form == 'published', (8, 2) if form == 'published' else (-8, -4)
+                place = dict(xytext=(8, 2), ha='left') if form == 'published' else dict(xytext=(-8, -4), ha='right')
                 at, label = (part, losses[n]['rise']), named[form].replace(', ', ',\n')
-                axes.annotate(label, at, where, textcoords='offset points',
-                              ha='left' if right else 'right', color=look['color'], fontsize=8.5)  # fmt: skip
+                axes.annotate(label, at, textcoords='offset points', color=look['color'], fontsize=8.5, **place)
         axes.set_xscale('log', base=2)
         axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ['1/8', '1/4', '1/2'])
         axes.minorticks_off()
