@@ -114,15 +114,6 @@ def planned(arm, seed=SEED, rate=RATE, share=None):
     return dict(name=name, arm=arm, share=share, rate=rate, seed=seed)
 
 
-def read_study(path):
-    """The numbers of an earlier study. UserError if the file isn't one."""
-    with reading(path):
-        numbers = read_json(path)
-        numbers['runs'] = [dict(r, rate=r.get('rate', RATE)) for r in numbers['runs']]  # there once was no grid
-        tables(numbers['runs'])  # has all that they show
-    return numbers
-
-
 def do(plans, recorded):
     """The outcomes of runs that are planned, without those that diverged, and of the recorded ones."""
     known = {o['name'] for o in recorded}
@@ -321,8 +312,11 @@ grid = arguments.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
 paths = outputs(config, 'text')
 about, outcomes = dict(dataset=dataset, prose=prose, iterations=iterations), []
 if reuse:
-    numbers = read_study(reuse)
-    outcomes, then = numbers['runs'], numbers.get('config', about)
+    with reading(reuse):
+        numbers = read_json(reuse)
+        outcomes = [dict(r, rate=r.get('rate', RATE)) for r in numbers['runs']]  # there once was no grid
+        tables(outcomes)  # has all that they show
+        then = numbers.get('config', about)
     about = about | dict(prose=prose or then['prose']) if chosen else then
     for o in outcomes if chosen else []:
         of = 'dataset' if o['share'] is None else 'prose'
