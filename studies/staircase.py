@@ -197,23 +197,18 @@ def sequences(room, n_ids, copies=1):
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def by_arm(numbers):
-    """{label: its runs}."""
-    return report.grouped(numbers['runs'], lambda r: r['label'])
-
-
 def formation_times(group):
     """The times at which a group's runs formed heads, for the log-rank test; those that never did are censored."""
     ended = [numbers['setting']['iterations'] for r in group if not r['formed']]
     return scipy.stats.CensoredData(uncensored=[r['formed'] for r in group if r['formed']], right=ended)
 
 
-def formation_table(numbers):
-    """When heads form, how strong they are, and losses."""
+def formation_table(groups):
+    """When heads form, how strong they are, and losses, of {label: its runs}."""
     heading = ['model', 'learning rate', f'iteration of best score > {FORMED}', 'formed']
     heading += ['log-rank p against the first (Holm)', 'best induction score', 'loss on repeats']
     heading += ['at twice the length', 'at four times']
-    groups, rows, ps = by_arm(numbers), [], {}
+    rows, ps = [], {}
     first, *others = groups
     for label in others:
         if any(r['formed'] for r in groups[label] + groups[first]):
@@ -229,11 +224,11 @@ def formation_table(numbers):
     return report.markdown_table(heading, rows)
 
 
-def carrier_table(numbers, name):
+def carrier_table(groups, name):
     """What a head's score becomes when a part of its logit is replaced, in the runs that formed heads."""
     columns = [(part, how) for part in PARTS for how in REPLACEMENTS if (part, how) != ('content', 'not rotated')]
     rows = []
-    for label, group in by_arm(numbers).items():
+    for label, group in groups.items():
         heads = [r['heads'][name] for r in group if r['formed']]
         if heads:
             cells = [
@@ -244,9 +239,8 @@ def carrier_table(numbers, name):
     return report.markdown_table(['model', 'runs', 'score', *(f'{part}: {how}' for part, how in columns)], rows)
 
 
-def draw(numbers):
+def draw(groups):
     """The best induction score of every run over iterations, a panel per model."""
-    groups = by_arm(numbers)
     looks = {arm.label: style.look(*arm.look) for arm in STAIRCASE + LATENTS}
     columns = 3 if len(groups) <= 6 else 4
     figure = Figure(figsize=(style.WIDTH, 2.6 * -(-len(groups) // columns) + 0.6))
@@ -268,35 +262,36 @@ def draw(numbers):
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
 paths = outputs(config, 'latents' if latents else 'staircase')
-if reuse:
-    with reading(reuse):
+with reading(reuse):
+    if reuse:
         numbers = read_json(reuse)
-        formation_table(numbers)
-else:
-    variants.register()
-    torch.set_num_threads(1)
-    if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
-        to = dict(folder=os.path.join(data_dir, 'repeats'))
-        subprocesses.run_script('data/repeats/prepare.py', [to], out_dir)
-    arms = LATENTS if latents else STAIRCASE
-    grids = tune(arms)
-    best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
-    plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
-    runs = subprocesses.run_all(train_and_measure, plans, jobs)
-    setting = dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps, dtype=dtype)
-    numbers = dict(
-        setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
-        rates={arm.label: rate for arm, rate in best.items()},
-        tuning={arm.label: {f'{rate:g}': loss for rate, loss in grid.items()} for arm, grid in grids.items()},
-        runs=runs,
+    else:
+        variants.register()
+        torch.set_num_threads(1)
+        if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
+            to = dict(folder=os.path.join(data_dir, 'repeats'))
+            subprocesses.run_script('data/repeats/prepare.py', [to], out_dir)
+        arms = LATENTS if latents else STAIRCASE
+        grids = tune(arms)
+        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
+        plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
+        runs = subprocesses.run_all(train_and_measure, plans, jobs)
+        setting = dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps, dtype=dtype)
+        numbers = dict(
+            setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
+            rates={arm.label: rate for arm, rate in best.items()},
+            tuning={arm.label: {f'{rate:g}': loss for rate, loss in grid.items()} for arm, grid in grids.items()},
+            runs=runs,
+        )
+    groups = report.grouped(numbers['runs'], lambda r: r['label'])
+    setting = numbers['setting']
+    text = (
+        f'{setting["seeds"]} seeds of {setting["iterations"]} iterations each, at the best of a grid of learning rates '
+        f'({setting["tuning_seeds"]} other seeds). Times are medians [range] of the runs that formed heads; other '
+        'cells are means ± half width of the 95 % t interval, with fewer than four runs mean [range].\n\n'
+        f'{formation_table(groups)}\nScore of the best previous-token head with a part of its logit replaced:\n\n'
+        f'{carrier_table(groups, "previous_token")}\nThe same for the best induction head:\n\n'
+        f'{carrier_table(groups, "induction")}'
     )
-setting = numbers['setting']
-text = (
-    f'{setting["seeds"]} seeds of {setting["iterations"]} iterations each, at the best of a grid of learning rates '
-    f'({setting["tuning_seeds"]} other seeds). Times are medians [range] of the runs that formed heads; other cells '
-    'are means ± half width of the 95 % t interval, with fewer than four runs mean [range].\n\n'
-    f'{formation_table(numbers)}\nScore of the best previous-token head with a part of its logit replaced:\n\n'
-    f'{carrier_table(numbers, "previous_token")}\nThe same for the best induction head:\n\n'
-    f'{carrier_table(numbers, "induction")}'
-)
-save(paths, text, draw(numbers), None if reuse else numbers)
+    picture = draw(groups)
+save(paths, text, picture, None if reuse else numbers)
