@@ -50,12 +50,12 @@ device = machine.pick_device(device)
 machine.set_threads(threads)
 
 
-def look(wait):
-    """Read, measure, draw and print all runs as they are now; wait: without samples while one is training."""
+def look():
+    """Read, measure, draw and print all runs as they are now; returns True if all of them are finished."""
     found = [comparison.read(folder) for folder in folders]
     comparison.label(found)
     finished = all(run.done for run in found)
-    tokens = sample_tokens if finished or not wait else 0
+    tokens = sample_tokens if finished or not follow else 0  # samples when the runs that are followed have ended
     for run in found:
         comparison.measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed)
     heading, rows = comparison.table(found)
@@ -70,13 +70,11 @@ def look(wait):
     os.makedirs(out_dir, exist_ok=True)
     report.save_figure(os.path.join(out_dir, 'comparison.png'), comparison.curves(found), dpi=130)
     report.save_text(os.path.join(out_dir, 'comparison.md'), report.markdown_table(heading, rows))
-    gaps = {run.folder: comparison.difference(run, found[0]) for run in found}
-    results = {run.label: dict(run.numbers, minus_first=gaps[run.folder]) for run in found}
-    machine_used = timing.describe_machine(device, dtype)
-    numbers = dict(device=device, torch=torch.__version__, machine=machine_used, results=results)
-    report.save_json(os.path.join(out_dir, 'comparison.json'), numbers)
+    results = {run.label: dict(run.numbers, minus_first=comparison.difference(run, found[0])) for run in found}
+    about = dict(device=device, torch=torch.__version__, machine=timing.describe_machine(device, dtype))
+    report.save_json(os.path.join(out_dir, 'comparison.json'), dict(about, results=results))
     return finished
 
 
-while not look(wait=follow) and follow:
+while not look() and follow:
     time.sleep(follow)

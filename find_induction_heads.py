@@ -235,7 +235,7 @@ def measure(loaded):
         out['composition_lift'] = circuits.composition(model)
     except ValueError as error:
         out['composition_lift'], out['composition_missing'] = None, str(error)
-    out['in_context'], out['bigrams'] = in_context(loaded), bigrams(loaded)
+    out |= on_validation_text(loaded)
     if loaded.facts['attention'] == 'mla':
         out['latent'] = measure_latent(loaded, repeats)
     out['called'] = induction.verdict(
@@ -254,22 +254,17 @@ def measure(loaded):
     return out
 
 
-def in_context(loaded):
-    """The in-context score on the run's own validation data; None without data or with too short windows."""
+def on_validation_text(loaded):
+    """The in-context score and losses at repeated bigrams in the run's own validation data; None where it has none."""
     windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
     positions = None if windows is None else induction.in_context_positions(windows[1])
-    if positions is None:
-        return None
-    score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
-    return dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
-
-
-def bigrams(loaded):
-    """Losses at repeated bigrams and elsewhere in the run's own validation data; None without data."""
-    windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
-    if windows is None or bool((windows[1] == -1).any()):  # masked targets: tokens that were never trained on
-        return None
-    return induction.bigram_losses(forward.text_losses(loaded.model, windows[0]), windows[0])
+    found = dict(in_context=None, bigrams=None)
+    if positions:
+        score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
+        found['in_context'] = dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
+    if windows is not None and not (windows[1] == -1).any():  # masked targets: tokens that were never trained on
+        found['bigrams'] = induction.bigram_losses(forward.text_losses(loaded.model, windows[0]), windows[0])
+    return found
 
 
 def own_text(loaded):
@@ -384,8 +379,8 @@ def formation(folder):
         loaded = load(file)
         layout = layouts_for(loaded)['main']
         scores = scores_of(loaded.model, repeats_for(loaded, layout))
-        row = dict(iteration=iteration, file=file, val_loss=loaded.facts['val_loss'], in_context=in_context(loaded))
-        row |= dict(bigrams=bigrams(loaded), repeat_loss=scores['repeat_loss'])
+        row = dict(iteration=iteration, file=file, val_loss=loaded.facts['val_loss'], **on_validation_text(loaded))
+        row['repeat_loss'] = scores['repeat_loss']
         row['bigram_gain'] = row['bigrams'] and row['bigrams']['gain']
         for name in ('induction', 'previous_token'):
             at = induction.ranked(scores[name]['ranking'])[0]

@@ -57,16 +57,6 @@ def replaced(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
             del module.forward  # the class's own shows again
 
 
-def is_norm(module: nn.Module) -> bool:
-    """True for a module whose weight is a vector."""
-    return getattr(module, 'weight', torch.empty(0, 0)).dim() == 1
-
-
-def is_pattern(value: Any) -> bool:
-    """True for attention weights (1, H, 4, 4), as `HFModel.probe` sees them."""
-    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:] == (4, 4)
-
-
 def through_norm(rows: Tensor, gain: Tensor, subtracts_mean: bool) -> Tensor:
     """Weights (..., C) on the output of a norm as they read its input, up to a positive factor per token."""
     rows = rows * gain
@@ -108,8 +98,9 @@ class HFModel(nn.Module):
         def watch(seen, module, args, output):
             if 'pattern' in seen:
                 return
-            if isinstance(output, tuple) and is_pattern(output[1]):
-                seen.update(attention=module, pattern=output[1])
+            second = output[1] if isinstance(output, tuple) else None
+            if isinstance(second, Tensor) and second.shape[2:] == (4, 4):  # attention weights (1, H, 4, 4)
+                seen.update(attention=module, pattern=second)
             elif isinstance(getattr(module, 'weight', None), Tensor) and module.weight.dim() == 2:
                 seen.update(projection=module, z=args[0])  # the last one before the attention returns
 
@@ -238,7 +229,8 @@ class HFModel(nn.Module):
         `circuits.stream_weights` of a layer. ValueError where they are not three matrices and a norm before them.
         """
         attention: Any = self.attentions[layer]
-        norms = [m for m in (*self.layers[layer].children(), *attention.children()) if is_norm(m)]
+        parts = (*self.layers[layer].children(), *attention.children())
+        norms = [m for m in parts if getattr(m, 'weight', torch.empty(0, 0)).dim() == 1]
         readers: list[Any] = [getattr(attention, f'{name}_proj', None) for name in 'qkv']
         if not all(isinstance(reader, nn.Linear) for reader in readers) or len(norms) > 2:
             raise ValueError('its heads are not three matrices that read the normed residual stream')

@@ -59,20 +59,17 @@ VARIANTS: tuple[dict, ...] = (
 )
 
 
-def latent_of(label: str) -> float:
-    """n_latent / n_embd of the model with this label, such as 'MLA, r=C/2' or 'MLA, r=2C/3'; 0 where it names none."""
-    found = re.search(r'r ?= ?(\d*)C(?:/(\d+))?', label)
-    return int(found[1] or 1) / int(found[2] or 1) if found else 0.0
-
-
 def look(label: str, latent: float = 0.0, variant: int = 0) -> dict:
     """
     The keys with which matplotlib draws a model's line.
 
-    label: begins with MHA, GQA, MQA or MLA. latent: of MLA, n_latent / n_embd, where the label doesn't name it.
-    variant: 1 to 3 for further models of the same attention, which get hollow markers and a line of their own.
+    label: begins with MHA, GQA, MQA or MLA. latent: of MLA, n_latent / n_embd, where the label doesn't name it as in
+    'MLA, r=C/2' or 'MLA, r=2C/3'. variant: 1 to 3 for further models of the same attention, which get hollow markers
+    and a line of their own.
     """
-    latent = latent or latent_of(label)
+    found = re.search(r'r ?= ?(\d*)C(?:/(\d+))?', label)
+    if found and not latent:
+        latent = int(found[1] or 1) / int(found[2] or 1)
     of_mla = next(look for least, look in LATENTS if latent >= least)
     return OTHERS.get(label[:3], of_mla) | VARIANTS[variant % len(VARIANTS)]
 

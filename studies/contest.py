@@ -161,7 +161,10 @@ def train_and_measure(item):
     if os.path.exists(result):
         check(item, read_json(result)['keys'])
     else:
-        if not finished(item, ckpt):
+        saved = checkpoints.load(ckpt, mapped=True) if os.path.exists(ckpt) else None
+        if saved:
+            check(item, saved['config'])
+        if not saved or saved['iter_num'] < item['keys']['max_iters']:
             keys = dict(item['keys'], resume='auto', out_dir=item['folder'])
             if not subprocesses.converges('train.py', [keys], item['folder']):
                 files.write_json(result, dict(val_loss=None, keys=item['keys']))
@@ -173,15 +176,6 @@ def train_and_measure(item):
         files.write_json(result, dict(val_loss=losses.mean(), keys=item['keys'], commit=commit(), **sizes))
     found = read_json(result)
     return item | found | dict(val_loss=math.inf if found['val_loss'] is None else found['val_loss'])
-
-
-def finished(item, ckpt):
-    """True if a run is complete. UserError if its folder holds a run with other keys."""
-    if not os.path.exists(ckpt):
-        return False
-    saved = checkpoints.load(ckpt, mapped=True)
-    check(item, saved['config'])
-    return saved['iter_num'] >= item['keys']['max_iters']
 
 
 def check(item, config):
@@ -272,7 +266,7 @@ def contest(named, settings):
 
 def as_numbers(settings, known, finals):
     """Everything that is reported, as JSON keeps it."""
-    models = {}
+    models, by_window = {}, {}  # by_window: the loss of every validation window, averaged over final seeds
     for arm, setting in settings.items():
         done = [r for r in finals.values() if r['arm'] == arm]
         tuning = [dict(asdict(s), seed=seed, loss=loss) for (a, s, seed), loss in known.items() if a == arm]
@@ -285,7 +279,8 @@ def as_numbers(settings, known, finals):
             tuning=sorted(tuning, key=lambda r: tuple(r.values())),
             finals=[dict(seed=r['seed'], loss=r['val_loss'], commit=r['commit']) for r in done],
         )
-    by_window = {label: window_means(finals, label) for label in models}
+        windows = [np.load(os.path.join(r['folder'], 'losses.npy')) for r in done]
+        by_window[arm.label] = np.mean(windows, axis=0, dtype=np.float64)
     pairs = []
     for one, other in PAIRS:
         if {one, other} <= set(models):
@@ -298,30 +293,16 @@ def as_numbers(settings, known, finals):
     return dict(setting=kept, margin=MARGIN, tuned=tuned, models=models, pairs=pairs)
 
 
-def window_means(finals, label):
-    """The loss of every validation window, averaged over a model's final seeds."""
-    folders = [r['folder'] for r in finals.values() if r['arm'].label == label]
-    return np.mean([np.load(os.path.join(folder, 'losses.npy')) for folder in folders], axis=0, dtype=np.float64)
-
-
-def losses_of(model):
-    """The final losses of a model."""
-    return [r['loss'] for r in model['finals']]
-
-
 def model_table(numbers):
     """Every model at its best setting."""
     heading = ['model', 'weights', 'cached numbers per token and layer', 'learning rate', 'of keys and values']
     heading += ['their rms at the start', 'seeds', 'validation loss']
     rows = []
     for label, found in numbers['models'].items():
-        tuned, losses = found['setting'], losses_of(found)
-        chosen = (
-            f'{tuned["rate"]:g}',
-            f'x {tuned["kv_lr"]:g}',
-            f'{tuned["kv_rms"]:g}' if tuned['kv_rms'] else 'its own',
-        )
+        tuned, losses = found['setting'], [r['loss'] for r in found['finals']]
+        rms = f'{tuned["kv_rms"]:g}' if tuned['kv_rms'] else 'its own'
         sizes = (f'{found["parameters"]:,}', found['cached_numbers'])
+        chosen = (f'{tuned["rate"]:g}', f'x {tuned["kv_lr"]:g}', rms)
         rows.append((label, *sizes, *chosen, len(losses), report.spread(losses, '.4f')))
     return report.markdown_table(heading, rows)
 
@@ -333,38 +314,28 @@ def pair_table(numbers):
     for pair in numbers['pairs']:
         wide, narrow = (f'{pair[key][0]:+.4f} to {pair[key][1]:+.4f}' for key in ('interval_95', 'interval_90'))
         p = '< .0001' if pair['p_holm'] < 1e-4 else f'{pair["p_holm"]:.4f}'
-        cells = (f'{pair["difference"]:+.4f}', wide, p, f'{pair["text_error"]:.4f}', narrow, outcome(pair))
-        rows.append((pair['one'], pair['other'], *cells))
+        # at 5 %; both are possible, too
+        said = ['different'] * (pair['p_holm'] < 0.05) + [f'equal within {MARGIN:g}'] * (pair['p_equal'] < 0.05)
+        cells = (f'{pair["difference"]:+.4f}', wide, p, f'{pair["text_error"]:.4f}', narrow)
+        rows.append((pair['one'], pair['other'], *cells, ', yet '.join(said) or 'neither'))
     return report.markdown_table((*heading, 'so they are'), rows)
-
-
-def outcome(pair):
-    """What the tests allow to say at 5 %: different, equal within the margin, both, or neither."""
-    said = ['different'] * (pair['p_holm'] < 0.05) + [f'equal within {MARGIN:g}'] * (pair['p_equal'] < 0.05)
-    return ', yet '.join(said) or 'neither'
-
-
-def look(label, found):
-    """How a model is drawn."""
-    return style.look(
-        label, found['latent'] / n_embd, variant=int(label in ('MHA, half rotated', 'MLA, weights of MHA'))
-    )
 
 
 def draw_cache(numbers, title):
     """Loss over cached numbers, with a name at every point."""
     figure = Figure(figsize=(style.WIDTH, 4.6))
     axes = figure.subplots()
-    places = style.side_by_side([found['cached_numbers'] for found in numbers['models'].values()], 1.04)
-    for (label, found), (x, left) in zip(numbers['models'].items(), places, strict=True):
-        middle, half = stats.t_interval(losses_of(found))
-        drawn = dict(look(label, found), linestyle='none', capsize=4, markersize=7)
+    sizes = [found['cached_numbers'] for found in numbers['models'].values()]
+    for (label, found), (x, left) in zip(numbers['models'].items(), style.side_by_side(sizes, 1.04), strict=True):
+        middle, half = stats.t_interval([r['loss'] for r in found['finals']])
+        variant = int(label in ('MHA, half rotated', 'MLA, weights of MHA'))
+        drawn = style.look(label, found['latent'] / n_embd, variant) | dict(linestyle='none', capsize=4, markersize=7)
         axes.errorbar(x, middle, half or 0, **drawn)
         place = dict(xytext=(-9, 4), ha='right') if left else dict(xytext=(9, 4))
         axes.annotate(label, (x, middle), textcoords='offset points', color=drawn['color'], **place)
     axes.set_xscale('log', base=2)
-    sizes = sorted({found['cached_numbers'] for found in numbers['models'].values()})
-    axes.set_xticks(sizes, [f'{size}' for size in sizes])
+    ticks = sorted(set(sizes))
+    axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     axes.margins(x=0.2)
     axes.set(xlabel='cached numbers per token and layer', ylabel='validation loss (nats per token)')

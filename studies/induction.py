@@ -28,7 +28,7 @@ from analysis import report, stats, style
 from analysis.report import cells
 from core.cli import subprocesses
 from core.cli.errors import UserError
-from studies.measure import best_heads, formed, measure, measurement, outputs, places, read_json, reading, save, sweep
+from studies.measure import best_heads, formed, measure, outputs, places, read_json, reading, save, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 full = False  # every latent size, five seeds, 2000 iterations; otherwise the short form
@@ -96,8 +96,8 @@ def train_and_measure(run):
         keys |= dict(max_iters=steps[-1], keep_checkpoints=','.join(map(str, steps)))
         keys |= dict(out_dir=folder, data_dir=data_dir, resume='auto', threads=1)
         subprocesses.run_script('train.py', ['config/train_repeats.py', keys], folder)
-    measure(folder, sweep=folder, data_dir=data_dir)
-    return dict(run, **outcome(measurement(folder), sweep(folder)))
+    found = measure(folder, sweep=folder, data_dir=data_dir)
+    return dict(run, **outcome(found, sweep(folder)))
 
 
 def convert_and_measure(run):
@@ -111,11 +111,10 @@ def convert_and_measure(run):
         keys |= dict(init_from=folder, out_dir=tuned, resume='auto', seed=run['seed'], kv_lr=1.0, warmup_iters=10)
         keys |= dict(max_iters=TUNING, lr_decay_iters=TUNING, eval_interval=TUNING, keep_checkpoints=TUNING)
         subprocesses.run_script('train_mla.py', ['config/train_repeats_mla.py', keys], tuned)
-    layer, head = measurement(run['source'])['ranking'][0]
+    layer, head = measure(run['source'], data_dir=data_dir)['ranking'][0]
     out = dict(n_latent=run['n_latent'], seed=run['seed'])
     for name, of in (('mha', run['source']), ('converted', folder), ('tuned', tuned)):
-        measure(of, data_dir=data_dir)
-        found = measurement(of)
+        found = measure(of, data_dir=data_dir)
         same, heads = found['induction']['mean'][layer][head], int(np.sum(found['called']))
         out[name] = dict(
             same=same, best=best_heads(found)['score'], heads=heads, repeat_loss=found['repeat_loss']['mean']
@@ -253,20 +252,6 @@ def conversion_table(converted):
     return report.markdown_table(heading, rows)
 
 
-def tables(outcomes, converted):
-    """{title: table} of each part."""
-    found = {
-        f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})': formation_table(outcomes),
-        f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats': head_table(outcomes),
-        f'Depth ({DEEP} layers, learned positions)': depth_table(outcomes),
-        f'The latent in the layer of the best head, of runs with a score > {FORMED}': latent_table(outcomes),
-    }
-    if converted:
-        title = f'The best head of MHA (learned positions), converted, and {TUNING} iterations later'
-        found[title] = conversion_table(converted)
-    return found
-
-
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,21 +286,27 @@ def formation_figure(outcomes):
 if seeds == 1:
     raise UserError('seeds is 1; it must be at least 2, as one gives no interval, or 0 for the default')
 paths = outputs(config, 'formation')
-if reuse:
-    with reading(reuse):
+conversion_title = f'The best head of MHA (learned positions), converted, and {TUNING} iterations later'
+with reading(reuse):
+    if reuse:
         earlier = read_json(reuse)
         full, max_iters = (earlier['config'][key] for key in ('full', 'max_iters'))
         iterations = max_iters or (2000 if full else 1200)
-        outcomes, converted = [dict(run) for run in earlier['runs']], earlier['conversions']
-else:
-    repeats = os.path.join(data_dir, 'repeats')
-    if not os.path.exists(os.path.join(repeats, 'train.bin')):
-        subprocesses.run_script('data/repeats/prepare.py', [dict(folder=repeats)], out_dir)
-    outcomes = subprocesses.run_all(train_and_measure, planned(), jobs)
-    converted = subprocesses.run_all(convert_and_measure, conversions(), jobs)
-
-with reading(reuse):
-    parts, picture = tables(outcomes, converted), formation_figure(outcomes)
+        outcomes, converted = earlier['runs'], earlier['conversions']
+    else:
+        repeats = os.path.join(data_dir, 'repeats')
+        if not os.path.exists(os.path.join(repeats, 'train.bin')):
+            subprocesses.run_script('data/repeats/prepare.py', [dict(folder=repeats)], out_dir)
+        outcomes = subprocesses.run_all(train_and_measure, planned(), jobs)
+        converted = subprocesses.run_all(convert_and_measure, conversions(), jobs)
+    parts = {
+        f'Formation and final scores ({LAYERS} layers, 4 heads, C = {WIDTH})': formation_table(outcomes),
+        f'The best head of runs with a score > {FORMED}; ablations: increase of loss on repeats': head_table(outcomes),
+        f'Depth ({DEEP} layers, learned positions)': depth_table(outcomes),
+        f'The latent in the layer of the best head, of runs with a score > {FORMED}': latent_table(outcomes),
+        conversion_title: conversion_table(converted),
+    }
+    picture = formation_figure(outcomes)
     steps, count = snapshots(), len({o['seed'] for o in outcomes})
 spread = '± the half width of the 95 % t interval' if count >= stats.LEAST else 'with their range in brackets'
 intro = (

@@ -45,7 +45,7 @@ from analysis.report import cells
 from core.cli import arguments, files, subprocesses
 from core.cli.errors import UserError
 from core.text.dataset import TokenData
-from studies.measure import best_heads, formed, measure, measurement, outputs, places, read_json, reading, save, sweep
+from studies.measure import best_heads, formed, measure, outputs, places, read_json, reading, save, sweep
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-induction-text'  # the runs
@@ -112,15 +112,6 @@ def planned(arm, seed=SEED, rate=RATE, share=None):
     return dict(name=name, arm=arm, share=share, rate=rate, seed=seed)
 
 
-def read_study(path):
-    """The numbers of an earlier study. UserError if the file isn't one."""
-    with reading(path):
-        numbers = read_json(path)
-        numbers['runs'] = [dict(r, rate=r.get('rate', RATE)) for r in numbers['runs']]  # there once was no grid
-        tables(numbers['runs'])  # has all that they show
-    return numbers
-
-
 def do(plans, recorded):
     """The outcomes of runs that are planned, without those that diverged, and of the recorded ones."""
     known = {o['name'] for o in recorded}
@@ -144,8 +135,8 @@ def train_and_measure(run):
         keys |= dict(threads=1, device='cpu', dtype='float32')
         if not subprocesses.converges('train.py', ['config/train_code_cpu.py', keys], folder):
             return None  # the rate is too high for this arm
-    measure(folder, sweep=folder, text_windows=128, device='cpu', data_dir=keys['data_dir'])
-    return dict(run, **outcome(measurement(folder), sweep(folder)))
+    found = measure(folder, sweep=folder, text_windows=128, device='cpu', data_dir=keys['data_dir'])
+    return dict(run, **outcome(found, sweep(folder)))
 
 
 def outcome(found, steps):
@@ -234,24 +225,13 @@ def ablation_table(outcomes):
 
 
 def prose_table(outcomes):
-    """MHA on prose by the share of copies."""
+    """Runs of MHA on prose by the share of copies."""
     heading = ['copied tokens', UNTIL, 'best induction score', 'layer.head', 'best previous-token score', 'layer.head']
     rows = []
-    for o in of_prose(outcomes):
-        row = [
-            f'{o["share"]:.0%}',
-            when([o]),
-            *cells([o], 'score'),
-            places([o], 'best'),
-            *cells([o], 'previous'),
-        ]
-        rows.append([*row, places([o], 'best_previous'), *cells([o], 'repeated', 'others')])
+    for o in outcomes:
+        scores = [*cells([o], 'score'), places([o], 'best'), *cells([o], 'previous'), places([o], 'best_previous')]
+        rows.append((f'{o["share"]:.0%}', when([o]), *scores, *cells([o], 'repeated', 'others')))
     return report.markdown_table([*heading, 'loss at repeated bigrams of plain prose', 'elsewhere'], rows)
-
-
-def of_prose(outcomes):
-    """The runs of part 2."""
-    return [o for o in outcomes if o['share'] is not None]
 
 
 def rate_table(outcomes):
@@ -267,17 +247,16 @@ def rate_table(outcomes):
 
 def tables(outcomes):
     """The text of all tables."""
-    parts = {
-        f'Every learning rate, seed {SEED}': rate_table(outcomes),
+    prose, parts = [o for o in outcomes if o['share'] is not None], {}
+    if any(o['rate'] != RATE for o in outcomes):
+        parts[f'Every learning rate, seed {SEED}'] = rate_table(outcomes)
+    parts |= {
         'Formation': formation_table(outcomes),
         'Paired by seed': paired_table(outcomes),
         'The best induction heads, mean-ablated: rise of the loss on validation text': ablation_table(outcomes),
-        'MHA on prose with copied spans': prose_table(outcomes),
     }
-    if all(o['rate'] == RATE for o in outcomes):
-        del parts[f'Every learning rate, seed {SEED}']
-    if not of_prose(outcomes):
-        del parts['MHA on prose with copied spans']
+    if prose:
+        parts['MHA on prose with copied spans'] = prose_table(prose)
     intro = (
         'Brackets are ranges over seeds. Losses are in nats per token, over 128 validation windows of 256 tokens; in '
         f'code {outcomes[0]["repeated_share"]:.0%} of positions repeat a bigram of their window.'
@@ -304,9 +283,8 @@ def draw_arms(outcomes):
         for run in group:
             tokens = [step['tokens'] / 1e6 for step in run['curve']]
             for axis, key in zip(column, PANELS, strict=True):
-                axis.plot(
-                    tokens, [step['gain']['mean'] if key == 'gain' else step[key] for step in run['curve']], **look
-                )
+                values = [step['gain']['mean'] if key == 'gain' else step[key] for step in run['curve']]
+                axis.plot(tokens, values, **look)
         column[0].axhline(FORMED, color=style.GREY, linewidth=0.6)
         column[0].set(title=arm.replace(', r', ' r').replace(', ', '\n'), ylim=(0, 1))
         column[1].set(ylim=(0, 1))
@@ -332,8 +310,11 @@ grid = arguments.numbers(rates or (RATES if full else f'{RATE}'), 'rates')
 paths = outputs(config, 'text')
 about, outcomes = dict(dataset=dataset, prose=prose, iterations=iterations), []
 if reuse:
-    numbers = read_study(reuse)
-    outcomes, then = numbers['runs'], numbers.get('config', about)
+    with reading(reuse):
+        numbers = read_json(reuse)
+        outcomes = [dict(r, rate=r.get('rate', RATE)) for r in numbers['runs']]  # there once was no grid
+        tables(outcomes)  # has all that they show
+        then = numbers.get('config', about)
     about = about | dict(prose=prose or then['prose']) if chosen else then
     for o in outcomes if chosen else []:
         of = 'dataset' if o['share'] is None else 'prose'

@@ -17,9 +17,9 @@ from core.text.tokenizer import tokenizer_of
 from model import GPT
 
 
-def measure(folder: str, **keys: object) -> None:
+def measure(folder: str, **keys: object) -> dict:
     """
-    Measure the model in `folder` into `folder`/induction, unless that is newer than its ckpt.pt.
+    What was found in the model in `folder`, which is measured unless `folder`/induction is newer than its ckpt.pt.
 
     keys: of find_induction_heads.py. UserError if it fails.
     """
@@ -27,11 +27,7 @@ def measure(folder: str, **keys: object) -> None:
     if not subprocesses.is_current(os.path.join(to, 'induction.json'), os.path.join(folder, 'ckpt.pt')):
         keys |= dict(models=folder, out_dir=to, html=False, threads=1)
         subprocesses.run_script('find_induction_heads.py', [keys], folder)
-
-
-def measurement(folder: str) -> dict:
-    """What was found in the model of a run."""
-    return read_json(folder, 'induction', 'induction.json')['models'][0]
+    return read_json(to, 'induction.json')['models'][0]
 
 
 def sweep(folder: str) -> list[dict]:
@@ -40,7 +36,7 @@ def sweep(folder: str) -> list[dict]:
 
 
 def best_heads(found: dict) -> dict:
-    """The best induction head and the best previous-token head of a `measurement`, with their scores."""
+    """The best induction head and the best previous-token head of what `measure` found, with their scores."""
     layer, head = best = found['ranking'][0]
     previous = np.array(found['previous_token']['mean'])
     return dict(

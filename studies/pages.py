@@ -72,12 +72,6 @@ def minus(mine, theirs):
     return report.spread(gaps, '+.4f') if gaps else ''
 
 
-def peer(numbers, arm, attention):
-    """The losses of MHA or MQA with a model's positions and multiplier; {} where there are none."""
-    name = attention + ', RoPE' * ('RoPE' in arm) + SLOW * (SLOW in arm)
-    return losses(numbers, name) if name in numbers['best_rates'] else {}
-
-
 def contest_table(numbers):
     """Every model at its best rate, and minus MHA and MQA with the same positions and multiplier."""
     heading = ['model', 'parameters', 'cache bytes per token', 'learning rate', 'seeds', 'validation loss']
@@ -85,8 +79,8 @@ def contest_table(numbers):
     rows = []
     for arm in arms_of(numbers):
         rate, mine, grid = numbers['best_rates'][arm], losses(numbers, arm), sorted(tuning(numbers, arm))
-        gaps = [minus(mine, peer(numbers, arm, attention)) for attention in ('MHA', 'MQA')]
-        gaps.append(minus(mine, losses(numbers, arm.replace(SLOW, ''))))
+        peers = [attention + ', RoPE' * ('RoPE' in arm) + SLOW * (SLOW in arm) for attention in ('MHA', 'MQA')]
+        gaps = [minus(mine, losses(numbers, other)) for other in (*peers, arm.replace(SLOW, ''))]
         edge = ' (end of the grid)' * (rate in (grid[0], grid[-1]))
         facts = [f'{size(numbers, arm, key):,}' for key in ('parameters', 'cache_bytes_per_token')]
         rows.append((arm, *facts, f'{rate:g}{edge}', len(mine), report.spread(mine.values(), '.4f'), *gaps))
@@ -113,38 +107,31 @@ def conversion_table(numbers):
     mha, tuned = losses(numbers, 'MHA'), losses(numbers, 'MHA', 'tuned')
     rows = []
     for arm in converted(numbers):
-        before = minus(losses(numbers, arm, 'tuned', 'before'), mha)
-        after, scratch = losses(numbers, arm, 'tuned'), losses(numbers, arm)
-        gaps = (before, minus(after, tuned), minus(after, scratch))
+        before, after = losses(numbers, arm, 'tuned', 'before'), losses(numbers, arm, 'tuned')
+        gaps = (minus(before, mha), minus(after, tuned), minus(after, losses(numbers, arm)))
         rows.append((arm, f'{size(numbers, arm):,}', *gaps))
     return report.markdown_table(heading, rows)
 
 
-def draw_points(axis, points):
-    """Mean losses with their intervals over cached bytes, each with its name. points: (label, cache, losses)."""
-    places = style.side_by_side([cache for _, cache, _ in points], 1.09)
-    for (label, _, found), (cache, left) in zip(points, places, strict=True):
-        middle, half = stats.t_interval(list(found))
-        look = style.look(label) | dict(linestyle='none', capsize=3, markersize=6)
-        axis.errorbar(cache, middle, half or 0, **look)
-        name = label.replace(SLOW, '').replace('MLA, r=', 'MLA ')
-        place = dict(xytext=(-5, 13), ha='right') if left else dict(xytext=(7, 4))
-        axis.annotate(name, (cache, middle), textcoords='offset points', color=look['color'], fontsize=9, **place)
-    axis.set_xscale('log', base=2)
-    sizes = sorted({cache for _, cache, _ in points})
-    axis.set_xticks(sizes, [f'{size:,}' for size in sizes])
-    axis.minorticks_off()
-    axis.margins(x=0.3, y=0.12)
-    axis.set_xlabel('cache bytes per token (bars: 95 % intervals)')
-
-
 def draw_caches(numbers, groups, title):
-    """Loss over cached bytes, a panel for each of {title: {model: its losses}}."""
+    """Mean losses with their intervals over cached bytes, a panel for each of {title: {model: its losses}}."""
     figure = Figure(figsize=(style.WIDTH, 3.9))
     panels = figure.subplots(1, len(groups), sharey=True)
     for axis, (name, found) in zip(panels, groups.items(), strict=True):
-        draw_points(axis, [(arm, size(numbers, arm), of.values()) for arm, of in found.items()])
-        axis.set_title(name)
+        caches = [size(numbers, arm) for arm in found]
+        for arm, (cache, left) in zip(found, style.side_by_side(caches, 1.09), strict=True):
+            middle, half = stats.t_interval(list(found[arm].values()))
+            look = style.look(arm) | dict(linestyle='none', capsize=3, markersize=6)
+            axis.errorbar(cache, middle, half or 0, **look)
+            label = arm.replace(SLOW, '').replace('MLA, r=', 'MLA ')
+            place = dict(xytext=(-5, 13), ha='right') if left else dict(xytext=(7, 4))
+            axis.annotate(label, (cache, middle), textcoords='offset points', color=look['color'], fontsize=9, **place)
+        axis.set_xscale('log', base=2)
+        ticks = sorted(set(caches))
+        axis.set_xticks(ticks, [f'{tick:,}' for tick in ticks])
+        axis.minorticks_off()
+        axis.margins(x=0.3, y=0.12)
+        axis.set(title=name, xlabel='cache bytes per token (bars: 95 % intervals)')
     panels[0].set_ylabel('validation loss (nats per token)')
     figure.suptitle(title)
     return figure
@@ -171,11 +158,10 @@ def make_contest():
             report.save_figure(os.path.join(pictures, f'{name}.png'), draw_caches(numbers, groups, title))
             parts.append(f'![Loss over cached bytes](../../assets/{name}.png)')
         if arms := converted(numbers):
+            arms.insert(0, 'MHA')
             groups = {
-                'trained from scratch, 2,000 iterations': {a: losses(numbers, a) for a in ('MHA', *arms)},
-                'MHA converted and fine-tuned, 200 iterations': {
-                    a: losses(numbers, a, 'tuned') for a in ('MHA', *arms)
-                },
+                'trained from scratch, 2,000 iterations': {a: losses(numbers, a) for a in arms},
+                'MHA converted and fine-tuned, 200 iterations': {a: losses(numbers, a, 'tuned') for a in arms},
             }
             title = 'Converted from MHA and fine-tuned, by seed: MLA at C/2 and C/4 ends within 0.003 nats of MHA,\n'
             title += 'at C/8 0.055 behind, and MQA 0.063'
@@ -269,10 +255,9 @@ def make_smollm2():
             look = dict(looks[form], linestyle='none', markersize=8, capsize=4)
             axes.errorbar(part, losses[n]['rise'], half * losses[n]['rise_stderr'], **look)
             if part == 1 / 4:
-                right, where = form == 'published', (8, 2) if form == 'published' else (-8, -4)
+                place = dict(xytext=(8, 2), ha='left') if form == 'published' else dict(xytext=(-8, -4), ha='right')
                 at, label = (part, losses[n]['rise']), named[form].replace(', ', ',\n')
-                axes.annotate(label, at, where, textcoords='offset points',
-                              ha='left' if right else 'right', color=look['color'], fontsize=8.5)  # fmt: skip
+                axes.annotate(label, at, textcoords='offset points', color=look['color'], fontsize=8.5, **place)
         axes.set_xscale('log', base=2)
         axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ['1/8', '1/4', '1/2'])
         axes.minorticks_off()

@@ -136,24 +136,19 @@ def run_of(arm, rate, seed):
 
 def tune(arms):
     """{arm: {rate: mean loss}} of grids in which every arm's best rate has a worse one on either side."""
-    grids, losses = {arm: list(RATES) for arm in arms}, {}
-    while True:
-        wanted = [(arm, rate, TUNING_SEED + n) for arm in arms for rate in grids[arm] for n in range(n_tuning)]
-        items = [run_of(*key) for key in wanted if key not in losses]
-        if not items:
-            return {arm: {rate: at(losses, arm, rate) for rate in grids[arm]} for arm in arms}
-        losses |= {(r['arm'], r['rate'], r['seed']): r['loss'] for r in subprocesses.run_all(train, items, jobs)}
+    grids, wanted = {arm: {} for arm in arms}, [(arm, rate) for arm in arms for rate in RATES]
+    while wanted:
+        items = [run_of(arm, rate, TUNING_SEED + n) for arm, rate in wanted for n in range(n_tuning)]
+        done = report.grouped(subprocesses.run_all(train, items, jobs), lambda r: (r['arm'], r['rate']))
+        for (arm, rate), runs in done.items():
+            grids[arm][rate] = mean(r['loss'] for r in runs)
+        wanted = []
         for arm, grid in grids.items():
-            best = min(grid, key=lambda rate: at(losses, arm, rate))
-            if best == grid[0]:
-                grid.insert(0, best / 2)
-            elif best == grid[-1]:
-                grid.append(best * 2)
-
-
-def at(losses, arm, rate):
-    """The mean loss of an arm at a rate."""
-    return mean(loss for (a, r, _), loss in losses.items() if (a, r) == (arm, rate))
+            low, *_, high = rates = sorted(grid)
+            best = min(rates, key=grid.get)  # the lowest of those that are equal, as where all diverged
+            if best in (low, high):
+                wanted.append((arm, best / 2 if best == low else best * 2))
+    return {arm: dict(sorted(grid.items())) for arm, grid in grids.items()}
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -200,39 +195,22 @@ def sequences(room, n_ids, copies=1):
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def by_arm(numbers):
-    """{label: its runs}."""
-    return report.grouped(numbers['runs'], lambda r: r['label'])
+def formation_times(group):
+    """The times at which a group's runs formed heads, for the log-rank test; those that never did are censored."""
+    ended = [numbers['setting']['iterations'] for r in group if not r['formed']]
+    return scipy.stats.CensoredData(uncensored=[r['formed'] for r in group if r['formed']], right=ended)
 
 
-def log_rank(group, first):
-    """p of the log-rank test between the formation times of two groups; heads that never formed are censored."""
-    samples = [
-        scipy.stats.CensoredData(
-            uncensored=[r['formed'] for r in runs if r['formed']],
-            right=[numbers['setting']['iterations'] for r in runs if not r['formed']],
-        )
-        for runs in (group, first)
-    ]
-    return scipy.stats.logrank(*samples).pvalue
-
-
-def formation_table(numbers):
-    """When heads form, how strong they are, and losses."""
-    groups = by_arm(numbers)
-    first = next(iter(groups.values()))
-    heading = [
-        'model',
-        'learning rate',
-        f'iteration of best score > {FORMED}',
-        'formed',
-        'log-rank p against the first (Holm)',
-    ]
-    heading += ['best induction score', 'loss on repeats', 'at twice the length', 'at four times']
+def formation_table(groups):
+    """When heads form, how strong they are, and losses, of {label: its runs}."""
+    heading = ['model', 'learning rate', f'iteration of best score > {FORMED}', 'formed']
+    heading += ['log-rank p against the first (Holm)', 'best induction score', 'loss on repeats']
+    heading += ['at twice the length', 'at four times']
     rows, ps = [], {}
-    for label, group in groups.items():
-        if group is not first and any(r['formed'] for r in (*group, *first)):
-            ps[label] = log_rank(group, first)
+    first, *others = groups
+    for label in others:
+        if any(r['formed'] for r in groups[label] + groups[first]):
+            ps[label] = scipy.stats.logrank(*(formation_times(groups[one]) for one in (label, first))).pvalue
     ps = dict(zip(ps, stats.holm(list(ps.values())), strict=True))
     for label, group in groups.items():
         times = [r['formed'] for r in group]
@@ -244,11 +222,11 @@ def formation_table(numbers):
     return report.markdown_table(heading, rows)
 
 
-def carrier_table(numbers, name):
+def carrier_table(groups, name):
     """What a head's score becomes when a part of its logit is replaced, in the runs that formed heads."""
     columns = [(part, how) for part in PARTS for how in REPLACEMENTS if (part, how) != ('content', 'not rotated')]
     rows = []
-    for label, group in by_arm(numbers).items():
+    for label, group in groups.items():
         heads = [r['heads'][name] for r in group if r['formed']]
         if heads:
             cells = [
@@ -259,9 +237,8 @@ def carrier_table(numbers, name):
     return report.markdown_table(['model', 'runs', 'score', *(f'{part}: {how}' for part, how in columns)], rows)
 
 
-def draw(numbers):
+def draw(groups):
     """The best induction score of every run over iterations, a panel per model."""
-    groups = by_arm(numbers)
     looks = {arm.label: style.look(*arm.look) for arm in STAIRCASE + LATENTS}
     columns = 3 if len(groups) <= 6 else 4
     figure = Figure(figsize=(style.WIDTH, 2.6 * -(-len(groups) // columns) + 0.6))
@@ -283,43 +260,36 @@ def draw(numbers):
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
 paths = outputs(config, 'latents' if latents else 'staircase')
-if reuse:
-    with reading(reuse):
+with reading(reuse):
+    if reuse:
         numbers = read_json(reuse)
-        formation_table(numbers)
-else:
-    variants.register()
-    torch.set_num_threads(1)
-    if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
-        to = dict(folder=os.path.join(data_dir, 'repeats'))
-        subprocesses.run_script('data/repeats/prepare.py', [to], out_dir)
-    arms = LATENTS if latents else STAIRCASE
-    grids = tune(arms)
-    best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
-    plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
-    runs = subprocesses.run_all(train_and_measure, plans, jobs)
-    numbers = dict(
-        setting=dict(
-            iterations=iterations,
-            seeds=n_seeds,
-            tuning_seeds=n_tuning,
-            snapshots=steps,
-            dtype=dtype,
-            compile=compile,
-            cpu=timing.cpu_name(),
-            commit=commit(),
-        ),
-        rates={arm.label: rate for arm, rate in best.items()},
-        tuning={arm.label: {f'{rate:g}': loss for rate, loss in sorted(grid.items())} for arm, grid in grids.items()},
-        runs=runs,
+    else:
+        variants.register()
+        torch.set_num_threads(1)
+        if not os.path.exists(os.path.join(data_dir, 'repeats', 'train.bin')):
+            to = dict(folder=os.path.join(data_dir, 'repeats'))
+            subprocesses.run_script('data/repeats/prepare.py', [to], out_dir)
+        arms = LATENTS if latents else STAIRCASE
+        grids = tune(arms)
+        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
+        plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
+        runs = subprocesses.run_all(train_and_measure, plans, jobs)
+        setting = dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps, dtype=dtype)
+        numbers = dict(
+            setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
+            rates={arm.label: rate for arm, rate in best.items()},
+            tuning={arm.label: {f'{rate:g}': loss for rate, loss in grid.items()} for arm, grid in grids.items()},
+            runs=runs,
+        )
+    groups = report.grouped(numbers['runs'], lambda r: r['label'])
+    setting = numbers['setting']
+    text = (
+        f'{setting["seeds"]} seeds of {setting["iterations"]} iterations each, at the best of a grid of learning rates '
+        f'({setting["tuning_seeds"]} other seeds). Times are medians [range] of the runs that formed heads; other '
+        'cells are means ± half width of the 95 % t interval, with fewer than four runs mean [range].\n\n'
+        f'{formation_table(groups)}\nScore of the best previous-token head with a part of its logit replaced:\n\n'
+        f'{carrier_table(groups, "previous_token")}\nThe same for the best induction head:\n\n'
+        f'{carrier_table(groups, "induction")}'
     )
-setting = numbers['setting']
-text = (
-    f'{setting["seeds"]} seeds of {setting["iterations"]} iterations each, at the best of a grid of learning rates '
-    f'({setting["tuning_seeds"]} other seeds). Times are medians [range] of the runs that formed heads; other cells '
-    'are means ± half width of the 95 % t interval, with fewer than four runs mean [range].\n\n'
-    f'{formation_table(numbers)}\nScore of the best previous-token head with a part of its logit replaced:\n\n'
-    f'{carrier_table(numbers, "previous_token")}\nThe same for the best induction head:\n\n'
-    f'{carrier_table(numbers, "induction")}'
-)
-save(paths, text, draw(numbers), None if reuse else numbers)
+    picture = draw(groups)
+save(paths, text, picture, None if reuse else numbers)
