@@ -271,8 +271,8 @@ def draw():
     left, right = picture.subplots(1, 2)
     shown, bases, looks = [], set(), []
     for label, group in groups().items():
-        variants = (style.look(group[0]['attention'], group[0]['share'], n) for n in range(4))
-        look = next((look for look in variants if look not in looks), {})  # no two alike
+        variants = [style.look(group[0]['attention'], group[0]['share'], n) for n in range(4)]
+        look = next((look for look in variants if look not in looks), variants[0])  # as long as there are others
         looks.append(look)
         exact, basis = [run['val_loss'] for run in group], best_basis(group)
         bases.add(basis)
