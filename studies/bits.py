@@ -6,10 +6,11 @@ $ python studies/bits.py --sources=$(echo out-contest/code-*/*_s300? | tr ' ' ,)
 $ python studies/bits.py --sources=data/smollm2 --dataset=smollm2-python --context=256 --windows=24
 $ python studies/bits.py --reuse=assets/bits.json --figure=assets/bits.png   # table and picture again, in seconds
 
-Each model's full pass attends to rounded keys and values, or latents, in each basis of core/convert/bits.py, on the
-same windows of its own data. 'noise' is the control: Gaussian noise as large in each vector as the rounding error of
-'own'. 'by component' gives each principal component bits of its own (reverse water-filling) by its size on training
-text. Checkpoints whose names differ in a last _s1, _s2 are seeds of one model.
+Each model's full pass attends to rounded latents, in each basis of core/convert/bits.py, or to rounded keys and values,
+as they are and mixed by a Hadamard matrix (arXiv:2404.00456), on the same windows of its own data. 'noise' is the
+control: Gaussian noise as large in each vector as the rounding error of 'own'. 'by component' gives each principal
+component bits of its own (reverse water-filling) by its size on training text. Checkpoints whose names differ in a
+last _s1, _s2 are seeds of one model.
 
 The heads are the best induction head and the best previous-token head in 32 bits, on random tokens that repeat.
 Finished measurements are kept: repeat the command to continue. Writes tables, a picture and, beside it, a .json.
@@ -35,7 +36,7 @@ from matplotlib.figure import Figure
 from analysis import induction, report, style
 from core.cli import arguments, files, subprocesses
 from core.cli.errors import UserError
-from core.convert.bits import BASES, latent_statistics, rotate, round_cached
+from core.convert.bits import BASES, hadamard, latent_statistics, rotate, round_cached
 from core.convert.factorize import training_text
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation
@@ -114,7 +115,7 @@ def measured(ckpt):
 def roundings(model, text):
     """(basis, bits, the model whose full pass rounds so, its exact cache bytes per token) of all that is measured."""
     latents = attention_of(model) == 'mla'
-    bases = {'own': model}
+    bases = {'own': model} if latents else {'own': model, 'hadamard': model}
     if latents:
         orthogonal = model.config.latent_norm
         bases |= {
@@ -127,7 +128,8 @@ def roundings(model, text):
             for group in (0, 32) if vectors[0].size(-1) - wide > 32 else (0,):
                 forms = [Form(t.size(-1), bits, group, wide) for t in vectors]
                 size = sum(form.bytes * t.numel() // form.size for form, t in zip(forms, vectors, strict=True))
-                yield name + ', groups of 32' * bool(group), bits, rounding(changed, forms[0].rounded), size
+                rounded = forms[0].rounded if latents or name == 'own' else in_hadamards_basis(forms[0])
+                yield name + ', groups of 32' * bool(group), bits, rounding(changed, rounded), size
                 if not group:
                     plain = size
             if name == 'own':
@@ -149,6 +151,12 @@ def roundings(model, text):
 def rounding(model, function):
     """A copy of the model whose full pass attends to function(x) of what is cached."""
     return round_cached(copy.deepcopy(model), lambda layer, x: function(x))
+
+
+def in_hadamards_basis(form):
+    """A function that rounds keys or values in Hadamard's basis: as exact, if queries are mixed too (as in QuaRot)."""
+    mix = hadamard(form.size).float()
+    return lambda x: form.rounded(x @ mix.T) @ mix
 
 
 def noisy(form):
