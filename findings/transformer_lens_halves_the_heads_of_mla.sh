@@ -12,7 +12,6 @@
 #   ablates halves of the first half of the heads, and never touches the others; nothing warns.
 #
 # Output seen:
-#   findings/transformer_lens_halves_the_heads_of_mla.sh: line 15: SEEN: command not found
 #   llama: heads 4; hook_pattern (1, 4, 20, 20), hook_z (1, 20, 4, 32)
 #     hook_z[:, :, 2] set to zero, and head 2 removed: logits differ by 0.00000
 #     hook_z[:, :, 2] set to zero, and the first half of head 1 removed: logits differ by 1.85430

@@ -55,7 +55,8 @@ class Cache:
             sizes = (batch_size, *heads[:-1], max_tokens)
             if kind == 'float':
                 return torch.zeros(*sizes, heads[-1], dtype=dtype, device=device)
-            return Form(heads[-1], wide=wide, **KINDS[kind]).empty(sizes, dtype, device)
+            mixed = len(shapes) > 1  # keys and values; a latent is mixed in its weights
+            return Form(heads[-1], wide=wide, **KINDS[kind]).empty(sizes, dtype, device, mixed)
 
         if kind not in KINDS:
             raise ValueError(f"a cache's numbers can't be '{kind}'; choose {', '.join(KINDS)}")

@@ -5,6 +5,10 @@ A number becomes a whole number n of `bits` bits, and each group of a vector's n
 that (n + 1/2) s is about the number: 2^bits levels, symmetric about zero. The last `wide` numbers of a vector, MLA's
 rotated key, stay in bfloat16 (arXiv:2602.10718).
 
+One large number would set the scale of all others. So keys and values may be mixed by a Hadamard matrix first, and
+queries and outputs with them in each step (QuaRot, arXiv:2404.00456); a latent can be mixed in its weights
+(core/convert/bits.py).
+
 One scale for a whole vector can be taken out of a product: q . k_j = s_j (q . n_j + sum(q) / 2). A CPU with integer
 units therefore multiplies int8 as it is stored, with q in two digits of base 127 and the softmax's weights in three;
 bfloat16 would be less exact. Where there is little to read, elsewhere, and with several groups, the numbers become
@@ -80,19 +84,36 @@ class Form:
         first, second = F.pad(levels + 8, (0, self.few % 2)).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
         return first | second << 4, high
 
-    def empty(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Packed:
-        """A Packed (*sizes, size) of zeros, to be unpacked into `dtype`."""
+    def empty(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, mixed: bool = False) -> Packed:
+        """A Packed (*sizes, size) of zeros, to be unpacked into `dtype`. mixed: by `hadamard`, without wide numbers."""
         kind, each = (torch.int8, self.few) if self.bits == 8 else (torch.uint8, -(-self.few // 2))
         low = torch.zeros(*sizes, each, dtype=kind, device=device)
         high = torch.zeros(*sizes, self.groups + self.wide, dtype=torch.bfloat16, device=device)
-        return Packed(low, high, self, dtype)
+        mix = hadamard(self.size).to(torch.promote_types(dtype, torch.float32)).to(device) if mixed else None
+        return Packed(low, high, self, dtype, mix)
+
+
+@functools.cache
+def hadamard(size: int) -> torch.Tensor:
+    """An orthogonal matrix (size, size) of like magnitudes: Hadamard's and, for an odd factor, a cosine basis."""
+    twos = size & -size
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < twos:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, matrix)
+    n = torch.arange(size // twos, dtype=torch.float64)
+    cosines = torch.cos(torch.pi / len(n) * (n + 0.5) * n[:, None]) * (2 / len(n)) ** 0.5
+    cosines[0] /= 2**0.5
+    return torch.kron(matrix, cosines)
 
 
 class Packed:
     """A tensor (..., S, size) in few bits, with those methods of torch.Tensor that a cache and a model call."""
 
-    def __init__(self, low: torch.Tensor, high: torch.Tensor, form: Form, dtype: torch.dtype):
-        self.low, self.high, self.form, self.dtype = low, high, form, dtype  # what Form.pack returns
+    def __init__(
+        self, low: torch.Tensor, high: torch.Tensor, form: Form, dtype: torch.dtype, mix: torch.Tensor | None = None
+    ):
+        """low, high: what Form.pack returned, of x or, with an orthogonal matrix `mix` (size, size), of x mix^T."""
+        self.low, self.high, self.form, self.dtype, self.mix = low, high, form, dtype, mix
         self.device, self.nbytes = low.device, low.nbytes + high.nbytes
 
     @property
@@ -104,7 +125,7 @@ class Packed:
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
         """With a function of both of its tensors."""
-        return Packed(function(self.low), function(self.high), self.form, self.dtype)
+        return Packed(function(self.low), function(self.high), self.form, self.dtype, self.mix)
 
     def unsqueeze(self, dim: int) -> Packed:
         return self.each(lambda t: t.unsqueeze(dim))
@@ -113,18 +134,26 @@ class Packed:
         return self.each(lambda t: t.repeat_interleave(times, dim))
 
     def to(self, dtype: torch.dtype) -> Packed:
-        return Packed(self.low, self.high, self.form, dtype)
+        return Packed(self.low, self.high, self.form, dtype, self.mix)
 
     def __getitem__(self, index: Any) -> Packed:
         return self.each(lambda t: t[index])
 
     def __setitem__(self, index: Any, x: torch.Tensor) -> None:
-        self.low[index], self.high[index] = self.form.pack(x)
+        self.low[index], self.high[index] = self.form.pack(self.mixed(x))
 
     def index_copy_(self, dim: int, index: torch.Tensor, x: torch.Tensor) -> Packed:
-        for own, new in zip((self.low, self.high), self.form.pack(x), strict=True):
+        for own, new in zip((self.low, self.high), self.form.pack(self.mixed(x)), strict=True):
             own.index_copy_(dim, index, new)
         return self
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., size) in the basis in which it is stored."""
+        return x if self.mix is None else x.to(self.mix.dtype) @ self.mix.mT
+
+    def unmixed(self, x: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        return x if self.mix is None else (x.to(self.mix.dtype) @ self.mix).to(x.dtype)
 
     @property
     def scale(self) -> torch.Tensor:
@@ -135,16 +164,20 @@ class Packed:
         return self.high[..., self.form.groups :].to(dtype)
 
     def few(self) -> torch.Tensor:
-        """The other numbers (..., few) as floats."""
+        """The other numbers (..., few) as floats, in the basis in which they are stored."""
         levels = self.low
         if self.form.bits == 4:
             levels = torch.stack((levels & 15, levels >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
             levels = levels[..., : self.form.few]
         return self.form.numbers(levels, self.scale, self.dtype)
 
-    def whole(self) -> torch.Tensor:
-        """All of its numbers as a tensor of floats (..., size)."""
+    def stored(self) -> torch.Tensor:
+        """All of its numbers (..., size) as floats, in the basis in which they are stored."""
         return torch.cat((self.few(), self.kept(self.dtype)), dim=-1) if self.form.wide else self.few()
+
+    def whole(self) -> torch.Tensor:
+        """What it stands for: a tensor of floats (..., size)."""
+        return self.unmixed(self.stored())
 
     def blocks(self, tokens: int) -> Iterator[Packed]:
         """So many tokens at a time."""
@@ -215,7 +248,7 @@ def attend_integers(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | 
 
 def attend_floats(q: torch.Tensor, k: Packed, v: Packed, mask: torch.Tensor | None, tokens: int) -> torch.Tensor:
     """`attend` with q (B, K, G, size) scaled already, so many tokens at a time."""
-    scores = torch.cat([q @ block.whole().mT for block in k.blocks(tokens)], dim=-1)
+    scores = torch.cat([q @ block.stored().mT for block in k.blocks(tokens)], dim=-1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float('-inf'))
     y = torch.zeros_like(q[..., : v.form.few])
@@ -232,7 +265,7 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+        rows, k, v = k.mixed(q.to(dtype) * scale), k.to(dtype), v.to(dtype)
         B, K, S, size = k.shape
         integers = B * K * S * size > AT_ONCE and k.fits_integer_units() and v.fits_integer_units()
         each, tokens = B, BLOCK  # sequences at a time, and tokens of them
@@ -244,4 +277,4 @@ def attend(q: torch.Tensor, k: Packed, v: Packed, scale: float, mask: torch.Tens
             each, tokens = max(1, AT_ONCE // (K * S * size)), max(1, AT_ONCE // (K * size))
         few = attend_integers if integers else functools.partial(attend_floats, tokens=tokens)
         parts = [few(rows[b : b + each], k[b : b + each], v[b : b + each], mask) for b in range(0, B, each)]
-        return torch.cat(parts).to(q.dtype)
+        return v.unmixed(torch.cat(parts)).to(q.dtype)

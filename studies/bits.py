@@ -25,6 +25,7 @@ from core.cli.keys import begin
 begin(__file__)  # before the slow imports
 
 import copy
+import functools
 import hashlib
 import os
 import re
@@ -33,10 +34,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis import induction, report, style
+from analysis import induction, report, stats, style
 from core.cli import arguments, files, subprocesses
 from core.cli.errors import UserError
-from core.convert.bits import BASES, hadamard, latent_statistics, rotate, round_cached
+from core.convert.bits import BASES, latent_statistics, rotate, round_cached, rounded_mixed
 from core.convert.factorize import training_text
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation
@@ -128,7 +129,8 @@ def roundings(model, text):
             for group in (0, 32) if vectors[0].size(-1) - wide > 32 else (0,):
                 forms = [Form(t.size(-1), bits, group, wide) for t in vectors]
                 size = sum(form.bytes * t.numel() // form.size for form, t in zip(forms, vectors, strict=True))
-                rounded = forms[0].rounded if latents or name == 'own' else in_hadamards_basis(forms[0])
+                mixed = not latents and name == 'hadamard'
+                rounded = functools.partial(rounded_mixed, forms[0]) if mixed else forms[0].rounded
                 yield name + ', groups of 32' * bool(group), bits, rounding(changed, rounded), size
                 if not group:
                     plain = size
@@ -151,12 +153,6 @@ def roundings(model, text):
 def rounding(model, function):
     """A copy of the model whose full pass attends to function(x) of what is cached."""
     return round_cached(copy.deepcopy(model), lambda layer, x: function(x))
-
-
-def in_hadamards_basis(form):
-    """A function that rounds keys or values in Hadamard's basis: as exact, if queries are mixed too (as in QuaRot)."""
-    mix = hadamard(form.size).float()
-    return lambda x: form.rounded(x @ mix.T) @ mix
 
 
 def noisy(form):
@@ -223,13 +219,21 @@ def values(group, basis, bits, key='rise'):
     return [row[key] for run in group for row in run['rows'] if (row['basis'], row['bits']) == (basis, bits)]
 
 
+def shown_rise(group, basis, bits):
+    """The rise by seed, or of a single run with its 95 % interval over windows."""
+    rises = values(group, basis, bits)
+    if len(rises) > 1:
+        return report.spread(rises, '+.4f')
+    return f'{rises[0]:+.4f} ± {stats.half_width(then) * values(group, basis, bits, "rise_stderr")[0]:.4f}'
+
+
 def rise_table(bases):
     """The rise of the loss by model, basis and bits; `bases`: those that are shown."""
     rows = []
     for label, group in groups().items():
         for basis in bases:
             if values(group, basis, 8):
-                cells = [report.spread(values(group, basis, bits), '+.4f') for bits in BITS]
+                cells = [shown_rise(group, basis, bits) for bits in BITS]
                 rows.append((label, 2 * group[0]['numbers'], basis, values(group, basis, 4, 'bytes')[0], *cells))
     heading = ('model', 'bytes per token in 16 bits', 'basis', 'in 4 bits', *(f'{bits} bits' for bits in BITS))
     return report.markdown_table(heading, rows)
@@ -266,11 +270,9 @@ def head_table():
 
 
 def best_basis(group):
-    """The basis in which 4 bits cost least, if that is less than half of what they cost in the model's own."""
-    bases = dict.fromkeys(row['basis'] for row in group[0]['rows'] if row['basis'] != 'noise')
-    rises = {basis: float(np.mean(values(group, basis, 4))) for basis in bases}
-    best = min(rises, key=rises.get)
-    return best if rises[best] < rises['own'] / 2 else 'own'
+    """The basis, and scales for all or for 32 numbers, with which 4 bits cost least."""
+    bases = dict.fromkeys(row['basis'] for row in group[0]['rows'] if row['basis'] not in ('noise', 'by component'))
+    return min(bases, key=lambda basis: np.mean(values(group, basis, 4)))
 
 
 def draw():
@@ -287,26 +289,22 @@ def draw():
         sizes = [values(group, basis, bits, 'bytes')[0] for bits in BITS]
         rises = [float(np.mean(values(group, basis, bits))) for bits in BITS]
         shown += [np.mean(exact), np.mean(exact) + rises[BITS.index(4)]]
-        name = label if basis == 'own' else f'{label}, {basis}'
+        name = ', '.join([label, *(part for part in basis.split(', ') if part != 'own')])
         left.plot(sizes, [np.mean(exact) + rise for rise in rises], label=name, **look)
         left.plot(2 * group[0]['numbers'], np.mean(exact), **(look | dict(markersize=9, markerfacecolor='white')))
         right.plot(BITS, np.maximum(rises, 1e-5), **look)
-        if basis == 'own':
-            noise = [max(float(np.mean(values(group, 'noise', bits))), 1e-5) for bits in BITS]
-            right.plot(BITS, noise, color=look['color'], linestyle=':', linewidth=0.8)
-        else:
-            own = [max(float(np.mean(values(group, 'own', bits))), 1e-5) for bits in BITS]
-            right.plot(BITS, own, color=look['color'], linewidth=0.8)
+        thin = [max(float(np.mean(values(group, 'noise' if basis == 'own' else 'own', bits))), 1e-5) for bits in BITS]
+        right.plot(BITS, thin, color=look['color'], linestyle=':', linewidth=0.9)
     left.set_xscale('log', base=2)
     left.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     lowest, highest = min(shown), max(shown)  # 3 and 2 bits may lie above the picture
     room = (highest - lowest) / 10
     left.set(xlabel='cache bytes per token', ylabel='validation loss (nats per token)')
     left.set_ylim(lowest - room, highest + 5 * room)
-    left.set_title('large hollow marks: in 16 bits')
+    left.set_title('large hollow marks: 16 bits, not rounded')
     left.legend(fontsize=7.5)
     right.set(xlabel='bits per number', ylabel='rise of the loss (nats)', yscale='log')
-    right.set_title('dotted: noise as large' + ', thin: in its own basis' * (bases != {'own'}))
+    right.set_title('dotted: as it is, one scale per vector' if bases != {'own'} else 'dotted: noise as large')
     picture.suptitle('Loss where what is cached is rounded to 8, 6, 4, 3 and 2 bits per number')
     return picture
 
@@ -318,10 +316,13 @@ named = [item(source) for source in arguments.names(sources, 'sources')]
 if not named and not reuse:
     raise UserError('nothing to measure: name checkpoints with --sources=out,out-mla')
 with reading(reuse):
-    runs = read_json(reuse)['runs'] if reuse else told_apart(subprocesses.run_all(measure, named, jobs))
+    earlier = read_json(reuse) if reuse else dict(config=config)
+    then = earlier['config']['windows']
+    runs = earlier['runs'] if reuse else told_apart(subprocesses.run_all(measure, named, jobs))
     shown = dict.fromkeys(row['basis'] for run in runs for row in run['rows'])
     text = (
-        f'Rise of the validation loss, by seed:\n\n{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'
+        f'Rise of the validation loss on {then} windows, by seed; of a single run ± is over windows:\n\n'
+        f'{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'
     )
     text += f'{best_table()}\nHeads, on random tokens that repeat:\n\n{head_table()}'
     picture = draw()

@@ -160,6 +160,9 @@ MUTATIONS = [
     ('content is kept in place of the rotated key', 'ops/packed.py',
      'high = torch.cat((scale, x[..., self.few :].bfloat16()), dim=-1)',
      'high = torch.cat((scale, x[..., : self.wide].bfloat16()), dim=-1)', 'packed cache_bits'),
+    ('keys are mixed and queries are not', 'ops/packed.py',
+     'rows, k, v = k.mixed(q.to(dtype) * scale), k.to(dtype), v.to(dtype)',
+     'rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)', 'cache_bits'),
     ('each piece of a cache in few bits is compiled', 'ops/packed.py', 'if torch.compiler.is_compiling():',
      'if False:', 'compiled'),
 ]  # fmt: skip

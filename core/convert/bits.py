@@ -1,8 +1,9 @@
 """
 For a cache in fewer bits: a basis of a trained latent in which few bits suffice, and a full pass that rounds alike.
 
-A latent c has a freedom that keys and values lack. Any invertible A between the down- and the up-projection,
-W_U A^-1 and A W_D, leaves keys and values as they were, and absorbed decoding costs what it did. BASES are
+The basis of a latent c is free: any invertible A between the down- and the up-projection, W_U A^-1 and A W_D, leaves
+keys and values as they were, and absorbed decoding costs what it did. (A cache of keys and values mixes them itself,
+in ops/packed.py.) BASES are
 
     hadamard     an orthogonal A that mixes all of the latent's numbers equally, so that they share the token's scale
     components   A c are the principal components of what the latent gives to keys and values on real text: the numbers
@@ -25,7 +26,7 @@ from core.convert.factorize import Statistics, collect_statistics, factorize, la
 from model import GPT
 from model_mla import MLAGPT
 from ops.cache import KINDS
-from ops.packed import Form
+from ops.packed import Form, hadamard
 
 BASES = ('hadamard', 'components', 'balanced')
 RIDGE = 1e-6  # of the mean variance: no direction is left out because the text doesn't have it
@@ -34,18 +35,6 @@ RIDGE = 1e-6  # of the mean variance: no direction is left out because the text 
 def latent_statistics(model: MLAGPT, batches: Iterable[Tensor]) -> list[Statistics]:
     """Statistics of each layer's latent c_kv on token ids (B, T)."""
     return collect_statistics(model, batches, lambda block: block.attn.kv_norm, model.config.n_latent)
-
-
-def hadamard(size: int) -> Tensor:
-    """An orthogonal matrix (size, size) of like magnitudes: Hadamard's and, for an odd factor, a cosine basis."""
-    twos = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < twos:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, matrix)
-    n = torch.arange(size // twos, dtype=torch.float64)
-    cosines = torch.cos(torch.pi / len(n) * (n + 0.5) * n[:, None]) * (2 / len(n)) ** 0.5
-    cosines[0] /= 2**0.5
-    return torch.kron(matrix, cosines)
 
 
 def for_few_bits(model: GPT, kind: str) -> GPT:
@@ -132,5 +121,13 @@ def round_as(model: GPT, kind: str) -> GPT:
     """`round_cached` by a kind of ops/cache.py; 'float' changes nothing."""
     if kind == 'float':
         return model
-    wide = getattr(layers(model)[0].attn, 'n_rope', 0)
-    return round_cached(model, lambda layer, x: Form(x.size(-1), wide=wide, **KINDS[kind]).rounded(x))
+    if isinstance(model, MLAGPT):
+        wide = layers(model)[0].attn.n_rope
+        return round_cached(model, lambda layer, x: Form(x.size(-1), wide=wide, **KINDS[kind]).rounded(x))
+    return round_cached(model, lambda layer, x: rounded_mixed(Form(x.size(-1), **KINDS[kind]), x))
+
+
+def rounded_mixed(form: Form, x: Tensor) -> Tensor:
+    """Keys or values x (..., size) as a cache that mixes them would give them back."""
+    mix = hadamard(form.size).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    return (form.rounded(x.to(mix.dtype) @ mix.mT) @ mix).to(x.dtype)

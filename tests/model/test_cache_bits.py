@@ -1,14 +1,18 @@
 """A cache in fewer bits: what is attended to is what is stored, whoever stored it and however a text is cut."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from support.models import BLOCK, MLA, VARIANTS, assert_close, make, tokens
+from support.planted import randomized
 
-from core.convert.bits import round_as
+from core.convert.bits import round_as, round_cached
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.cache import KINDS
 from ops.decoding import FixedStep
+from ops.packed import Form
 
 PACKED = [kind for kind in KINDS if kind != 'float']
 
@@ -83,3 +87,22 @@ def test_bytes_at_gpt2_size():
 def test_an_unknown_kind():
     with pytest.raises(ValueError, match="'int3'; choose float, int8, int4"):
         make('mla').init_cache(1, kind='int3')
+
+
+@torch.no_grad()
+def test_keys_and_values_with_one_large_number_are_kept():
+    """As trained models have them: that number would set the scale of the others, if they weren't mixed."""
+    config = GPTConfig(vocab_size=60, block_size=32, n_layer=2, n_head=2, n_embd=128)
+    model, idx = randomized(GPT(config), 0.1).double().eval(), tokens(8, 32) % 60
+    for block in model.transformer.h:
+        rows, out = block.attn.c_attn, block.attn.c_proj.weight
+        for large in (rows.weight, rows.bias):
+            large[128::64] *= 30  # the first number of each head's key, and of its value
+            large[:128:64] /= 30  # and of its query
+        out[:, ::64] /= 30
+    exact = model(idx, idx)[0]
+    form = Form(64, **KINDS['int4'])
+    plain = round_cached(deepcopy(model), lambda layer, x: form.rounded(x))(idx, idx)[0] - exact
+    cache = model.init_cache(8, kind='int4')
+    mixed = torch.cat([model(idx[:, t : t + 1], cache=cache)[0] for t in range(32)], dim=1) - exact
+    assert mixed.square().mean() < 0.1 * plain.square().mean()
