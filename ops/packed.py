@@ -97,10 +97,11 @@ class Form:
 def hadamard(size: int) -> torch.Tensor:
     """An orthogonal matrix (size, size) of like magnitudes: Hadamard's and, for an odd factor, a cosine basis."""
     twos = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    keys: dict[str, Any] = dict(dtype=torch.float64, device='cpu')  # whatever the default device: it is kept
+    matrix = torch.ones(1, 1, **keys)
     while len(matrix) < twos:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, matrix)
-    n = torch.arange(size // twos, dtype=torch.float64)
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], **keys) / 2**0.5, matrix)
+    n = torch.arange(size // twos, **keys)
     cosines = torch.cos(torch.pi / len(n) * (n + 0.5) * n[:, None]) * (2 / len(n)) ** 0.5
     cosines[0] /= 2**0.5
     return torch.kron(matrix, cosines)
