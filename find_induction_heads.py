@@ -202,7 +202,8 @@ def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
     for number in range(controls):
-        fresh = round_as(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
+        fresh = for_few_bits(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
+        fresh = round_as(fresh, cache)
         scores = induction.head_scores(fresh, repeats, losses=False)
         found.append({name: scores[name].mean(0) for name in induction.SCORES})
         found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)

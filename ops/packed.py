@@ -94,10 +94,11 @@ class Form:
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, whatever the context of the first call
 def hadamard(size: int) -> torch.Tensor:
     """An orthogonal matrix (size, size) of like magnitudes: Hadamard's and, for an odd factor, a cosine basis."""
     twos = size & -size
-    keys: dict[str, Any] = dict(dtype=torch.float64, device='cpu')  # whatever the default device: it is kept
+    keys: dict[str, Any] = dict(dtype=torch.float64, device='cpu')
     matrix = torch.ones(1, 1, **keys)
     while len(matrix) < twos:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], **keys) / 2**0.5, matrix)

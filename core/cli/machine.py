@@ -171,7 +171,7 @@ def prepare_compiler(device: str) -> None:
             hint = 'g++ or what the environment variable CXX names; install it, or leave compile=True out'
             raise UserError(f'compile=True needs a C++ compiler on a CPU: {hint}') from None
         headers = sysconfig.get_path('include')
-        if not os.path.exists(os.path.join(headers, 'Python.h')):
+        if sys.platform == 'linux' and not os.path.exists(os.path.join(headers, 'Python.h')):
             hint = 'install the package python3-dev or the like, or leave compile=True out'
             raise UserError(f'compile=True needs Python.h on a CPU, which is not in {headers}: {hint}')
     torch._dynamo.config.recompile_limit = 64  # decode steps of so many sizes; then it would go on uncompiled
