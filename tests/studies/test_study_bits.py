@@ -42,7 +42,7 @@ def test_every_basis_and_width_is_measured_in_exact_bytes(place):
     runs = json.loads((place / 'out' / 'bits.json').read_text())['runs']
     assert [run['label'] for run in runs] == ['MHA', 'MHA', 'MLA, r=64', 'MLA, r=16: c', 'MLA, r=16: d']
     sizes = [{(row['basis'], row['bits']): row['bytes'] for row in run['rows']} for run in runs[1:]]
-    assert {basis for basis, _ in sizes[0]} == {'own', 'noise'}
+    assert {basis for basis, _ in sizes[0]} == {'own', 'hadamard', 'noise'}
     # 4 layers; 4 heads of 32 keys and values each have a scale of two bytes; a latent of 64 has one
     assert sizes[0]['own', 4] == 4 * 4 * 2 * (16 + 2) and sizes[1]['own', 3] == 4 * (24 + 2)
     assert sizes[1]['own, groups of 32', 4] == 4 * (32 + 4) and sizes[1]['by component', 2] == 4 * (16 + 2)
