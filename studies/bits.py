@@ -279,13 +279,12 @@ def draw():
     """Loss over exact cache bytes per token, and the rise over bits per number; a line per model, in its best basis."""
     picture = Figure(figsize=(style.WIDTH, 5))
     left, right = picture.subplots(1, 2)
-    shown, bases, looks = [], set(), []
+    shown, looks = [], []
     for label, group in groups().items():
         variants = [style.look(group[0]['attention'], group[0]['share'], n) for n in range(4)]
         look = next((look for look in variants if look not in looks), variants[0])  # as long as there are others
         looks.append(look)
         exact, basis = [run['val_loss'] for run in group], best_basis(group)
-        bases.add(basis)
         sizes = [values(group, basis, bits, 'bytes')[0] for bits in BITS]
         rises = [float(np.mean(values(group, basis, bits))) for bits in BITS]
         shown += [np.mean(exact), np.mean(exact) + rises[BITS.index(4)]]
@@ -293,8 +292,8 @@ def draw():
         left.plot(sizes, [np.mean(exact) + rise for rise in rises], label=name, **look)
         left.plot(2 * group[0]['numbers'], np.mean(exact), **(look | dict(markersize=9, markerfacecolor='white')))
         right.plot(BITS, np.maximum(rises, 1e-5), **look)
-        thin = [max(float(np.mean(values(group, 'noise' if basis == 'own' else 'own', bits))), 1e-5) for bits in BITS]
-        right.plot(BITS, thin, color=look['color'], linestyle=':', linewidth=0.9)
+        own = [max(float(np.mean(values(group, 'own', bits))), 1e-5) for bits in BITS]
+        right.plot(BITS, own, color=look['color'], linestyle=':', linewidth=0.9)
     left.set_xscale('log', base=2)
     left.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     lowest, highest = min(shown), max(shown)  # 3 and 2 bits may lie above the picture
@@ -304,7 +303,7 @@ def draw():
     left.set_title('large hollow marks: 16 bits, not rounded')
     left.legend(fontsize=7.5)
     right.set(xlabel='bits per number', ylabel='rise of the loss (nats)', yscale='log')
-    right.set_title('dotted: as it is, one scale per vector' if bases != {'own'} else 'dotted: noise as large')
+    right.set_title('dotted: as it is, one scale per vector')
     picture.suptitle('Loss where what is cached is rounded to 8, 6, 4, 3 and 2 bits per number')
     return picture
 
