@@ -369,7 +369,7 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         if self.config.pos == 'rope':
             table = rope_table(self.config.rope_size, block_size, self.config.rope_theta)
-            self.rope = table.to(self.lm_head.weight.device)
+            self.rope = table.to(self.transformer.wte.weight.device)
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:

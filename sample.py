@@ -131,7 +131,8 @@ if weights != 'float':
     dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
     before = validation_losses() if int8_windows else None
     quantize(model, int8_products, weights)
-    precision = f'weights in {weights}, their products in {int8_products}, the rest in {dtype}'
+    products = 'float32' if compiled and weights == 'int8' and num_samples == 1 else int8_products
+    precision = f'weights in {weights}, their products in {products}, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)
         errors.notice(f'{weights} changes the validation loss of {before.mean():.4f} by {rise:+.5f} +- {error:.5f}')

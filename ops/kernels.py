@@ -8,7 +8,7 @@ model.py and model_mla.py call these by name and never say how they are computed
     fast_attention        causal attention: PyTorch SDPA, or on a CPU the written-out EagerAttention
     attend_rows           its formula for the few queries of a decode step, on a GPU
     attention_pattern     the softmax alone, as the formula says it
-    per_head              one matrix per head times that head's rows
+    per_head              one matrix per head times that head's rows; the matrices may be in int8
     keep_casts            while decoding, weights are converted to another dtype once and not in every step
     RMSNorm               nn.RMSNorm; under autocast it returns the dtype of its input on every device
     linear_cross_entropy  output head and loss in one, without the (N, V) logits
@@ -16,9 +16,11 @@ model.py and model_mla.py call these by name and never say how they are computed
 tests/ops/test_kernels.py compares each with its plain form, gradients included.
 """
 
+from __future__ import annotations
+
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,10 +75,53 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n), in the dtype of x."""
+class Int8Weight:
+    """A weight as int8 levels times float scales of a shape that broadcasts, with what a model calls of a tensor."""
+
+    def __init__(self, levels: torch.Tensor, scale: torch.Tensor):
+        self.levels, self.scale, self.dtype = levels, scale, torch.int8
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Int8Weight:
+        """With a function of both of its tensors."""
+        return Int8Weight(function(self.levels), function(self.scale))
+
+    def __getitem__(self, index: Any) -> Int8Weight:
+        return self.each(lambda t: t[index])
+
+    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> Int8Weight:
+        return self.each(lambda t: t.unflatten(dim, sizes))
+
+    @property
+    def mT(self) -> Int8Weight:
+        return self.each(lambda t: t.mT)
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.levels.to(dtype) * self.scale.to(dtype)
+
+
+def compiled_row(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """
+    x (..., m) times an int8 weight (..., m, n), for torch.compile: (..., n), float32.
+
+    As sums the conversion of the weight, the products and the additions become one loop, which reads int8 at three
+    quarters of the speed of memory. PyTorch's products of int8 weights don't, and a product of floats would write them
+    first. Four sums at a time, since each addition waits for the one before.
+    """
+    x = x.float().contiguous()
+    x = x.as_strided(x.shape, x.stride())[..., None]  # computed once, and not again in each turn of the loop
+    return torch.cat([(x * part).sum(-2) for part in weight.to(torch.float32).chunk(4, dim=-1)], dim=-1)
+
+
+def per_head(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """
+    Each head's own matrix multiplication: x (B, H, T, m), weight (H, m, n) -> (B, H, T, n), in the dtype of x.
+
+    weight: a tensor or an Int8Weight.
+    """
     B, H, T, _ = x.shape
     if weight.dtype != x.dtype:
+        if B * T == 1 and isinstance(weight, Int8Weight) and torch.compiler.is_compiling():
+            return compiled_row(x[:, :, 0], weight)[:, :, None].to(x.dtype)
         weight = cast_once(weight, x.dtype)
     x = x.transpose(0, 1).reshape(H, B * T, -1)  # a broadcast matmul would copy the weights for every sequence
     # away from Intel, memory is read fastest along its contiguous rows, except bfloat16
@@ -104,11 +149,12 @@ def keep_casts(casts: dict | None = None) -> Iterator[None]:
         kept_casts = before
 
 
-def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_once(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in `dtype`; inside `keep_casts`, and where no gradient is needed, the copy of an earlier call."""
     if torch.compiler.is_compiling() or kept_casts is None or torch.is_grad_enabled():
         return weight.to(dtype)
-    key = (weight.data_ptr(), weight.shape, weight.stride(), dtype)
+    held = weight.levels if isinstance(weight, Int8Weight) else weight
+    key = (held.data_ptr(), held.shape, held.stride(), dtype)
     if key not in kept_casts:
         kept_casts[key] = weight.to(dtype)
     return kept_casts[key]

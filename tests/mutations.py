@@ -163,6 +163,10 @@ MUTATIONS = [
     ('keys are mixed and queries are not', 'ops/packed.py',
      'rows, k, v = k.mixed(q.to(dtype) * scale), k.to(dtype), v.to(dtype)',
      'rows, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)', 'cache_bits'),
+    ('a compiled row loses the scales of an int8 weight', 'ops/kernels.py',
+     'return self.levels.to(dtype) * self.scale.to(dtype)', 'return self.levels.to(dtype)', 'compiled int8'),
+    ('half of a compiled row is left out', 'ops/kernels.py', 'weight.to(torch.float32).chunk(4, dim=-1)], dim=-1)',
+     'weight.to(torch.float32).chunk(4, dim=-1)[:2] * 2], dim=-1)', 'compiled'),
     ('each piece of a cache in few bits is compiled', 'ops/packed.py', 'if torch.compiler.is_compiling():',
      'if False:', 'compiled'),
 ]  # fmt: skip

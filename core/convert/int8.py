@@ -6,7 +6,9 @@ rounded to 255 steps of their row's largest magnitude. Activations are rounded t
 With products='int8', on a CPU that multiplies int8 numbers (VNNI), activations are rounded to 255 steps between the
 least and the largest of a token. That is faster, and costs models with outliers more loss (BENCHMARKS.md).
 
-Embeddings, norms, biases and MLA's up-projection, which is multiplied head by head, stay as they are.
+A step of one row that torch.compile has compiled rounds no activations, and is the fastest (ops/kernels.py).
+
+Embeddings, norms and biases stay as they are.
 """
 
 import warnings
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from core.cli.errors import UserError
 from core.convert.int4 import Int4Linear
 from model import GPT
-from ops.kernels import Linear
+from ops.kernels import Int8Weight, Linear, compiled_row
 
 BLOCK = 16  # PyTorch's bf16 product reads a row in blocks of as many inputs, past its end too, and checks nothing
 ROWS = 16  # with more rows than these the bf16 product is bounded by arithmetic, and float32's is faster
@@ -49,7 +51,7 @@ def packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None)
 class Int8Linear(nn.Module):
     """The product of a Linear with its weight in int8. Not to be trained."""
 
-    weight: torch.Tensor
+    levels: torch.Tensor
     scale: torch.Tensor
     low_scale: torch.Tensor
 
@@ -63,13 +65,23 @@ class Int8Linear(nn.Module):
         self.packed = packed(low, scale, self.bias) if arithmetic(products) == 'int8' else None
         if self.packed is None:
             self.more = -self.in_features % BLOCK  # zeros after each row
-            self.register_buffer('weight', F.pad(low, (0, self.more)))
+            self.register_buffer('levels', F.pad(low, (0, self.more)))
             self.register_buffer('scale', scale)
             self.register_buffer('low_scale', scale.bfloat16())  # in the activations' dtype, as the product wants it
 
+    @property
+    def weight(self) -> Int8Weight:
+        """(outputs, inputs), where products are in bfloat16."""
+        return Int8Weight(self.levels[:, : self.in_features], self.scale[:, None])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self.by_bfloat16(x) if self.packed is None else self.by_int8(x.float()).to(x.dtype)
+        if self.packed is not None:
+            return self.by_int8(x.float()).to(x.dtype)
+        if x.numel() == self.in_features and torch.compiler.is_compiling():
+            y = compiled_row(x, self.weight.mT).to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        return self.by_bfloat16(x)
 
     def by_int8(self, x: torch.Tensor) -> torch.Tensor:
         """The product in int8, in which x (..., in_features) is rounded as a whole: so tokens get one size before."""
@@ -81,11 +93,10 @@ class Int8Linear(nn.Module):
 
     def by_bfloat16(self, x: torch.Tensor) -> torch.Tensor:
         """The product in bfloat16, or with many rows in the dtype of x (..., in_features)."""
-        low = F.pad(x.bfloat16(), (0, self.more)) if self.more else x.bfloat16()
         if x.numel() // self.in_features > ROWS:
-            return F.linear(low.to(x.dtype), self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype), self.bias)
-        rows = low.reshape(-1, self.weight.shape[1]).contiguous()
-        y = torch._weight_int8pack_mm(rows, self.weight, self.low_scale).to(x.dtype)
+            return F.linear(x.bfloat16().to(x.dtype), self.weight.to(x.dtype), self.bias)
+        rows = F.pad(x.bfloat16().reshape(-1, self.in_features), (0, self.more)).contiguous()
+        y = torch._weight_int8pack_mm(rows, self.levels, self.low_scale).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -95,18 +106,17 @@ def quantize(model: Any, products: str = 'bfloat16', kind: str = 'int8') -> GPT:
     """
     Replace the weight matrices of a model on the CPU by those of a kind, 'int8' or 'int4', in place, for decoding.
 
-    The output head becomes int8 in both. products: of int8 weights, 'bfloat16', or 'int8', with which activations are
-    rounded too. Returns the model. UserError where the CPU can't.
+    The output head and MLA's up-projection, which is multiplied head by head, become int8 in both. products: of int8
+    weights, 'bfloat16', or 'int8', with which activations are rounded too. Returns the model. UserError where the CPU
+    can't.
     """
-
-    def low(linear: nn.Linear) -> nn.Module:
-        return Int4Linear(linear) if kind == 'int4' else Int8Linear(linear, products)
-
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):
             for name, child in list(layer.named_children()):
-                if isinstance(child, Linear) and name != 'c_kv_up':
-                    setattr(layer, name, low(child))
+                if name == 'c_kv_up':
+                    setattr(layer, name, Int8Linear(child))
+                elif isinstance(child, Linear):
+                    setattr(layer, name, Int4Linear(child) if kind == 'int4' else Int8Linear(child, products))
     model.lm_head = Int8Linear(model.lm_head, products)  # wte, which shares its weight, is read row by row and stays
     return model
 

@@ -35,6 +35,7 @@ from core.text.dataset import TokenData
 from core.text.tokenizer import GPT2Tokenizer
 from model import GPT, GPTConfig
 from ops.decoding import FixedStep
+from ops.kernels import keep_casts
 from ops.optimizers import adamw, param_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,8 +253,9 @@ class Decoding:
         """captured: on a GPU, as a CUDA graph; compiled: by torch.compile. kind: of the cache."""
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context, kind=kind)
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.transformer.wte.weight.device)
         self.step: Callable = functools.partial(model, cache=self.cache)
+        self.casts: dict = {}
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
         if compiled or (captured and self.token.is_cuda):
             self.cache.length = context - 1
@@ -262,14 +264,16 @@ class Decoding:
     def run(self) -> None:
         """One step."""
         self.cache.length = self.context - 1
-        self.step(self.token)
+        with keep_casts(self.casts):
+            self.step(self.token)
 
     def run_attention(self) -> None:
         """The attention layers alone, projections included. Never a CUDA graph."""
         self.cache.length = self.context - 1
         x = torch.ones(self.token.size(0), 1, self.model.config.n_embd, device=self.token.device)
-        for block in self.model.transformer.h:
-            block.attn(x, cache=self.cache)
+        with keep_casts(self.casts):
+            for block in self.model.transformer.h:
+                block.attn(x, cache=self.cache)
 
 
 class HuggingFaceDecoding:
@@ -280,7 +284,7 @@ class HuggingFaceDecoding:
         from transformers import DynamicCache
 
         self.model, self.cache = model, DynamicCache()
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.transformer.wte.weight.device)
         config, kind = model.config, machine.DTYPES[dtype]
         filled = (batch_size, config.n_head, context - 1, config.n_embd // config.n_head)
         for layer in range(config.n_layer):

@@ -65,7 +65,7 @@ def in_groups(low, scales):
 def stored(low):
     """The weight that an Int8Linear multiplies with, as float32 (outputs, inputs)."""
     if low.packed is None:
-        return low.weight[:, : low.in_features].float() * low.scale[:, None]
+        return low.weight.to(torch.float32)
     return torch.ops.quantized.linear_unpack(low.packed)[0].dequantize()
 
 
@@ -147,8 +147,7 @@ def test_decoding_draws_from_nearly_the_same_probabilities(name, low_products):
         ours, theirs = (m(part, cache=cache)[0].softmax(-1) for m, cache in zip((model, low), caches, strict=True))
         # of 2, where nothing is the same
         assert 0 < (ours - theirs).abs().sum(-1).max() < (0.5 if low_products == 'int4' else 0.1)
-    left = [n for n, m in low.named_modules() if isinstance(m, Linear)]
-    assert left == [f'transformer.h.{layer}.attn.c_kv_up' for layer in range(2)] * ('mla' in name)
+    assert not any(isinstance(part, Linear) for part in low.modules())
 
 
 def test_the_bytes_of_a_step_are_those_of_its_weights(products):

@@ -48,7 +48,8 @@ MODULES = (
 REPOSITORY = ('*.py', 'ops/*.py', 'core/**/*.py', 'analysis/*', 'studies/*.py', 'config/*.py', 'data/*/*.py')
 
 TINY = {
-    'bench.py': {'mode': 'compare', 'files': '{place}/before.json,{place}/after.json', 'new_tokens': 0},
+    'bench.py': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 64, 'contexts': '8', 'rounds': 1,
+                 'new_tokens': 0, 'nanogpt': '{place}/nowhere', 'compile': False},
     'compare.py': {'windows': 8, 'sample_tokens': 4, 'start': 'a'},
     'convert_mla.py': {'eval_tokens': 64, 'statistics_tokens': 64},
     'find_induction_heads.py': {'sequences': 8, 'length': 4, 'controls': 1, 'resamples': 100, 'ablate_sequences': 1,
@@ -149,7 +150,7 @@ READ = ('data_dir', 'dataset', 'datasets', 'source', 'init_from', 'models', 'run
 VALID = {
     'device': ['cpu', 'auto', 'cpu:0'], 'start': ['a', 'bcd', 'FILE:{place}/prompt.txt'], 'stop': ['', 'b'],
     'source': ['{place}/mha', '{place}/mha/ckpt.pt', '{place}/hf'], 'reuse': ['{place}/study.json'],
-    'mode': ['compare'], 'contexts': ['4,8'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'],
+    'mode': ['sample'], 'contexts': ['4,8'], 'init_from': ['scratch', '{place}/mha', '{place}/hf'],
     'models': ['{place}/mha', '{place}/mha,{place}/mla', '{place}/hf'], 'input': ['{place}/text.txt', '{place}/texts'],
     'runs': ['{place}/mha', '{place}/mla,{place}/mha'], 'hub': [''], 'column': ['text'],
     'tokenizer': ['char', 'byte', 'bpe'], 'suffixes': ['.txt', '.md,.py'], 'keep_checkpoints': ['', '1', '1,2'],
