@@ -75,7 +75,6 @@ prompt_tokens = 16
 huggingface = False  # compare with transformers' GPT-2
 int8 = False  # on a CPU: also time the models with weights in int8
 int4 = False  # the same with weights in int4
-int8_products = 'bfloat16'  # with int8: how they are multiplied; 'int8' on CPUs with VNNI
 cache = 'float'  # 'int8', 'int4': also time the models with a cache in so many bits
 eager = False  # on a GPU: also time steps that are not captured as a CUDA graph
 plot = ''  # draw decoding time and cache size to this file
@@ -361,7 +360,7 @@ def bench_sample():
     models = {name: model.eval() for name, model in all_models.items()}
     for kind in ('int8', 'int4'):
         if config[kind]:
-            low = {name: quantize(copy.deepcopy(model), int8_products, kind) for name, model in all_models.items()}
+            low = {name: quantize(copy.deepcopy(model), kind) for name, model in all_models.items()}
             models |= {f'{name}, {kind}': model for name, model in low.items()}
     print(f'{host_text}\n')
     steps, texts = [], []

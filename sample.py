@@ -53,7 +53,6 @@ seed = 1337
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 weights = 'float'  # 'int8', 'int4': weights in so many bits, on a CPU: faster, with slightly other probabilities
-int8_products = 'bfloat16'  # of int8 weights; 'int8': activations are rounded too (VNNI): faster, at more loss
 int8_windows = 0  # with int8 or int4: measure on so many validation windows what it changes
 compile = 'auto'  # the decode step: 'auto' (a CUDA graph on CUDA), True (on a CPU: torch.compile), or False
 threads = 0  # CPU threads; 0: as many as the cores that this process may use
@@ -70,8 +69,6 @@ captured = device.startswith('cuda') and compile in ('auto', True)
 compiled = device == 'cpu' and compile is True
 if compiled and dtype == 'auto':
     dtype = 'float32'  # autocast would convert the weights in every step
-if compiled and int8_products == 'int8':
-    raise UserError("int8_products=int8 can't be compiled; leave it out, or compile=True")
 if compile is True and not (captured or compiled):
     raise UserError(f'compile=True is for a CPU or an NVIDIA GPU, and the device is {device}; leave it out')
 if compile is True and not use_cache:
@@ -121,8 +118,6 @@ def validation_losses():
 
 
 size, precision = model.get_num_params() / 1e6, dtype
-if weights != 'int8' and 'int8_products' in given:
-    raise UserError('int8_products is about weights in int8; add --weights=int8, or leave it out')
 if weights == 'float' and int8_windows:
     raise UserError('int8_windows is about weights in int8 or int4; add --weights=int8, or leave it out')
 if weights != 'float':
@@ -130,8 +125,8 @@ if weights != 'float':
         raise UserError(f"weights='{weights}' is for a CPU; leave it out, or add --device=cpu")
     dtype = 'float32' if model.lm_head.weight.dtype == torch.float32 else dtype  # the rest needs no autocast
     before = validation_losses() if int8_windows else None
-    quantize(model, int8_products, weights)
-    products = 'float32' if compiled and weights == 'int8' and num_samples == 1 else int8_products
+    quantize(model, weights)
+    products = 'float32' if compiled and weights == 'int8' and num_samples == 1 else 'bfloat16'
     precision = f'weights in {weights}, their products in {products}, the rest in {dtype}'
     if int8_windows:
         rise, error = evaluation.mean_and_stderr(validation_losses() - before)

@@ -48,13 +48,6 @@ json = ''  # write all numbers to this file
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-# {label: what `quantize` takes}
-WAYS = {
-    'int8': dict(kind='int8'),
-    'int8, products in int8': dict(kind='int8', products='int8'),
-    'int4': dict(kind='int4'),
-}
-
 
 def their_server():
     """llama.cpp with the file loaded."""
@@ -93,17 +86,16 @@ server = their_server()
 original, _ = models.pretrained(gguf)
 prompt = torch.randint(original.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(1))
 ours = {'float32': original}
-for name, keys in WAYS.items():
+for kind in ('int8', 'int4'):
     try:
-        ours[name] = quantize(copy.deepcopy(original), **keys)
+        ours[kind] = quantize(copy.deepcopy(original), kind)
     except UserError as error:
-        notice(f'{name} is left out: {error}')
+        notice(f'{kind} is left out: {error}')
 theirs = f'llama.cpp, {os.path.basename(gguf)}'
 with torch.no_grad():
     texts = {name: functools.partial(model.generate, prompt, new_tokens, temperature=0) for name, model in ours.items()}
     if compile:
-        able = [name for name in texts if 'products' not in name]
-        texts |= {f'{name}, compiled': functools.partial(texts[name], compiled=True) for name in able}
+        texts |= {f'{name}, compiled': functools.partial(text, compiled=True) for name, text in texts.items()}
     seconds = timing.alternate(texts | {theirs: lambda: their_text(server)}, rounds)
     rows = [dict(name=name, **timing.spread(times)) for name, times in seconds.items()]
     for row in rows:

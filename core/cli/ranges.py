@@ -62,7 +62,6 @@ CHOICES = {
     'optimizer': ('adamw', 'muon'),
     'blocks': ('modern', 'gpt2'),
     'weights': ('float', 'int8', 'int4'),
-    'int8_products': ('int8', 'bfloat16'),
     'cache': ('float', 'int8', 'int4'),
     'basis': ('', 'hadamard', 'components', 'balanced'),
     'resume': ('no', 'yes', 'auto'),

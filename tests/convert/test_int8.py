@@ -10,7 +10,7 @@ from support.planted import save
 from torch.nn import functional as F
 
 from core.cli.errors import UserError
-from core.convert import int4, int8
+from core.convert import int4
 from core.convert.int4 import Int4Linear
 from core.convert.int8 import Int8Linear, quantize, weight_bytes
 from model import GPT, GPTConfig
@@ -26,33 +26,28 @@ MODELS = {
 }
 
 
-def pair(name, products):
+def pair(name, kind):
     """A model with random weights, and the same in few bits."""
     model_class, config_class, special = MODELS[name]
     model = model_class(config_class(**SIZES, **special), seed=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    kind, products = ('int4', 'bfloat16') if products == 'int4' else ('int8', products)
-    return model, quantize(copy.deepcopy(model), products, kind)
+    return model, quantize(copy.deepcopy(model), kind)
 
 
 def available(kind):
-    """A kind of products, of int8 weights or 'int4', wherever the CPU has it."""
+    """A kind of weights, wherever the CPU has products of them."""
     try:
-        int4.check_cpu() if kind == 'int4' else int8.arithmetic(kind)
+        if kind == 'int4':
+            int4.check_cpu()
     except UserError:
-        pytest.skip(f'this CPU does not multiply {kind}')
+        pytest.skip('this CPU does not multiply int4')
     return kind
 
 
-@pytest.fixture(params=['int8', 'bfloat16'])
-def products(request):
-    return available(request.param)
-
-
-@pytest.fixture(params=['int8', 'bfloat16', 'int4'])
-def low_products(request):
+@pytest.fixture(params=['int8', 'int4'])
+def kind(request):
     return available(request.param)
 
 
@@ -62,23 +57,16 @@ def in_groups(low, scales):
     return ((low.unflatten(1, (-1, int4.GROUP)) - 8) * scale[..., None] + zero[..., None]).flatten(1)
 
 
-def stored(low):
-    """The weight that an Int8Linear multiplies with, as float32 (outputs, inputs)."""
-    if low.packed is None:
-        return low.weight.to(torch.float32)
-    return torch.ops.quantized.linear_unpack(low.packed)[0].dequantize()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize('inputs', [48, 20, 8])
 @pytest.mark.parametrize('rows', [1, 5, 40])
 @pytest.mark.parametrize('bias', [True, False])
-def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias, products):
+def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias):
     """Also for inputs that are no multiple of 16, where PyTorch's bf16 product reads beyond a row."""
     linear = Linear(inputs, 30, bias=bias)
     linear.weight[7] = 0  # a row of zeros has no scale
-    low, x = Int8Linear(linear, products), torch.randn(2, rows, inputs)
-    weight = stored(low)
+    low, x = Int8Linear(linear), torch.randn(2, rows, inputs)
+    weight = low.weight.to(torch.float32)
     assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 * 1.0001
     wanted = x @ weight.T + (linear.bias if bias else 0)
     assert low(x).shape == wanted.shape and (low(x) - wanted).abs().max() < 0.02 * wanted.abs().max()
@@ -86,12 +74,12 @@ def test_a_product_is_that_of_the_rounded_weight(inputs, rows, bias, products):
 
 
 @torch.no_grad()
-def test_a_token_is_rounded_by_its_own_size(products):
+def test_a_token_is_rounded_by_its_own_size():
     """A small token keeps its precision beside a large one, and a token of zeros gives zeros."""
-    low, x = Int8Linear(Linear(64, 30, bias=False), products), torch.randn(3, 64)
+    low, x = Int8Linear(Linear(64, 30, bias=False)), torch.randn(3, 64)
     x[1] *= 1e4
     x[2] = 0
-    wanted = x @ stored(low).T
+    wanted = x @ low.weight.to(torch.float32).T
     assert ((low(x) - wanted).norm(dim=1) <= 0.02 * wanted.norm(dim=1)).all()
     assert torch.allclose(low(x)[:1], low(x[:1]), atol=0.02 * wanted[0].abs().max())
 
@@ -138,36 +126,34 @@ def test_int4_takes_five_bits_a_weight_and_needs_a_cpu_that_has_it(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', MODELS)
-def test_decoding_draws_from_nearly_the_same_probabilities(name, low_products):
-    model, low = pair(name, low_products)
+def test_decoding_draws_from_nearly_the_same_probabilities(name, kind):
+    model, low = pair(name, kind)
     tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(1))
     caches = [m.init_cache(3) for m in (model, low)]
     assert caches[1].layers[0][0].dtype == torch.float32
     for part in (tokens[:, :12], *tokens[:, 12:].split(1, dim=1)):
         ours, theirs = (m(part, cache=cache)[0].softmax(-1) for m, cache in zip((model, low), caches, strict=True))
         # of 2, where nothing is the same
-        assert 0 < (ours - theirs).abs().sum(-1).max() < (0.5 if low_products == 'int4' else 0.1)
+        assert 0 < (ours - theirs).abs().sum(-1).max() < (0.5 if kind == 'int4' else 0.1)
     assert not any(isinstance(part, Linear) for part in low.modules())
 
 
-def test_the_bytes_of_a_step_are_those_of_its_weights(products):
-    model, low = pair('gqa', products)
+def test_the_bytes_of_a_step_are_those_of_its_weights():
+    model, low = pair('gqa', 'int8')
     matrices = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 8 * 64 * 64) + 61 * 64
     norms = 5 * 64
     assert weight_bytes(model, 4) == 4 * (matrices + norms)
     assert weight_bytes(low, 4) == matrices + 4 * norms
 
 
-def test_sample_says_what_few_bits_change(tmp_path, char_data, low_products):
+def test_sample_says_what_few_bits_change(tmp_path, char_data, kind):
     from core.text.dataset import TokenData
 
     data = TokenData(char_data, 8)
     model = GPT(GPTConfig(**{**SIZES, 'vocab_size': data.n_vocab}), seed=1)
     folder = save(tmp_path / 'out', model, config={'dataset': char_data.name}, tokenizer=data.meta)
     keys = (f'--out_dir={folder}', f'--data_dir={char_data.parent}', '--device=cpu', '--max_new_tokens=8',
-            '--num_samples=2', '--start=the')  # fmt: skip
-    kind = 'int4' if low_products == 'int4' else 'int8'
-    keys += (*([] if kind == 'int4' else [f'--int8_products={low_products}']), f'--weights={kind}')
+            '--num_samples=2', '--start=the', f'--weights={kind}')  # fmt: skip
     done = run('sample.py', (*keys, '--int8_windows=2'))
     assert done.returncode == 0, done.stderr
     assert f'{kind} changes the validation loss of' in done.stderr and '+-' in done.stderr
@@ -175,13 +161,6 @@ def test_sample_says_what_few_bits_change(tmp_path, char_data, low_products):
     assert refused.returncode == 2 and '--weights=int8' in refused.stderr
     plain = run('sample.py', keys)
     assert plain.stdout == done.stdout and 'changes the' not in plain.stderr
-
-
-def test_products_in_int8_need_a_cpu_that_has_them(monkeypatch):
-    assert Int8Linear(Linear(16, 4)).packed is None
-    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
-    with pytest.raises(UserError, match='int8_products=bfloat16'):
-        int8.arithmetic('int8')
 
 
 def test_bytes_of_an_untied_head_are_counted_once():

@@ -290,7 +290,6 @@ def test_prompt_from_a_file(sample, folder):
     (['--dtype=float8'], 'dtype'),
     (['--compile=maybe'], 'compile'),
     (['--compile=True', '--use_cache=False'], 'compile=True'),
-    (['--compile=True', '--device=cpu', '--weights=int8', '--int8_products=int8'], 'int8_products'),
     (['--init_from=gpt3'], 'gpt2-xl'),
 ])  # fmt: skip
 def test_mistakes(sample, folder, flags, words):

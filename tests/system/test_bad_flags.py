@@ -118,7 +118,6 @@ FLAGS = [
     Case(S, '--top_p=0', 'top_p is 0', 'above 0'),
     Case(C, '--sweep=8,4 --n_latent=4', 'a sweep names the sizes', 'leave out n_latent'),
     Case(C, '--n_kv_head=1 --method=weights', 'method and balance are for a latent', 'leave them out'),
-    Case(S, '--int8_products=int8', 'about weights in int8', '--weights=int8'),
     Case(C, '--method=magic', "method is 'magic'", 'data or weights'),
     Case(C, '--sweep=8,many', "sweep is '8,many'", 'separated by commas'),
     Case(C, '--eval_tokens=0', 'eval_tokens', 'at least 2'),
