@@ -85,7 +85,7 @@ def read_folder(folder: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, 
     kind, config_class, form = FORMS[hf_config.model_type]
     config = config_of(config_class, form.settings_of(hf_config), overrides)
     tensors = without_copies(read_tensors(folder), config)
-    check_tensors(tensors, form.shapes(config))
+    check_tensors(tensors, kind, config, form)
     state = form.from_hf(tensors, config, halves=not getattr(hf_config, 'rope_interleave', False))
     meta = hf_tokenizer.read(folder, config.vocab_size) or {'tokenizer': NO_TEXT, 'vocab_size': config.vocab_size}
     return build(kind, config, state, hf_config.rms_norm_eps), meta
@@ -95,7 +95,7 @@ def read_gguf(file: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, Any]
     """The model of a GGUF file, and its tokenizer's meta."""
     settings, eps, tensors, tokenizer = gguf_file.read(file)
     config = config_of(GPTConfig, settings, overrides)
-    check_tensors(tensors, llama.shapes(config))
+    check_tensors(tensors, GPT, config, llama)
     return build(GPT, config, llama.from_hf(tensors, config, halves=False), eps), tokenizer
 
 
@@ -150,8 +150,10 @@ def without_copies(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, T
     return kept
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless the tensors are those expected, {name: shape}, in a type of float."""
+def check_tensors(tensors: dict[str, Tensor], kind: type[GPT], config: GPTConfig, form: Any) -> None:
+    """ValueError unless the tensors are those of a model of this kind in a form, by name and shape, and floats."""
+    with torch.device('meta'):
+        expected = {name: tuple(t.shape) for name, t in form.to_hf(kind(config).state_dict(), config).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if unknown := sorted(found.keys() - expected.keys()):
         raise ValueError(f'it needs what our model lacks: {listed(unknown)}')
@@ -161,8 +163,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
         if found[name] != shape:
             raise ValueError(f'its {name} is {found[name]}, and its config says {shape}; {COPY}')
         if tensors[name].dtype not in FLOATS:
-            kind = str(tensors[name].dtype).removeprefix('torch.')
-            raise ValueError(f'its {name} is quantized ({kind}); only floating-point weights are supported')
+            dtype = str(tensors[name].dtype).removeprefix('torch.')
+            raise ValueError(f'its {name} is quantized ({dtype}); only floating-point weights are supported')
 
 
 def listed(names: list[str]) -> str:
