@@ -258,13 +258,17 @@ def measure(loaded):
 def on_validation_text(loaded):
     """The in-context score and losses at repeated bigrams in the run's own validation data; None where it has none."""
     windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
-    positions = None if windows is None else induction.in_context_positions(windows[1])
     found = dict(in_context=None, bigrams=None)
-    if positions:
-        score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
-        found['in_context'] = dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
-    if windows is not None and not (windows[1] == -1).any():  # masked targets: tokens that were never trained on
-        found['bigrams'] = induction.bigram_losses(forward.text_losses(loaded.model, windows[0]), windows[0])
+    if windows is None:
+        return found
+    tokens, targets = windows
+    losses = forward.text_losses(loaded.model, tokens)
+    if ends := induction.in_context_positions(targets):
+        early, late = ends
+        score = losses[:, late - 2] - losses[:, early - 2]  # the first loss is that of token 2
+        found['in_context'] = dict(summary(score), early=early, late=late, windows=len(score))
+    if not (targets == -1).any():  # masked targets: tokens that were never trained on
+        found['bigrams'] = induction.bigram_losses(losses, tokens)
     return found
 
 

@@ -129,21 +129,15 @@ def repeat_losses(model: Model, hidden: Tensor, repeats: Repeats) -> Tensor:
     """Losses (B, Q-1) of the tokens that the repetition makes predictable, given ln_f's output hidden (B, T, C)."""
     rows = torch.arange(len(repeats), device=hidden.device)[:, None]
     query = repeats.query[:, :-1]  # the last token has no successor in the sequence
-    targets = repeats.tokens[rows, query + 1]
-    return token_losses(model, hidden[rows, query].flatten(0, 1), targets.flatten()).view(targets.shape)
-
-
-def in_context_score(losses: np.ndarray, early: int = 50, late: int = 500) -> np.ndarray:
-    """Loss at the late token minus the early one's, (N,), of forward.text_losses (N, T-1); negative: context helps."""
-    return losses[:, late - 2] - losses[:, early - 2]
+    return token_losses(model, hidden[rows, query], repeats.tokens[rows, query + 1])
 
 
 def in_context_positions(targets: Tensor) -> tuple[int, int] | None:
     """
-    Early and late token of the in-context score for targets (N, T), counted from 1; None if the windows are too short.
+    Early and late token of the in-context score, the late one's loss minus the early one's: negative, context helps.
 
-    50 and 500, or T/10 and T in shorter windows. The early one comes after all masked targets (-1): tokens that were
-    never trained on have meaningless losses.
+    For targets (N, T), counted from 1: 50 and 500, or T/10 and T in shorter windows; None if they are too short. The
+    early one comes after all masked targets (-1): tokens that were never trained on have meaningless losses.
     """
     T = targets.size(1)
     early, late = (50, 500) if T >= 500 else (max(2, T // 10), T)
@@ -252,8 +246,7 @@ def head_scores(model: Model, repeats: Repeats, batch_size: int = 16, losses: bo
     def of_batch(part: Repeats) -> dict[str, Tensor]:
         hidden, scores = score_layers(model, part.tokens, lambda layer, a: pattern_scores(a.pattern, part))
         if losses:
-            targets = part.tokens[:, 1:]
-            loss = token_losses(model, hidden[:, :-1].flatten(0, 1), targets.flatten()).view(targets.shape)
+            loss = token_losses(model, hidden[:, :-1], part.tokens[:, 1:])
             scores.update(losses=loss.cpu(), repeat_loss=loss.gather(1, part.query[:, :-1]).mean(1).cpu())
         return scores
 

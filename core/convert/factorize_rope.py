@@ -211,26 +211,13 @@ def to_published_mla(
     check_convertible(model, statistics)
     if model.config.pos != 'rope':
         raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
-    scores = [Scores(block.attn, x, model.rope) for block, x in zip(layers(model), inputs, strict=True)]
-    parts = zip(layers(model), statistics, scores, strict=True)
-    rotated = [RotatedLayer(block, own, score.mean_turn()) for block, own, score in parts]
-    return from_rotated(model, rotated, scores, n_latent, n_rope, balance)
-
-
-@torch.no_grad()
-def from_rotated(
-    model: GPT,
-    rotated: list[RotatedLayer],
-    scores: list[Scores] | None,
-    n_latent: int,
-    n_rope: int,
-    balance: bool = True,
-) -> MLAGPT:
-    """The same from the layers that `to_published_mla` makes. scores: None for factors that aren't fitted to text."""
     d = model.config.head_size
     n_rope = n_rope or d // 2
     if n_rope % 2 or not 2 <= n_rope <= d:
         raise ValueError(f'n_rope={n_rope} must be an even number from 2 to the head size, {d}')
+    scores = [Scores(block.attn, x, model.rope) for block, x in zip(layers(model), inputs, strict=True)]
+    parts = zip(layers(model), statistics, scores, strict=True)
+    rotated = [RotatedLayer(block, own, score.mean_turn()) for block, own, score in parts]
     choices = [torch.arange(n_rope // 2) * stride for stride in range(1, d // n_rope + 1)]
     saved = [sum(layer.saved[kept].sum().item() for layer in rotated) for kept in choices]
     best = saved.index(max(saved))
@@ -238,9 +225,8 @@ def from_rotated(
     settings = {**asdict(model.config), 'n_kv_head': 0, 'n_latent': n_latent, 'n_rope': n_rope}
     settings['rope_theta'] = model.config.rope_theta ** ((best + 1) * n_rope / d)
     new = like(model, MLAGPT, MLAConfig(**settings))
-    for number, (layer, block) in enumerate(zip(rotated, layers(new), strict=True)):
-        factors = layer.fitted(kept, scores[number]) if scores else layer.plain(kept)
-        fill(block.attn, layer, kept, factors, balance)
+    for block, layer, score in zip(layers(new), rotated, scores, strict=True):
+        fill(block.attn, layer, kept, layer.fitted(kept, score), balance)
     return new
 
 
