@@ -236,7 +236,7 @@ LOOK = {
     'data, not balanced': style.look('MLA', 0.1),
     'data': style.look('MLA', 0.5),
 }
-figure = Figure(figsize=(7, 4.5), layout='constrained')
+figure = Figure(figsize=(7, 4.5))
 axes = figure.subplots()
 for name in methods:
     points = [row for row in rows if row['method'] == name]
@@ -253,6 +253,5 @@ axes.margins(y=0.08)
 axes.set_xlabel(f'cache bytes per token ({dtype})')
 axes.set_ylabel('rise in validation loss (nats per token)')
 axes.set_title(f'{before} converted to MLA, before any fine-tuning: {data.corpus}')
-axes.grid(alpha=0.3)
 axes.legend()
 report.save_figure(os.path.join(out_dir, 'conversion.png'), figure, dpi=130)

@@ -50,11 +50,7 @@ def copied(x: np.ndarray) -> np.ndarray:
 
 
 def repeated_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """
-    Where the pair of a token and the next one occurred earlier in the window: bool (N, T) for tokens x, y (N, T).
-
-    These are the positions where induction, from any earlier occurrence, can be right. False where y is -1.
-    """
+    """Where the pair of a token and the next one, x and y (N, T), occurred earlier in the window; not where y is -1."""
     pairs = x.astype(np.int64) << 32 | (y.astype(np.int64) & 0xFFFFFFFF)
     return (latest_earlier(pairs) >= 0) & (y >= 0)
 
@@ -77,11 +73,7 @@ def pair_probabilities(first: np.ndarray, second: np.ndarray, corpus: Pairs, voc
 
 
 def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: int) -> tuple[Columns, Columns]:
-    """
-    The predictor for windows x, y (N, T), N >= 2, and the corpus that pair_probabilities describes.
-
-    Returns the columns and their standard errors, which are over windows, as if windows were independent.
-    """
+    """The predictor of windows x, y (N, T), N >= 2, and its standard error. corpus: see pair_probabilities."""
     valid = y >= 0
     guess = copied(x)
     seen = valid & (guess >= 0)

@@ -37,11 +37,7 @@ def untrained(model: Model, seed: int) -> Model:
 
 
 def embed(model: GPT, tokens: Tensor) -> Tensor:
-    """
-    The residual stream (B, T, C) at the input of block 0, from token ids (B, T).
-
-    Raises ValueError for a model in training mode, or if T exceeds its block_size.
-    """
+    """The residual stream (B, T, C) at block 0, from ids (B, T). ValueError in training mode, or beyond block_size."""
     if model.training:
         raise ValueError('measure a model in eval mode: call model.eval() first')
     T = tokens.size(1)
@@ -121,11 +117,7 @@ def patterns(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(model: Model, hidden: Tensor, targets: Tensor, max_logits: int = 2**24) -> Tensor:
-    """
-    Cross-entropy in nats of targets (...), of their shape, given the output of ln_f, hidden (..., C).
-
-    At most max_logits logits are in memory at a time.
-    """
+    """Cross-entropy in nats of targets (...), given ln_f's output, hidden (..., C). max_logits: in memory at a time."""
     step = max(1, max_logits // model.config.vocab_size)
     rows = zip(hidden.flatten(0, -2).split(step), targets.flatten().split(step), strict=True)
     return torch.cat([F.cross_entropy(logits(model, x), y, reduction='none') for x, y in rows]).view(targets.shape)

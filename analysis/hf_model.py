@@ -141,15 +141,12 @@ class HFModel(nn.Module):
         stop = self.config.n_layer if stop is None else stop
         reached: list[Tensor] = []
 
-        def before(hidden_states, *args, **kwargs):
-            return self.as_output(x)
-
         def after(hidden_states, *args, **kwargs):
             reached.append(hidden_states)
             return self.as_output(hidden_states)
 
         with contextlib.ExitStack() as changes:
-            changes.enter_context(replaced(self.layers[:start], before))
+            changes.enter_context(replaced(self.layers[:start], lambda *args, **kwargs: self.as_output(x)))
             changes.enter_context(replaced(self.layers[stop:], after))
             if x is not None and start == 0:
                 hook = self.layers[0].register_forward_pre_hook(lambda layer, args: (x, *args[1:]))

@@ -25,7 +25,7 @@ from analysis.induction import ranked
 from analysis.latent import READINGS
 from core.cli import errors
 from core.cli.errors import printable
-from core.cli.files import replacing, write_json
+from core.cli.files import replacing
 
 Head = tuple[int, int]  # (layer, head)
 CUSTOMARY = 0.4  # the induction score above which a head is often called an induction head; shown for reference only
@@ -56,8 +56,7 @@ def save_text(path: str | Path, text: str) -> None:
 
 def save_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON and say so on stderr; `plain` makes JSON of arrays. Raises OSError."""
-    write_json(path, value)
-    errors.notice(f'wrote {path}')
+    save_text(path, json.dumps(value, indent=1) + '\n')
 
 
 def save_figure(path: str | Path, figure: Figure, dpi: int = 150) -> None:
@@ -94,11 +93,7 @@ def markdown_table(heading: Sequence[str], rows: Iterable[Sequence], padded: boo
 
 
 def spread(values: Iterable[float | None], form: str = '.3f') -> str:
-    """
-    A table's cell: the mean of the values that are not None ± the half width of its 95 % t interval.
-
-    For fewer than four values: the mean and, in brackets, the lowest and the highest.
-    """
+    """A cell: the mean of what isn't None ± half of its 95 % t interval, or of few values mean [lowest, highest]."""
     found = [value for value in values if value is not None]
     if not found:
         return 'n/a'
@@ -152,13 +147,8 @@ def describe(facts: dict) -> str:
     return f'{facts["name"]}: {facts["file"]}, {what}'
 
 
-SORTS = {
-    'induction': 'induction',
-    'previous': 'previous_token',
-    'duplicate': 'duplicate_token',
-    'sink': 'sink',
-    'copying': 'copying',
-}
+SORTS = dict(induction='induction', previous='previous_token', duplicate='duplicate_token', sink='sink')
+SORTS |= dict(copying='copying')
 ON_TEXT = ('induction', 'duplicate_token', 'previous_token', 'sink')
 LEGEND = """columns:
   head       layer.head; * is called what the table is sorted by: above the highest score of any head of untrained
@@ -201,9 +191,7 @@ def head_line(result: dict, at: Head, called: bool) -> str:
     others = [
         result.get('random gap', result['short'])['induction'],
         result['four copies']['prefix_matching'],
-        result['duplicate_token'],
-        result['previous_token'],
-        result['sink'],
+        *(result[name] for name in ('duplicate_token', 'previous_token', 'sink')),
     ]
     scores = '  '.join(f'{score["mean"][at]:.3f}' for score in others)
     copying = f'{result["copying_eigenvalues"][at]:+7.2f} {result["copying_top5"][at]:6.2f}'

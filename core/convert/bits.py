@@ -107,14 +107,13 @@ def round_cached(model: GPT, rounding: Callable[[int, Tensor], Tensor]) -> GPT:
         if isinstance(model, MLAGPT):
             attn.latent = lambda *x, layer=layer, plain=attn.latent: rounding(layer, plain(*x))
         else:
-            attn.qkv = lambda *x, layer=layer, plain=attn.qkv: rounded_pair(plain(*x), layer, rounding)
+
+            def qkv(*x, layer=layer, plain=attn.qkv):
+                q, *kv = plain(*x)
+                return q, *(rounding(layer, t) for t in kv)
+
+            attn.qkv = qkv
     return model
-
-
-def rounded_pair(qkv: tuple[Tensor, ...], layer: int, rounding: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """Queries as they are, keys and values rounded."""
-    q, *kv = qkv
-    return q, *(rounding(layer, x) for x in kv)
 
 
 def round_as(model: GPT, kind: str) -> GPT:

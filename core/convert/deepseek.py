@@ -76,11 +76,7 @@ def attention_names(config: MLAConfig) -> dict[str, str]:
 
 
 def from_hf(tensors: dict[str, Tensor], config: MLAConfig, halves: bool = False) -> dict[str, Tensor]:
-    """
-    The state of an MLAGPT from the tensors of a DeepseekV3ForCausalLM.
-
-    halves: RoPE pairs x[i] with x[i + R/2], as where rope_interleave is False.
-    """
+    """The state of an MLAGPT from a DeepseekV3ForCausalLM's tensors. halves: RoPE pairs x[i] with x[i + R/2]."""
     state = llama.joined(tensors, config, attention_names(config))
     for layer in range(config.n_layer):
         q, down, up = (f'transformer.h.{layer}.attn.{name}.weight' for name in ('c_q', 'c_kv_down', 'c_kv_up'))

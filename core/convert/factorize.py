@@ -143,10 +143,11 @@ def norm_moments(ln: Any, centred: bool = True) -> tuple[torch.Tensor, torch.Ten
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a covariance (n, n)."""
+def root(matrix: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+    """The symmetric square roots of covariances (..., n, n), with at least `least` times the largest eigenvalue's."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
+    values = torch.maximum(values, least**2 * values[..., -1:].clamp(min=1e-60))  # its inverse is a float32, too
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
 def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
@@ -163,13 +164,6 @@ def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
     return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
 
 
-def root_of_least(matrix: torch.Tensor) -> torch.Tensor:
-    """The square root of symmetric matrices (..., n, n), with eigenvalues of at least LEAST^2 times the largest."""
-    values, vectors = torch.linalg.eigh(matrix)
-    least = LEAST**2 * values[..., -1:].clamp(min=1e-60)  # whose root's inverse is a number in float32, too
-    return (vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)) @ vectors.mT
-
-
 def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Two matrices (H d, H d) by which errors of RoPE's keys and of values are multiplied before they are measured.
@@ -179,7 +173,7 @@ def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch
     energy = torch.maximum(energy, LEAST**2 * energy.max())
     energy = energy if energy.max() > 1e-60 else torch.ones_like(energy)  # without queries all errors count alike
     heads = w_o.unflatten(1, (len(energy), -1)).transpose(0, 1)  # (H, C, d)
-    return torch.diag(energy.sqrt().flatten().repeat_interleave(2)), torch.block_diag(*root_of_least(heads.mT @ heads))
+    return torch.diag(energy.sqrt().flatten().repeat_interleave(2)), torch.block_diag(*root(heads.mT @ heads, LEAST))
 
 
 def factorize(
@@ -303,6 +297,16 @@ def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ..
 
 
 @torch.no_grad()
+def regrouped(model: GPT, n_kv_head: int, change: Callable[[torch.Tensor], torch.Tensor]) -> GPT:
+    """A GPT with `n_kv_head` (0: n_head) key/value heads, which are change(those of `model` (K, d, ...))."""
+    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
+    for old, block in zip(layers(model), layers(new), strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
+            rows.copy_(torch.cat((q, *map(change, kv))).flatten(0, 1))
+    return new
+
+
 def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     """
     A GPT with `n_kv_head` key/value heads, each the mean of its group's in `model` (arXiv:2305.13245, section 2.1).
@@ -313,21 +317,10 @@ def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     before = model.config.kv_heads
     if not 1 <= n_kv_head <= before or before % n_kv_head:
         raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
-    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
-    for old, block in zip(layers(model), layers(new), strict=True):
-        for name, rows in block.attn.c_attn.named_parameters():
-            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
-            pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
-            rows.copy_(torch.cat((q, *pooled)).flatten(0, 1))
-    return new
+    return regrouped(model, n_kv_head, lambda heads: heads.unflatten(0, (n_kv_head, -1)).mean(1))
 
 
-@torch.no_grad()
 def to_mha(model: GPT) -> GPT:
     """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
     check_mha(model)
-    new = like(model, GPT, replace(model.config, n_kv_head=0))
-    for old, block in zip(layers(model), layers(new), strict=True):
-        for name, rows in block.attn.c_attn.named_parameters():
-            rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
-    return new
+    return regrouped(model, 0, lambda heads: repeat_heads(heads, model.config.n_head, dim=0))

@@ -188,11 +188,7 @@ def write(file: str, config: GPTConfig, state: dict[str, Tensor], tokenizer: Tok
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    """
-    Add a tokenizer in one of llama.cpp's two forms: byte-pair encoding over GPT-2's words, or SentencePiece's pieces.
-
-    Characters and bytes are pieces of which no two can be merged.
-    """
+    """Add a tokenizer: byte pairs over words as GPT-2's, or SentencePiece's pieces, of which no two can be merged."""
     if tokenizer is None:
         writer.add_tokenizer_model('no_vocab')
         return

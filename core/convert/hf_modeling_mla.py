@@ -145,11 +145,7 @@ def visible_keys(mask: Any, past: int, T: int, S: int, device: torch.device) -> 
 
 
 def packed_documents(position_ids: Any) -> torch.Tensor | None:
-    """
-    What tokens of documents packed into one row attend to: bool (B, 1, T, T). None where each row is one document.
-
-    A document ends where a position isn't the previous one plus 1, as in transformers' masking_utils.
-    """
+    """What tokens of documents in one row, whose positions restart, attend to: bool (B, 1, T, T). None: it is one."""
     document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
     if not torch.compiler.is_compiling() and not document.any():
         return None
@@ -297,11 +293,7 @@ class Attention(nn.Module):
         return pays and causal and own and not self.training and is_plain(self.c_kv_up)
 
     def forward(self, x: torch.Tensor, rope: Any, visible: torch.Tensor | None, S: int, cache: Any) -> Any:
-        """
-        x (B, T, C) -> (B, T, C), and the weights (B, H, T, S) where they are computed, else None.
-
-        With a cache, x are the last T of S tokens, and the cache holds the others.
-        """
+        """x (B, T, C), the last T of S tokens -> (B, T, C), and the weights (B, H, T, S) where they are computed."""
         q, latent, k_rope = self.project(x, rope)
         attend = self.decompressed
         if cache is not None:
@@ -471,23 +463,13 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, T) -> logits (B, T, V), the loss if there are labels, and what else MLAGPTModel gives."""
-        out = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values if cache is None else cache,
-            inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        cache = past_key_values if cache is None else cache
+        inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
+        out = self.transformer(*inputs, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(out.last_hidden_state[:, kept]), None
         if labels is not None:

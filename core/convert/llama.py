@@ -118,11 +118,7 @@ def require(hf_config: Any, key: str, *values: Any) -> None:
 
 
 def from_hf(tensors: dict[str, Tensor], config: GPTConfig, halves: bool = True) -> dict[str, Tensor]:
-    """
-    The state of a GPT from the tensors of a LlamaForCausalLM.
-
-    halves: RoPE pairs x[i] with x[i + d/2]; False: neighbors, as in GGUF files.
-    """
+    """The state of a GPT from a LlamaForCausalLM's tensors. halves: RoPE pairs x[i] with x[i + d/2], not neighbors."""
     return joined(turned(tensors, config, to_neighbors) if halves else tensors, config, ATTENTION)
 
 

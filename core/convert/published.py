@@ -62,11 +62,7 @@ def form_of(source: str) -> str:
 
 
 def read(source: str, **overrides: Any) -> tuple[GPT, dict[str, Any]]:
-    """
-    The GPT or MLAGPT, in float32, of a file or folder with a `form_of`, and the meta of its tokenizer.
-
-    overrides: dropout, flash and recompute. ValueError names what in it is damaged, or what it needs that we lack.
-    """
+    """The float32 GPT or MLAGPT of a file or folder with a `form_of`, and its tokenizer's meta. ValueError: why not."""
     try:
         return read_gguf(source, overrides) if form_of(source) == 'gguf' else read_folder(source, overrides)
     except (TypeError, ValueError) as error:
