@@ -313,10 +313,7 @@ def measure_latent(loaded, repeats):
         parts = latent.logit_parts(model, repeats[len(repeats) // 2 :])
         out['logit_parts'] = {name: summary(values) for name, values in parts.items()}
     if ablate:
-        bands = min(16, model.config.n_latent)
-        total, name = 2 * bands * model.config.n_layer, f'{loaded.facts["name"]}: latent directions'
-        with tqdm(total=total, desc=name, leave=False, disable=None) as bar:
-            found = latent.ablate_latent(model, few, moments, bands, bar.update)
+        found = latent.ablate_latent(model, few, moments, name=f'{loaded.facts["name"]}: latent directions')
         out['bands'] = found['bands']
         for path in ('keys', 'values'):
             out[f'{path}_ablation'] = (found[path] - found['base']).mean(-1)
@@ -326,8 +323,7 @@ def measure_latent(loaded, repeats):
 def measure_ablation(loaded, repeats, ranking):
     """Increase of the loss on repeated tokens: each head alone, and the top heads together against random heads."""
     model = loaded.model
-    with tqdm(total=len(ranking), desc=f'{loaded.facts["name"]}: heads', leave=False, disable=None) as bar:
-        base, alone = induction.ablate_each_head(model, repeats, bar.update)
+    base, alone = induction.ablate_each_head(model, repeats, name=f'{loaded.facts["name"]}: heads')
     low, high = stats.bootstrap(np.moveaxis(alone - base, -1, 0), resamples, seed)
     counts = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= max(2, len(ranking) // 2)]
     together = induction.ablate_cumulatively(model, repeats, ranking, counts, seed=seed)

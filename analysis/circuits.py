@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from analysis.forward import Model, device_of, logits, run
 from analysis.hf_model import HFModel, through_norm
 from core.cli.machine import to_float64
-from model import GPT, Block, CausalSelfAttention
+from model import GPT, CausalSelfAttention
 from model_mla import MultiHeadLatentAttention
 from ops.kernels import repeat_heads
 
@@ -52,8 +52,11 @@ def with_gain(weight: Tensor, norm: nn.Module) -> Tensor:
     return weight if gain is None else gain[:, None] * weight
 
 
-def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def stream_weights(model: Model, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`head_weights` on the residual stream: ln_1's gain and mean subtraction are folded into W_Q, W_K and W_V."""
+    if isinstance(model, HFModel):
+        return model.stream_weights(layer)
+    block = model.transformer.h[layer]
     *reading, w_o = head_weights(block.attn)
     norm: Any = block.ln_1
     w_q, w_k, w_v = (through_norm(w, norm.weight, isinstance(norm, nn.LayerNorm)) for w in reading)
@@ -133,8 +136,8 @@ def products_of_weights(model: GPT, ids: Tensor) -> Iterator[Tensor]:
     for chunk in ids.split(1024):
         unembedding = through_norm(model.lm_head.weight[chunk], gain, subtracts_mean)
         middle += norm(effective_embeddings(model, chunk), (C,)).T @ unembedding
-    for block in model.transformer.h:
-        _, _, w_v, w_o = stream_weights(block)
+    for layer in range(model.config.n_layer):
+        _, _, w_v, w_o = stream_weights(model, layer)
         yield w_v @ middle @ w_o
 
 
@@ -189,10 +192,7 @@ def composition(model: Model) -> dict[str, np.ndarray]:
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}
     layers = []
     for layer in range(L):
-        if isinstance(model, HFModel):
-            q, k, v, o = model.stream_weights(layer)
-        else:
-            q, k, v, o = stream_weights(model.transformer.h[layer])
+        q, k, v, o = stream_weights(model, layer)
         grams = dict(q=q @ q.mT, k=k @ k.mT, v=v @ v.mT, o=o.mT @ o)
         layers.append((dict(q=q, k=k, v=v, o=o), grams))
     for second in range(1, L):

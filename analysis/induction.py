@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from analysis import forward, stats
 from analysis.bigrams import repeated_pairs
@@ -291,24 +292,21 @@ def is_untrained(model: Model) -> bool:
 
 
 @torch.no_grad()
-def ablate_each_head(
-    model: Model, repeats: Repeats, progress: Callable[[], object] = lambda: None
-) -> tuple[np.ndarray, np.ndarray]:
+def ablate_each_head(model: Model, repeats: Repeats, name: str = '') -> tuple[np.ndarray, np.ndarray]:
     """
     The loss on repeated tokens without ablation and with each head mean-ablated: arrays (N,) and (L, H, N).
 
     A head's output is replaced by its mean over sequences at each position: information about the position stays,
-    information about tokens is removed. progress: called after each head.
+    information about tokens is removed. name: of the progress bar.
     """
     repeats = repeats.to(device_of(model))
     tokens = repeats.tokens
     x: Any = None  # the residual stream at the input of the layer
     ablated = np.zeros((model.config.n_layer, model.config.n_head, len(repeats)), dtype=np.float32)
-    for layer in range(model.config.n_layer):
+    for layer in tqdm(range(model.config.n_layer), desc=name, leave=False, disable=None):
         for head in range(model.config.n_head):
             hidden = forward.run(model, tokens, x, layer, edit=forward.replacing_heads([(layer, head)]))
             ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).cpu()
-            progress()
         x = forward.run(model, tokens, x, layer, layer + 1)  # after the last layer: the output of the last norm
     return repeat_losses(model, x, repeats).mean(1).float().cpu().numpy(), ablated
 

@@ -110,8 +110,7 @@ def require(hf_config: Any, key: str, *values: Any) -> None:
     """ValueError unless a config's `key` has one of `values`, or is absent."""
     value = getattr(hf_config, key, values[0])
     if value not in values:
-        told = str(value) if len(str(value)) <= 60 else f'{str(value)[:57]}...'
-        raise ValueError(f'it has {key}={told}; only {values[0]} is supported')
+        raise ValueError(f'it has {key}={str(value)[:60]}; only {values[0]} is supported')
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

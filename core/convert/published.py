@@ -64,7 +64,12 @@ def form_of(source: str) -> str:
 def read(source: str, **overrides: Any) -> tuple[GPT, dict[str, Any]]:
     """The float32 GPT or MLAGPT of a file or folder with a `form_of`, and its tokenizer's meta. ValueError: why not."""
     try:
-        return read_gguf(source, overrides) if form_of(source) == 'gguf' else read_folder(source, overrides)
+        if form_of(source) != 'gguf':
+            return read_folder(source, overrides)
+        settings, eps, tensors, tokenizer = gguf_file.read(source)
+        config = config_of(GPTConfig, settings, overrides)
+        check_tensors(tensors, GPT, config, llama)
+        return build(GPT, config, llama.from_hf(tensors, config, halves=False), eps), tokenizer
     except (TypeError, ValueError) as error:
         raise ValueError(f"'{source}' can't be loaded: {error}") from error
 
@@ -85,14 +90,6 @@ def read_folder(folder: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, 
     state = form.from_hf(tensors, config, halves=not getattr(hf_config, 'rope_interleave', False))
     meta = hf_tokenizer.read(folder, config.vocab_size) or {'tokenizer': NO_TEXT, 'vocab_size': config.vocab_size}
     return build(kind, config, state, hf_config.rms_norm_eps), meta
-
-
-def read_gguf(file: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
-    """The model of a GGUF file, and its tokenizer's meta."""
-    settings, eps, tensors, tokenizer = gguf_file.read(file)
-    config = config_of(GPTConfig, settings, overrides)
-    check_tensors(tensors, GPT, config, llama)
-    return build(GPT, config, llama.from_hf(tensors, config, halves=False), eps), tokenizer
 
 
 def config_of(config_class: type[GPTConfig], settings: dict[str, Any], overrides: dict[str, Any]) -> GPTConfig:
