@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from core.cli.machine import to_float64
 from core.text.dataset import TokenData
@@ -60,22 +61,22 @@ class Statistics:
     """Sums over `count` tokens of one layer's ln_1 output x (C,) and of x x^T (C, C), float64."""
 
     count: int
-    total: torch.Tensor
-    products: torch.Tensor
+    total: Tensor
+    products: Tensor
 
     @classmethod
     def empty(cls, size: int, device: str | torch.device = 'cpu') -> 'Statistics':
         zeros = to_float64(torch.zeros(size + 1, size, device=device))
         return cls(0, zeros[0], zeros[1:])
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: Tensor) -> None:
         """Add x (..., C)."""
         x = to_float64(x.detach().flatten(0, -2)).to(self.total.device)
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products.addmm_(x.t(), x)
 
-    def moments(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (C,) and covariance (C, C), on the CPU; uncentred: zeros and E[x x^T]. ValueError before any `add`."""
         if not self.count:
             raise ValueError('the statistics are empty; add some tokens first')
@@ -83,7 +84,7 @@ class Statistics:
         return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
 
 
-def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torch.Tensor]:
+def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[Tensor]:
     """At most `count` evenly spaced windows of a TokenData's training split, in batches of ids (batch_size, T)."""
     starts = data.eval_windows('train', count)
     for first in range(0, len(starts), batch_size):
@@ -93,9 +94,9 @@ def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torc
 @torch.no_grad()
 def watch(
     model: GPT,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Tensor],
     module_of: Callable[[Any], torch.nn.Module],
-    see: Callable[[int, torch.Tensor], None],
+    see: Callable[[int, Tensor], None],
 ) -> None:
     """Run `model` in eval mode over batches of token ids (B, T): see(layer, output of module_of(block)) is called."""
     hooks = [
@@ -115,7 +116,7 @@ def watch(
 
 def collect_statistics(
     model: GPT,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Tensor],
     module_of: Callable[[Any], torch.nn.Module] = lambda block: block.ln_1,
     size: int = 0,
 ) -> list[Statistics]:
@@ -130,27 +131,27 @@ def collect_statistics(
     return statistics
 
 
-def spread(ln: Any) -> torch.Tensor:
+def spread(ln: Any) -> Tensor:
     """The matrix (C, C) by which a norm's output spreads white input: its gains, and for LayerNorm less the mean."""
     gain = torch.diag(to_float64(ln.weight.detach()).cpu())
     return gain - gain.mean(1, keepdim=True) if isinstance(ln, torch.nn.LayerNorm) else gain
 
 
-def norm_moments(ln: Any, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_moments(ln: Any, centred: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
     bias, covariance = getattr(ln, 'bias', None), spread(ln) @ spread(ln).t()  # RMSNorm has no bias
     mean = torch.zeros_like(covariance[0]) if bias is None else to_float64(bias.detach()).cpu()
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def root(matrix: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+def root(matrix: Tensor, least: float = 0.0) -> Tensor:
     """The symmetric square roots of covariances (..., n, n), with at least `least` times the largest eigenvalue's."""
     values, vectors = torch.linalg.eigh(matrix)
     values = torch.maximum(values, least**2 * values[..., -1:].clamp(min=1e-60))  # its inverse is a float32, too
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
+def reachable_root(ln: Any, covariance: Tensor) -> Tensor:
     """
     A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
@@ -164,7 +165,7 @@ def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
     return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
 
 
-def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def metric(energy: Tensor, w_o: Tensor) -> tuple[Tensor, Tensor]:
     """
     Two matrices (H d, H d) by which errors of RoPE's keys and of values are multiplied before they are measured.
 
@@ -177,14 +178,14 @@ def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def factorize(
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
-    mean: torch.Tensor,
-    half: torch.Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    mean: Tensor,
+    half: Tensor,
     n_latent: int,
     balance: bool = True,
-    measure: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    measure: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     One latent for keys w_k x and values w_v x, by the formula in the module's docstring.
 
@@ -290,14 +291,14 @@ def layers(model: Any) -> Any:
     return model.transformer.h
 
 
-def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def per_query_head(attention: Any, rows: Tensor) -> tuple[Tensor, ...]:
     """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
     q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
     return q, *(repeat_heads(t, attention.n_head, dim=0) for t in kv)
 
 
 @torch.no_grad()
-def regrouped(model: GPT, n_kv_head: int, change: Callable[[torch.Tensor], torch.Tensor]) -> GPT:
+def regrouped(model: GPT, n_kv_head: int, change: Callable[[Tensor], Tensor]) -> GPT:
     """A GPT with `n_kv_head` (0: n_head) key/value heads, which are change(those of `model` (K, d, ...))."""
     new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
     for old, block in zip(layers(model), layers(new), strict=True):
