@@ -202,8 +202,7 @@ def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
     for number in range(controls):
-        fresh = for_few_bits(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
-        fresh = round_as(fresh, cache)
+        fresh = round_as(for_few_bits(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache), cache)
         scores = induction.head_scores(fresh, repeats, losses=False)
         found.append({name: scores[name].mean(0) for name in induction.SCORES})
         found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)

@@ -31,9 +31,7 @@ def bootstrap(
 def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half width of its 95 % t interval; None for fewer than LEAST values, whose range says more."""
     n = len(values)
-    if n < LEAST:
-        return mean(values), None
-    return mean(values), half_width(n) * stdev(values) / n**0.5
+    return mean(values), half_width(n) * stdev(values) / n**0.5 if n >= LEAST else None
 
 
 def half_width(n: int) -> float:

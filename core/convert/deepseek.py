@@ -18,6 +18,8 @@ from model import GPTConfig
 from model_mla import MLAConfig
 
 CLASS = 'DeepseekV3ForCausalLM'
+# sizes by our names, and their names in transformers
+SIZES = dict(n_latent='kv_lora_rank', n_nope='qk_nope_head_dim', n_rope='qk_rope_head_dim', n_value='v_head_dim')
 
 
 def misfit(config: GPTConfig) -> str:
@@ -31,11 +33,8 @@ def hf_settings(config: MLAConfig) -> dict[str, Any]:
         'model_type': 'deepseek_v3',
         'architectures': [CLASS],
         'num_key_value_heads': config.n_head,
-        'kv_lora_rank': config.n_latent,
         'q_lora_rank': config.n_latent_q or None,
-        'qk_nope_head_dim': config.n_nope,
-        'qk_rope_head_dim': config.n_rope,
-        'v_head_dim': config.n_value,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         'rope_interleave': True,
         'first_k_dense_replace': config.n_layer,  # no layer has experts
         'routed_scaling_factor': 1.0,  # vLLM scales float16's residual stream by it, also where there are no experts
@@ -51,18 +50,11 @@ def settings_of(hf_config: Any) -> dict[str, Any]:
     if dense < layers:
         raise ValueError(f'it has experts in {layers - dense} of {layers} layers; only dense layers are supported')
     require(hf_config, 'num_key_value_heads', hf_config.num_attention_heads)
-    for key in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'):
-        if not getattr(hf_config, key):
-            raise ValueError(f'it has {key}={getattr(hf_config, key)}; it must be at least 1')
-    return {
-        **settings,
-        'n_latent': hf_config.kv_lora_rank,
-        'n_latent_q': hf_config.q_lora_rank or 0,
-        'n_nope': hf_config.qk_nope_head_dim,
-        'n_rope': hf_config.qk_rope_head_dim,
-        'n_value': hf_config.v_head_dim,
-        'latent_norm': True,
-    }
+    sizes = {ours: getattr(hf_config, theirs) for ours, theirs in SIZES.items()}
+    for name, value in sizes.items():
+        if not value:
+            raise ValueError(f'it has {SIZES[name]}={value}; it must be at least 1')
+    return {**settings, **sizes, 'n_latent_q': hf_config.q_lora_rank or 0, 'latent_norm': True}
 
 
 def attention_names(config: MLAConfig) -> dict[str, str]:

@@ -23,6 +23,9 @@ from model import GPTConfig
 
 CLASS = 'LlamaForCausalLM'
 EPS = 1e-5  # of the RMSNorm of model.py
+# sizes by our names, and their names in transformers
+SIZES = dict(vocab_size='vocab_size', n_embd='hidden_size', block_size='max_position_embeddings')
+SIZES |= dict(n_layer='num_hidden_layers', n_head='num_attention_heads')
 # tensors of our blocks, and the names of their parts there, one below the other
 BLOCK = {
     'ln_1': 'input_layernorm',
@@ -59,12 +62,8 @@ def hf_settings(config: GPTConfig) -> dict[str, Any]:
 def block_settings(config: GPTConfig) -> dict[str, Any]:
     """What all of today's models have in their config.json."""
     return {
-        'vocab_size': config.vocab_size,
-        'hidden_size': config.n_embd,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         'intermediate_size': config.hidden_size,
-        'num_hidden_layers': config.n_layer,
-        'num_attention_heads': config.n_head,
-        'max_position_embeddings': config.block_size,
         'rms_norm_eps': EPS,
         'hidden_act': 'silu',
         'attention_bias': False,
@@ -94,11 +93,7 @@ def block_settings_of(hf_config: Any) -> dict[str, Any]:
     if not hf_config.rms_norm_eps > 0:
         raise ValueError(f'its rms_norm_eps is {hf_config.rms_norm_eps}; it must be above 0')
     return {
-        'block_size': hf_config.max_position_embeddings,
-        'vocab_size': hf_config.vocab_size,
-        'n_layer': hf_config.num_hidden_layers,
-        'n_head': hf_config.num_attention_heads,
-        'n_embd': hf_config.hidden_size,
+        **{ours: getattr(hf_config, theirs) for ours, theirs in SIZES.items()},
         'n_hidden': hf_config.intermediate_size,
         'rope_theta': float(rope['rope_theta']),
         'tied': bool(hf_config.tie_word_embeddings),

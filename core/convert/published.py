@@ -104,7 +104,8 @@ def config_of(config_class: type[GPTConfig], settings: dict[str, Any], overrides
 
 def read_tensors(folder: str) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files. ValueError where there are none, or a file is damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     try:
@@ -117,11 +118,10 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
             raise ValueError('it has no model.safetensors; save it with safetensors, since other files may hold code')
         tensors: dict[str, Tensor] = {}
         for name in names:
-            with safe_open(os.path.join(folder, name), framework='pt') as opened:
-                for key in opened.keys():  # noqa: SIM118  (it's no dict)
-                    if key in tensors:
-                        raise ValueError(f'its files hold {key} twice; {COPY}')
-                    tensors[key] = opened.get_tensor(key)
+            part = load_file(os.path.join(folder, name))
+            if both := tensors.keys() & part.keys():
+                raise ValueError(f'its files hold {min(both)} twice; {COPY}')
+            tensors |= part
     except (OSError, SafetensorError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f'its safetensors files are missing or damaged ({error}); {COPY}') from error
     return tensors
