@@ -120,11 +120,7 @@ def collect_statistics(
     module_of: Callable[[Any], torch.nn.Module] = lambda block: block.ln_1,
     size: int = 0,
 ) -> list[Statistics]:
-    """
-    Run `model` over batches of token ids (B, T): one Statistics per layer.
-
-    module_of(block): whose output it is of, with `size` numbers (0: n_embd). One batch at a time is in memory.
-    """
+    """Run `model` over ids (B, T): a Statistics per layer, of module_of(block)'s output, `size` numbers (0: n_embd)."""
     device = model.lm_head.weight.device
     statistics = [Statistics.empty(size or model.config.n_embd, device) for _ in layers(model)]
     watch(model, batches, module_of, lambda layer, x: statistics[layer].add(x))
