@@ -87,12 +87,7 @@ def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: i
 
 
 def with_copies(tokens: np.ndarray, share: float) -> np.ndarray:
-    """
-    A copy of token ids (N,) in which a share of the tokens repeats what stood up to 200 tokens earlier.
-
-    Spans have 16 to 48 tokens, at random places that don't overlap. A span's source lies before it entirely, and may
-    hold an earlier copy.
-    """
+    """A copy of ids (N,) of which a share, in spans of 16 to 48, repeats what stood up to 200 tokens earlier."""
     tokens, rng, (low, high), distance = tokens.copy(), np.random.default_rng(0), (16, 48), 200
     slot = round((low + high) / 2 / share) if share else len(tokens)  # one span in so many tokens
     for start in range(distance, len(tokens) - slot, slot):

@@ -213,9 +213,7 @@ class HFModel(nn.Module):
         return through_norm(self.model.get_output_embeddings().weight[ids], *self.norm_before(self.config.n_layer))
 
     def stream_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """
-        `circuits.stream_weights` of a layer. ValueError where they are not three matrices and a norm before them.
-        """
+        """As of `circuits`, for one layer. ValueError where they are not three matrices and a norm before them."""
         attention: Any = self.attentions[layer]
         parts = (*self.layers[layer].children(), *attention.children())
         norms = [m for m in parts if getattr(m, 'weight', torch.empty(0, 0)).dim() == 1]

@@ -270,12 +270,7 @@ def verdict(low: np.ndarray, random_null: float, shuffled_high: np.ndarray, copy
 
 
 def calls(measured: dict) -> dict[str, np.ndarray]:
-    """
-    Which heads of a result of find_induction_heads.py are called what: {name of a score: bool (L, H)}.
-
-    An induction head is one by `verdict`. Of other scores the interval, of copying the score itself, must lie above the
-    highest score of any untrained head.
-    """
+    """Which heads are called what, {score: bool (L, H)}: by `verdict`, or surely above any untrained head."""
     found = {'induction': measured['called']}
     for name in ('previous_token', 'duplicate_token', 'sink'):
         found[name] = measured[name]['low'] > measured['nulls'][name]

@@ -55,11 +55,7 @@ RIDGE = 1e-3  # of the least squares, relative to each factor's own energy
 
 
 def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
-    """
-    Run `model` over batches of token ids (B, T) until FIT_TOKENS are read: what each layer's attention gets.
-
-    A list of float tensors (N, T, C) on the CPU, of evenly spaced windows. ValueError where there is no batch.
-    """
+    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C). ValueError without text."""
     texts = list(batches)
     if not texts:
         raise ValueError('there is no text on which scores could be measured')
@@ -155,11 +151,7 @@ class RotatedLayer:
         return as_real(shared[None])[0], as_real(torch.cat(queries, dim=1)), as_real(rest)
 
     def fitted(self, kept: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """
-        The factors (H, d/2) and (H, R/2) of `split` with which each head's scores on text have the smallest error.
-
-        Those of `plain` where text doesn't decide: a ridge of RIDGE draws the solution to them.
-        """
+        """The factors of `split` that fit each head's scores best, by a ridge of RIDGE around those of `plain`."""
         q, k, a, b = scores.queries, scores.keys, self.a[:, kept], self.b[:, kept]
         a, b = a.to(k.dtype), b.to(k.dtype)
         z = (a[:, None].conj() * k[..., kept]).sum(1)  # (N, T, R/2)

@@ -46,12 +46,7 @@ SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the fir
 
 
 def read(file: str) -> tuple[dict[str, Any], float, dict[str, Tensor], dict[str, Any]]:
-    """
-    Keyword arguments of a GPTConfig, the norms' eps, tensors by LlamaForCausalLM's names, in float32, and the meta of
-    the tokenizer.
-
-    ValueError names what in the file is damaged, or what it needs that GPTConfig can't express.
-    """
+    """GPTConfig's arguments, the eps, float32 tensors by LlamaForCausalLM's names, the tokenizer's meta. ValueError."""
     gguf = import_gguf()
     try:
         reader = gguf.GGUFReader(file)
