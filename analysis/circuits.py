@@ -151,16 +151,15 @@ def products_of_values(model: HFModel, ids: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def copying_tokens(model: Model, ids: np.ndarray | Tensor, top: int = 5, max_logits: int = 2**24) -> np.ndarray:
+def copying_tokens(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     """
-    The fraction of tokens `ids` (n,) that a head attending to them ranks among its `top` output logits: array (L, H).
+    The fraction of tokens `ids` (n,) that a head attending to them ranks among its five top logits: array (L, H).
 
     Wang et al. 2022 (arXiv:2211.00593), section 3.3: the effective embedding through ln_1, OV, ln_f and unembedding.
-    max_logits: logits computed at a time.
     """
     ids = torch.as_tensor(ids, device=device_of(model))
     embedding, n_head = effective_embeddings(model, ids), model.config.n_head
-    step = max(1, max_logits // model.config.vocab_size)
+    step = max(1, 2**24 // model.config.vocab_size)  # as many logits are in memory at a time
     own_id, fractions = ids.repeat_interleave(n_head), []
     for layer in range(model.config.n_layer):
         v = values_alone(model, layer, embedding)
@@ -169,7 +168,7 @@ def copying_tokens(model: Model, ids: np.ndarray | Tensor, top: int = 5, max_log
         for rows, own in zip(out.split(step), own_id.split(step), strict=True):
             normed = run(model, own[:, None], rows[:, None], start=model.config.n_layer)[:, 0]
             scores = logits(model, normed)
-            hits.append((scores >= scores.gather(1, own[:, None])).sum(1) <= top)  # counts the token itself and ties
+            hits.append((scores >= scores.gather(1, own[:, None])).sum(1) <= 5)  # counts the token itself and ties
         fractions.append(torch.cat(hits).view(-1, n_head).float().mean(0))
     return torch.stack(fractions).cpu().numpy()
 

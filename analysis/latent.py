@@ -14,19 +14,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.forward import Attention, device_of, run
+from analysis.forward import Attention, device_of, rope_of, run
 from analysis.induction import Repeats, joined, repeat_losses, score_layers
 from core.cli.machine import to_float64
-from core.convert.bits import latent_statistics
+from core.convert.factorize import Statistics
 from model_mla import MLAGPT, MultiHeadLatentAttention
 
 READINGS = ('key', 'value', 'key_value')  # what `reading_overlaps` compares
 
 
+@torch.no_grad()
 def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> list[tuple[Tensor, Tensor]]:
     """Mean (r,) and covariance (r, r) of each layer's latent over all tokens, float64: L pairs."""
-    batches = (part.tokens for part in repeats.batches(batch_size, device_of(model)))
-    return [of_layer.moments() for of_layer in latent_statistics(model, batches)]
+    statistics = [Statistics.empty(model.config.n_latent, device_of(model)) for _ in range(model.config.n_layer)]
+    rope = rope_of(model, repeats.tokens.size(1))
+
+    def add(layer, attention):  # no hook as core.convert.bits has it: with --cache, what is attended to is rounded
+        latent = model.transformer.h[layer].attn.latent(attention.normed, rope)
+        statistics[layer].add(latent[..., : model.config.n_latent])  # without the shared position key
+
+    for part in repeats.batches(batch_size, device_of(model)):
+        run(model, part.tokens, visit=add)
+    return [of_layer.moments() for of_layer in statistics]
 
 
 def effective_rank(covariance: Tensor) -> float:
