@@ -152,10 +152,8 @@ def side_by_side(runs: list[Run], width: int) -> str:
 
 def looks(runs: list[Run]) -> list[dict]:
     """How each run's line is drawn: by its attention and the size of its latent, with variants of the same."""
-    found: list[tuple[str, float]] = []
-    for run in runs:
-        sizes = (run.saved or {}).get('model_args', {})
-        found.append((run.label[:3], sizes.get('n_latent', 0) / sizes.get('n_embd', 1)))
+    sizes = [(run.saved or {}).get('model_args', {}) for run in runs]
+    found = [(r.label[:3], s.get('n_latent', 0) / s.get('n_embd', 1)) for r, s in zip(runs, sizes, strict=True)]
     return [style.look(*kind, variant=found[:number].count(kind)) for number, kind in enumerate(found)]
 
 

@@ -80,13 +80,11 @@ def repeated_sequences(
     bos: the id at position 0, or None. copies: of x. max_gap: number of further distinct tokens; a random part of them
     goes between the two copies and the rest before the first, so distance and positions vary (two copies only).
     shuffled: a control in which each later copy has its own random order; query and match are as without it, so only
-    heads that attend by position score. Raises ValueError if there are too few ids or the arguments don't fit together.
+    heads that attend by position score. Raises ValueError if there are too few ids.
     """
     ids = np.asarray(ids)
     if length + max_gap > len(ids):
         raise ValueError(f'a sequence requires {length + max_gap} distinct tokens, but only {len(ids)} ids were given')
-    if length < 2 or copies < 2 or (max_gap and copies > 2):
-        raise ValueError('length and copies must be at least 2, and max_gap requires exactly two copies')
     rng = np.random.default_rng([seed, length, copies, max_gap])
     drawn = np.stack([rng.choice(ids, length + max_gap, replace=False) for _ in range(count)])
     between = rng.integers(0, max_gap + 1, count)

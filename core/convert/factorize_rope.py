@@ -200,7 +200,7 @@ def to_published_mla(
     half of n_embd. n_rope: even and at most the head size; 0: half of it. The cache has n_latent + n_rope numbers per
     token and layer. ValueError for another kind of model, and for sizes out of range.
     """
-    check_convertible(model, statistics)
+    check_convertible(model)
     if model.config.pos != 'rope':
         raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
     d = model.config.head_size
