@@ -273,10 +273,9 @@ def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:
     """A model_class of `config` on the device and in the dtype of `model`, with all of its tensors that fit by name."""
     weight = model.lm_head.weight
     new = model_class(config).to(device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        for name, value in new.state_dict().items():
-            if '.attn.' not in name or '.attn.c_proj.' in name:
-                value.copy_(model.state_dict()[name])
+    for name, value in new.state_dict().items():
+        if '.attn.' not in name or '.attn.c_proj.' in name:
+            value.copy_(model.state_dict()[name])
     return new.train(model.training)
 
 

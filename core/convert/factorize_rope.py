@@ -55,11 +55,8 @@ RIDGE = 1e-3  # of the least squares, relative to each factor's own energy
 
 
 def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
-    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C). ValueError without text."""
-    texts = list(batches)
-    if not texts:
-        raise ValueError('there is no text on which scores could be measured')
-    windows = torch.cat(texts)
+    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C) on the CPU."""
+    windows = torch.cat(list(batches))
     windows = windows[:: max(1, windows.numel() // FIT_TOKENS)]
     found: list[Tensor] = []
     watch(model, [windows], lambda block: block.ln_1, lambda layer, x: found.append(x.cpu()))

@@ -329,7 +329,6 @@ def test_what_cannot_be_converted_is_refused_in_one_line():
         (lambda: to_published_mla(trained_like(), statistics, inputs), "pos='learned' and no rotations to keep"),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=3), 'n_rope=3 must be an even number'),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=10), 'from 2 to the head size, 8'),
-        (lambda: collect_inputs(rotated('mha'), []), 'there is no text'),
     ]
     for convert, message in refused:
         with pytest.raises(ValueError, match=message) as error:
