@@ -101,13 +101,6 @@ def values_alone(model: Model, layer: int, x: Tensor) -> Tensor:
     return found[0]
 
 
-def output_weights(model: Model, layer: int) -> Tensor:
-    """Each head's part of a layer's output projection: (H, C, d_v)."""
-    if isinstance(model, HFModel):
-        return model.output_weights(layer)
-    return head_weights(model.transformer.h[layer].attn)[3]
-
-
 @torch.no_grad()
 def copying_eigenvalues(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     """
@@ -162,8 +155,11 @@ def copying_tokens(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     step = max(1, 2**24 // model.config.vocab_size)  # as many logits are in memory at a time
     own_id, fractions = ids.repeat_interleave(n_head), []
     for layer in range(model.config.n_layer):
-        v = values_alone(model, layer, embedding)
-        out = torch.einsum('nhd,hcd->nhc', v, output_weights(model, layer)).flatten(0, 1)
+        if isinstance(model, HFModel):
+            w_o = model.output_weights(layer)
+        else:
+            w_o = head_weights(model.transformer.h[layer].attn)[3]
+        out = torch.einsum('nhd,hcd->nhc', values_alone(model, layer, embedding), w_o).flatten(0, 1)
         hits = []
         for rows, own in zip(out.split(step), own_id.split(step), strict=True):
             normed = run(model, own[:, None], rows[:, None], start=model.config.n_layer)[:, 0]

@@ -54,11 +54,7 @@ def through_norm(rows: Tensor, gain: Tensor, subtracts_mean: bool) -> Tensor:
 
 
 class HFModel(nn.Module):
-    """
-    A causal language model of transformers, in eval mode and with the written-out ("eager") attention.
-
-    Raises ValueError where not every layer has one attention pattern, or one that sees later tokens.
-    """
+    """A causal language model of transformers, in eval mode. ValueError unless each layer has one causal pattern."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

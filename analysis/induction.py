@@ -218,11 +218,7 @@ def text_scores(model: Model, tokens: Tensor) -> tuple[Scores, Scores]:
 def score_layers(
     model: Model, tokens: Tensor, score: Callable[[int, Seen], dict[str, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """
-    One forward pass over token ids (B, T): ln_f's output (B, T, C), and scores, each (B, L, H), on the CPU.
-
-    score(layer, Seen): those of one layer, each (B, H). Its pattern is freed as soon as it is scored.
-    """
+    """One pass over ids (B, T): ln_f's output (B, T, C), and each layer's score(layer, Seen) (B, H): (B, L, H), CPU."""
     layers: list[dict[str, Tensor]] = []
     hidden = forward.run(model, tokens, visit=lambda layer, a: layers.append(score(layer, a)))
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
