@@ -19,12 +19,17 @@ import os
 import shutil
 import time
 
+import numpy as np
 import torch
 
 from analysis import comparison, report
 from core.cli import arguments, errors, machine
 from core.cli.errors import UserError
+from core.runs import evaluation, models
 from core.speed import timing
+from core.text.dataset import TokenData
+from core.text.prompt import prompt_ids
+from core.text.tokenizer import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 runs = 'out,out-mla'  # folders of runs, separated by commas; differences are to the first
@@ -50,6 +55,32 @@ device = machine.pick_device(device)
 machine.set_threads(threads)
 
 
+def measure(run, tokens):
+    """Fill in a saved run's numbers, losses and, of so many tokens, a sample. UserError without its data set."""
+    keys = run.saved['config']
+    if not keys.get('dataset'):
+        raise UserError(f'{run.folder} does not say which data set it was trained on; leave it out of --runs')
+    model = models.build_model(run.saved).to(device).eval()
+    data = TokenData(os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset']), model.config.block_size)
+    chosen = machine.pick_dtype(dtype, device, model.config.n_embd)
+    autocast = machine.autocast(device, chosen)
+    run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
+    run.windows = (str(data.meta.get('sha256')), data.tokens['val'], data.block_size, len(run.losses))
+    speeds = comparison.logged(run, 'tokens_per_s')[1]  # the first holds the warm-up
+    loss, error = evaluation.mean_and_stderr(run.losses)
+    speed = float(np.median(speeds[1:] if len(speeds) > 1 else speeds)) if len(speeds) else None
+    run.numbers = dict(folder=run.folder, corpus=data.corpus, iterations=run.iterations)
+    run.numbers |= comparison.sizes(model, chosen)
+    run.numbers |= dict(dtype=chosen, tokens_per_s=speed, val_loss=loss, val_stderr=error)
+    if tokens:
+        tokenizer = load_tokenizer(data.meta)
+        prompt = torch.tensor([prompt_ids(tokenizer, start, is_default=start == '\n')], device=device)
+        torch.manual_seed(seed)
+        with autocast:
+            sample = model.generate(prompt, tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
+        run.numbers['sample'] = tokenizer.decode(sample.tolist())
+
+
 def look():
     """Read, measure, draw and print all runs as they are now; returns True if all of them are finished."""
     found = [comparison.read(folder) for folder in folders]
@@ -57,7 +88,8 @@ def look():
     finished = all(run.done for run in found)
     tokens = sample_tokens if finished or not follow else 0  # samples when the runs that are followed have ended
     for run in found:
-        comparison.measure(run, data_dir, windows, batch_size, device, dtype, start, tokens, seed)
+        if run.saved:
+            measure(run, tokens)
     heading, rows = comparison.table(found)
     errors.output(report.markdown_table(heading, rows, padded=True))
     if any(run.windows for run in found):

@@ -41,7 +41,7 @@ import os
 from core.cli import arguments, errors, files, machine
 from core.cli.errors import UserError
 from core.convert.bits import latent_statistics, rotate
-from core.convert.factorize import check_mha, collect_statistics, to_gqa, to_mla, training_text
+from core.convert.factorize import collect_statistics, to_gqa, to_mla, training_text
 from core.convert.factorize_rope import collect_inputs, to_published_mla
 from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
@@ -99,14 +99,12 @@ machine.set_threads(threads)
 dtype = machine.pick_dtype(dtype, device)
 autocast = machine.autocast(device, dtype)
 model, saved = models.pretrained(source)
-rotated = bool(basis) and models.attention_of(model) == 'mla'  # it stays as it is but for the basis
+is_mla = models.attention_of(model) == 'mla'
+rotated = basis and is_mla  # it stays as it is but for the basis
 if rotated and (sweep or n_latent or n_rope):
     raise UserError(f'{source} is MLA already: --basis alone can change; leave out sweep, n_latent, n_rope')
-try:
-    if not rotated:
-        check_mha(model)
-except ValueError as error:
-    raise UserError(f'{source}: {error}') from error
+if is_mla and not basis:
+    raise UserError(f'{source}: only a GPT with multi-head attention can be converted, not {type(model).__name__}')
 model = model.to(device).eval()
 dataset = dataset or str(saved.get('config', {}).get('dataset', ''))
 if not dataset and (sweep or method == 'data' or basis not in ('', 'hadamard')):
@@ -236,7 +234,7 @@ LOOK = {
     'data, not balanced': style.look('MLA', 0.1),
     'data': style.look('MLA', 0.5),
 }
-figure = Figure(figsize=(7, 4.5), layout='constrained')
+figure = Figure(figsize=(7, 4.5))
 axes = figure.subplots()
 for name in methods:
     points = [row for row in rows if row['method'] == name]
@@ -253,6 +251,5 @@ axes.margins(y=0.08)
 axes.set_xlabel(f'cache bytes per token ({dtype})')
 axes.set_ylabel('rise in validation loss (nats per token)')
 axes.set_title(f'{before} converted to MLA, before any fine-tuning: {data.corpus}')
-axes.grid(alpha=0.3)
 axes.legend()
 report.save_figure(os.path.join(out_dir, 'conversion.png'), figure, dpi=130)

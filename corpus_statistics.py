@@ -72,16 +72,6 @@ def measure(name):
     return {**which, **numbers, 'seconds': time.perf_counter() - started}
 
 
-def table(results):
-    """The Markdown table of some results of `measure`, a str."""
-    heading = ['data set', 'tokenizer', 'windows', *(name.replace('_', ' ') for name in bigrams.Columns._fields)]
-    rows = []
-    for row in results:
-        about = [row['name'], f'{row["tokenizer"]}, {row["vocab_size"]:,} ids', f'{row["windows"]:,}']
-        rows.append(about + [f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in bigrams.Columns._fields])
-    return report.markdown_table(heading, rows)
-
-
 chosen = arguments.names(datasets, 'datasets')
 if not chosen:
     raise UserError('say which data sets to measure: --datasets=NAME, or several, separated by commas')
@@ -90,6 +80,10 @@ if json:
 for name in chosen:
     opened(name)  # before the first measurement, so that a wrong name doesn't show after it
 results = [measure(name) for name in chosen]
-errors.output(table(results).rstrip('\n'))
+heading, rows = ['data set', 'tokenizer', 'windows', *(name.replace('_', ' ') for name in bigrams.Columns._fields)], []
+for row in results:
+    about = [row['name'], f'{row["tokenizer"]}, {row["vocab_size"]:,} ids', f'{row["windows"]:,}']
+    rows.append(about + [f'{row[name]:.3f} ± {row["stderr"][name]:.3f}' for name in bigrams.Columns._fields])
+errors.output(report.markdown_table(heading, rows).rstrip('\n'))
 if json:
     report.save_json(json, report.plain(dict(command=sys.argv, config=config, datasets=results)))

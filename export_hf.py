@@ -191,21 +191,6 @@ generation = {**special, 'max_length': model.config.block_size}
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
-def write_folder(folder):
-    """Write all that transformers reads into `folder`."""
-    files.write_json(os.path.join(folder, 'config.json'), {**settings, **common})
-    files.write_json(os.path.join(folder, 'generation_config.json'), generation)
-    weights = os.path.join(folder, 'model.safetensors')
-    save_file(tensors, weights, metadata={'format': 'pt'})
-    os.chmod(weights, os.stat(os.path.join(folder, 'config.json')).st_mode)  # safetensors makes it private
-    if code:
-        shutil.copyfile(os.path.join('core', 'convert', MODEL_CODE), os.path.join(folder, MODEL_CODE))
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(errors.printable(model_card()))
-    if tokenizer:
-        hf_tokenizer.write(folder, tokenizer, model.config.block_size)
-
-
 if not tokenizer:
     errors.notice(f'{source} has no tokenizer for text, so {out_dir} has none either')
 try:
@@ -214,7 +199,17 @@ try:
             file = os.path.join(folder, *GGUF_NAMES)
             gguf_file.write(file, model.config, model.state_dict(), tokenizer and tokenizer.load(), label)
         else:
-            write_folder(folder)
+            files.write_json(os.path.join(folder, 'config.json'), {**settings, **common})
+            files.write_json(os.path.join(folder, 'generation_config.json'), generation)
+            weights = os.path.join(folder, 'model.safetensors')
+            save_file(tensors, weights, metadata={'format': 'pt'})
+            os.chmod(weights, os.stat(os.path.join(folder, 'config.json')).st_mode)  # safetensors makes it private
+            if code:
+                shutil.copyfile(os.path.join('core', 'convert', MODEL_CODE), os.path.join(folder, MODEL_CODE))
+            with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+                file.write(errors.printable(model_card()))
+            if tokenizer:
+                hf_tokenizer.write(folder, tokenizer, model.config.block_size)
 except (OSError, SafetensorError) as error:
     way = 'free some disk space or choose another --out_dir; what was there is unchanged'
     raise UserError(f"{out_dir} can't be written ({error}); {way}") from error

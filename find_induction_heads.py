@@ -202,8 +202,7 @@ def random_controls(loaded, layout):
     """Scores of randomly initialized models of the same shape: {name: (controls, L, H)}."""
     repeats, found = repeats_for(loaded, layout, count=min(sequences, 8)), []  # they hardly differ between sequences
     for number in range(controls):
-        fresh = for_few_bits(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache)
-        fresh = round_as(fresh, cache)
+        fresh = round_as(for_few_bits(forward.untrained(loaded.model, 10_000 * (seed + 1) + number), cache), cache)
         scores = induction.head_scores(fresh, repeats, losses=False)
         found.append({name: scores[name].mean(0) for name in induction.SCORES})
         found[-1]['copying'] = circuits.copying_eigenvalues(fresh, loaded.ids)
@@ -258,13 +257,17 @@ def measure(loaded):
 def on_validation_text(loaded):
     """The in-context score and losses at repeated bigrams in the run's own validation data; None where it has none."""
     windows = validation_text(loaded.dataset, loaded.model.config, text_windows)
-    positions = None if windows is None else induction.in_context_positions(windows[1])
     found = dict(in_context=None, bigrams=None)
-    if positions:
-        score = induction.in_context_score(forward.text_losses(loaded.model, windows[0], positions), *positions)
-        found['in_context'] = dict(summary(score), early=positions[0], late=positions[1], windows=len(score))
-    if windows is not None and not (windows[1] == -1).any():  # masked targets: tokens that were never trained on
-        found['bigrams'] = induction.bigram_losses(forward.text_losses(loaded.model, windows[0]), windows[0])
+    if windows is None:
+        return found
+    tokens, targets = windows
+    losses = forward.text_losses(loaded.model, tokens)
+    if ends := induction.in_context_positions(targets):
+        early, late = ends
+        score = losses[:, late - 2] - losses[:, early - 2]  # the first loss is that of token 2
+        found['in_context'] = dict(summary(score), early=early, late=late, windows=len(score))
+    if not (targets == -1).any():  # masked targets: tokens that were never trained on
+        found['bigrams'] = induction.bigram_losses(losses, tokens)
     return found
 
 
@@ -309,10 +312,7 @@ def measure_latent(loaded, repeats):
         parts = latent.logit_parts(model, repeats[len(repeats) // 2 :])
         out['logit_parts'] = {name: summary(values) for name, values in parts.items()}
     if ablate:
-        bands = min(16, model.config.n_latent)
-        total, name = 2 * bands * model.config.n_layer, f'{loaded.facts["name"]}: latent directions'
-        with tqdm(total=total, desc=name, leave=False, disable=None) as bar:
-            found = latent.ablate_latent(model, few, moments, bands, bar.update)
+        found = latent.ablate_latent(model, few, moments, name=f'{loaded.facts["name"]}: latent directions')
         out['bands'] = found['bands']
         for path in ('keys', 'values'):
             out[f'{path}_ablation'] = (found[path] - found['base']).mean(-1)
@@ -322,8 +322,7 @@ def measure_latent(loaded, repeats):
 def measure_ablation(loaded, repeats, ranking):
     """Increase of the loss on repeated tokens: each head alone, and the top heads together against random heads."""
     model = loaded.model
-    with tqdm(total=len(ranking), desc=f'{loaded.facts["name"]}: heads', leave=False, disable=None) as bar:
-        base, alone = induction.ablate_each_head(model, repeats, bar.update)
+    base, alone = induction.ablate_each_head(model, repeats, name=f'{loaded.facts["name"]}: heads')
     low, high = stats.bootstrap(np.moveaxis(alone - base, -1, 0), resamples, seed)
     counts = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= max(2, len(ranking) // 2)]
     together = induction.ablate_cumulatively(model, repeats, ranking, counts, seed=seed)

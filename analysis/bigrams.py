@@ -50,11 +50,7 @@ def copied(x: np.ndarray) -> np.ndarray:
 
 
 def repeated_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """
-    Where the pair of a token and the next one occurred earlier in the window: bool (N, T) for tokens x, y (N, T).
-
-    These are the positions where induction, from any earlier occurrence, can be right. False where y is -1.
-    """
+    """Where the pair of a token and the next one, x and y (N, T), occurred earlier in the window; not where y is -1."""
     pairs = x.astype(np.int64) << 32 | (y.astype(np.int64) & 0xFFFFFFFF)
     return (latest_earlier(pairs) >= 0) & (y >= 0)
 
@@ -77,11 +73,7 @@ def pair_probabilities(first: np.ndarray, second: np.ndarray, corpus: Pairs, voc
 
 
 def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: int) -> tuple[Columns, Columns]:
-    """
-    The predictor for windows x, y (N, T), N >= 2, and the corpus that pair_probabilities describes.
-
-    Returns the columns and their standard errors, which are over windows, as if windows were independent.
-    """
+    """The predictor of windows x, y (N, T), N >= 2, and its standard error. corpus: see pair_probabilities."""
     valid = y >= 0
     guess = copied(x)
     seen = valid & (guess >= 0)
@@ -95,12 +87,7 @@ def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: i
 
 
 def with_copies(tokens: np.ndarray, share: float) -> np.ndarray:
-    """
-    A copy of token ids (N,) in which a share of the tokens repeats what stood up to 200 tokens earlier.
-
-    Spans have 16 to 48 tokens, at random places that don't overlap. A span's source lies before it entirely, and may
-    hold an earlier copy.
-    """
+    """A copy of ids (N,) of which a share, in spans of 16 to 48, repeats what stood up to 200 tokens earlier."""
     tokens, rng, (low, high), distance = tokens.copy(), np.random.default_rng(0), (16, 48), 200
     slot = round((low + high) / 2 / share) if share else len(tokens)  # one span in so many tokens
     for start in range(distance, len(tokens) - slot, slot):

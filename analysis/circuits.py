@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from analysis.forward import Model, device_of, logits, run
 from analysis.hf_model import HFModel, through_norm
 from core.cli.machine import to_float64
-from model import GPT, Block, CausalSelfAttention
+from model import GPT, CausalSelfAttention
 from model_mla import MultiHeadLatentAttention
 from ops.kernels import repeat_heads
 
@@ -52,8 +52,11 @@ def with_gain(weight: Tensor, norm: nn.Module) -> Tensor:
     return weight if gain is None else gain[:, None] * weight
 
 
-def stream_weights(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def stream_weights(model: Model, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`head_weights` on the residual stream: ln_1's gain and mean subtraction are folded into W_Q, W_K and W_V."""
+    if isinstance(model, HFModel):
+        return model.stream_weights(layer)
+    block = model.transformer.h[layer]
     *reading, w_o = head_weights(block.attn)
     norm: Any = block.ln_1
     w_q, w_k, w_v = (through_norm(w, norm.weight, isinstance(norm, nn.LayerNorm)) for w in reading)
@@ -98,13 +101,6 @@ def values_alone(model: Model, layer: int, x: Tensor) -> Tensor:
     return found[0]
 
 
-def output_weights(model: Model, layer: int) -> Tensor:
-    """Each head's part of a layer's output projection: (H, C, d_v)."""
-    if isinstance(model, HFModel):
-        return model.output_weights(layer)
-    return head_weights(model.transformer.h[layer].attn)[3]
-
-
 @torch.no_grad()
 def copying_eigenvalues(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     """
@@ -133,8 +129,8 @@ def products_of_weights(model: GPT, ids: Tensor) -> Iterator[Tensor]:
     for chunk in ids.split(1024):
         unembedding = through_norm(model.lm_head.weight[chunk], gain, subtracts_mean)
         middle += norm(effective_embeddings(model, chunk), (C,)).T @ unembedding
-    for block in model.transformer.h:
-        _, _, w_v, w_o = stream_weights(block)
+    for layer in range(model.config.n_layer):
+        _, _, w_v, w_o = stream_weights(model, layer)
         yield w_v @ middle @ w_o
 
 
@@ -148,25 +144,27 @@ def products_of_values(model: HFModel, ids: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def copying_tokens(model: Model, ids: np.ndarray | Tensor, top: int = 5, max_logits: int = 2**24) -> np.ndarray:
+def copying_tokens(model: Model, ids: np.ndarray | Tensor) -> np.ndarray:
     """
-    The fraction of tokens `ids` (n,) that a head attending to them ranks among its `top` output logits: array (L, H).
+    The fraction of tokens `ids` (n,) that a head attending to them ranks among its five top logits: array (L, H).
 
     Wang et al. 2022 (arXiv:2211.00593), section 3.3: the effective embedding through ln_1, OV, ln_f and unembedding.
-    max_logits: logits computed at a time.
     """
     ids = torch.as_tensor(ids, device=device_of(model))
     embedding, n_head = effective_embeddings(model, ids), model.config.n_head
-    step = max(1, max_logits // model.config.vocab_size)
+    step = max(1, 2**24 // model.config.vocab_size)  # as many logits are in memory at a time
     own_id, fractions = ids.repeat_interleave(n_head), []
     for layer in range(model.config.n_layer):
-        v = values_alone(model, layer, embedding)
-        out = torch.einsum('nhd,hcd->nhc', v, output_weights(model, layer)).flatten(0, 1)
+        if isinstance(model, HFModel):
+            w_o = model.output_weights(layer)
+        else:
+            w_o = head_weights(model.transformer.h[layer].attn)[3]
+        out = torch.einsum('nhd,hcd->nhc', values_alone(model, layer, embedding), w_o).flatten(0, 1)
         hits = []
         for rows, own in zip(out.split(step), own_id.split(step), strict=True):
             normed = run(model, own[:, None], rows[:, None], start=model.config.n_layer)[:, 0]
             scores = logits(model, normed)
-            hits.append((scores >= scores.gather(1, own[:, None])).sum(1) <= top)  # counts the token itself and ties
+            hits.append((scores >= scores.gather(1, own[:, None])).sum(1) <= 5)  # counts the token itself and ties
         fractions.append(torch.cat(hits).view(-1, n_head).float().mean(0))
     return torch.stack(fractions).cpu().numpy()
 
@@ -189,10 +187,7 @@ def composition(model: Model) -> dict[str, np.ndarray]:
     lift = {kind: np.full((L, H, L, H), np.nan, dtype=np.float32) for kind in 'qkv'}
     layers = []
     for layer in range(L):
-        if isinstance(model, HFModel):
-            q, k, v, o = model.stream_weights(layer)
-        else:
-            q, k, v, o = stream_weights(model.transformer.h[layer])
+        q, k, v, o = stream_weights(model, layer)
         grams = dict(q=q @ q.mT, k=k @ k.mT, v=v @ v.mT, o=o.mT @ o)
         layers.append((dict(q=q, k=k, v=v, o=o), grams))
     for second in range(1, L):

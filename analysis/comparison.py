@@ -24,9 +24,6 @@ from core.runs import checkpoint as checkpoints
 from core.runs import evaluation, models
 from core.runs import log as runlog
 from core.runs.resume import OLDER
-from core.text.dataset import TokenData
-from core.text.prompt import prompt_ids
-from core.text.tokenizer import load_tokenizer
 from model import GPT
 from model_mla import MLAConfig
 
@@ -46,7 +43,7 @@ class Run:
     saved: dict | None
     log: dict[str, np.ndarray] | None
     label: str = ''
-    numbers: dict[str, Any] = field(default_factory=dict)  # what `measure` found
+    numbers: dict[str, Any] = field(default_factory=dict)  # what compare.py measured
     losses: torch.Tensor | None = None  # of each validation window, nats per token
     windows: tuple = ()  # what two runs must share for their losses to be of the same windows
 
@@ -91,42 +88,6 @@ def label(runs: list[Run]) -> None:
         if count > 1:
             for number, run in enumerate([run for run in runs if run.label == name], 1):
                 run.label += f' ({number})'
-
-
-def measure(
-    run: Run, data_dir: str, windows: int, batch_size: int, device: str, dtype: str, start: str, tokens: int, seed: int
-) -> None:
-    """
-    Fill in a run's numbers, its losses on at most `windows` validation windows, and a sample; nothing without a save.
-
-    data_dir: where its data set is; '': where the run found it. start: the sample's prompt; tokens: its length, 0: no
-    sample. UserError where the data set is missing.
-    """
-    if run.saved is None:
-        return
-    keys = run.saved['config']
-    if not keys.get('dataset'):
-        raise UserError(f'{run.folder} does not say which data set it was trained on; leave it out of --runs')
-    model = models.build_model(run.saved).to(device).eval()
-    folder = os.path.join(data_dir or keys.get('data_dir', 'data'), keys['dataset'])
-    data = TokenData(folder, model.config.block_size)
-    dtype = machine.pick_dtype(dtype, device, model.config.n_embd)
-    autocast = machine.autocast(device, dtype)
-    run.losses = evaluation.window_losses(model, data, 'val', windows, batch_size, autocast)
-    run.windows = (str(data.meta.get('sha256')), data.tokens['val'], data.block_size, len(run.losses))
-    speeds = logged(run, 'tokens_per_s')[1]  # the first holds the warm-up
-    loss, error = evaluation.mean_and_stderr(run.losses)
-    speed = float(np.median(speeds[1:] if len(speeds) > 1 else speeds)) if len(speeds) else None
-    run.numbers = dict(folder=run.folder, corpus=data.corpus, iterations=run.iterations, **sizes(model, dtype))
-    run.numbers |= dict(dtype=dtype, tokens_per_s=speed, val_loss=loss, val_stderr=error)
-    if tokens:
-        tokenizer = load_tokenizer(data.meta)
-        ids = prompt_ids(tokenizer, start, is_default=start == '\n')
-        torch.manual_seed(seed)
-        with autocast:
-            prompt = torch.tensor([ids], device=device)
-            sample = model.generate(prompt, tokens, temperature=0.8, top_k=200, valid_ids=tokenizer.n_vocab)[0]
-        run.numbers['sample'] = tokenizer.decode(sample.tolist())
 
 
 def logged(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -191,10 +152,8 @@ def side_by_side(runs: list[Run], width: int) -> str:
 
 def looks(runs: list[Run]) -> list[dict]:
     """How each run's line is drawn: by its attention and the size of its latent, with variants of the same."""
-    found: list[tuple[str, float]] = []
-    for run in runs:
-        sizes = (run.saved or {}).get('model_args', {})
-        found.append((run.label[:3], sizes.get('n_latent', 0) / sizes.get('n_embd', 1)))
+    sizes = [(run.saved or {}).get('model_args', {}) for run in runs]
+    found = [(r.label[:3], s.get('n_latent', 0) / s.get('n_embd', 1)) for r, s in zip(runs, sizes, strict=True)]
     return [style.look(*kind, variant=found[:number].count(kind)) for number, kind in enumerate(found)]
 
 

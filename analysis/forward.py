@@ -7,7 +7,7 @@ time, so memory doesn't grow with depth. Models must be in eval mode.
 Shapes: B batch, T tokens, L layers, H heads, C width, d size of a query and a key, d_v of a value, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,7 @@ def untrained(model: Model, seed: int) -> Model:
 
 
 def embed(model: GPT, tokens: Tensor) -> Tensor:
-    """
-    The residual stream (B, T, C) at the input of block 0, from token ids (B, T).
-
-    Raises ValueError for a model in training mode, or if T exceeds its block_size.
-    """
+    """The residual stream (B, T, C) at block 0, from ids (B, T). ValueError in training mode, or beyond block_size."""
     if model.training:
         raise ValueError('measure a model in eval mode: call model.eval() first')
     T = tokens.size(1)
@@ -121,37 +117,18 @@ def patterns(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(model: Model, hidden: Tensor, targets: Tensor, max_logits: int = 2**24) -> Tensor:
-    """
-    Cross-entropy (n,) in nats of targets (n,) given the output of ln_f, hidden (n, C).
-
-    At most max_logits logits are in memory at a time.
-    """
+    """Cross-entropy in nats of targets (...), given ln_f's output, hidden (..., C). max_logits: in memory at a time."""
     step = max(1, max_logits // model.config.vocab_size)
-    parts = [
-        F.cross_entropy(logits(model, hidden[first : first + step]), targets[first : first + step], reduction='none')
-        for first in range(0, len(targets), step)
-    ]
-    return torch.cat(parts)
+    rows = zip(hidden.flatten(0, -2).split(step), targets.flatten().split(step), strict=True)
+    return torch.cat([F.cross_entropy(logits(model, x), y, reduction='none') for x, y in rows]).view(targets.shape)
 
 
 @torch.no_grad()
-def text_losses(
-    model: Model, tokens: Tensor, positions: Sequence[int] | None = None, batch_size: int = 8, edit: Edit | None = None
-) -> np.ndarray:
-    """
-    Loss of predicting each token but the first of token ids (N, T): float32 array (N, T-1), in nats.
-
-    positions: compute only these tokens, counted from 1, and leave nan elsewhere. edit: see `run`.
-    """
-    index = torch.arange(tokens.size(1) - 1) if positions is None else torch.tensor(positions) - 2
-    out = torch.full((len(tokens), tokens.size(1) - 1), float('nan'))
-    for first in range(0, len(tokens), batch_size):
-        part = tokens[first : first + batch_size].to(device_of(model))
-        hidden = run(model, part, edit=edit)[:, index]
-        targets = part[:, index + 1]
-        losses = token_losses(model, hidden.flatten(0, 1), targets.flatten())
-        out[first : first + len(part), index] = losses.view(targets.shape).float().cpu()
-    return out.numpy()
+def text_losses(model: Model, tokens: Tensor, batch_size: int = 8, edit: Edit | None = None) -> np.ndarray:
+    """Loss in nats of each token but the first of token ids (N, T): float32 array (N, T-1). edit: see `run`."""
+    parts = [part.to(device_of(model)) for part in tokens.split(batch_size)]
+    losses = [token_losses(model, run(model, part, edit=edit)[:, :-1], part[:, 1:]) for part in parts]
+    return torch.cat(losses).float().cpu().numpy()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,17 +32,6 @@ class Seen:
     """What a `visit` of analysis.forward sees of one layer."""
 
     pattern: Tensor  # (B, H, T, T)
-
-
-@dataclass
-class Sizes:
-    """The sizes of a model, by the names that our configs have."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    block_size: int  # the longest sequence that is measured
 
 
 @contextlib.contextmanager
@@ -64,11 +54,7 @@ def through_norm(rows: Tensor, gain: Tensor, subtracts_mean: bool) -> Tensor:
 
 
 class HFModel(nn.Module):
-    """
-    A causal language model of transformers, in eval mode and with the written-out ("eager") attention.
-
-    Raises ValueError where not every layer has one attention pattern, or one that sees later tokens.
-    """
+    """A causal language model of transformers, in eval mode. ValueError unless each layer has one causal pattern."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -88,7 +74,8 @@ class HFModel(nn.Module):
         if stream.size(-1) != n_embd:
             raise ValueError('its layers are wider than what its output head reads')
         longest = getattr(hf_config, 'max_position_embeddings', None) or LONGEST
-        self.config = Sizes(count, n_head, n_embd, hf_config.vocab_size, min(longest, LONGEST))
+        sizes = dict(n_layer=count, n_head=n_head, n_embd=n_embd, vocab_size=hf_config.vocab_size)
+        self.config: Any = SimpleNamespace(**sizes, block_size=min(longest, LONGEST))  # by our configs' names
 
     @torch.no_grad()
     def probe(self) -> tuple[list[nn.Module], list[nn.Module], int]:
@@ -141,15 +128,12 @@ class HFModel(nn.Module):
         stop = self.config.n_layer if stop is None else stop
         reached: list[Tensor] = []
 
-        def before(hidden_states, *args, **kwargs):
-            return self.as_output(x)
-
         def after(hidden_states, *args, **kwargs):
             reached.append(hidden_states)
             return self.as_output(hidden_states)
 
         with contextlib.ExitStack() as changes:
-            changes.enter_context(replaced(self.layers[:start], before))
+            changes.enter_context(replaced(self.layers[:start], lambda *args, **kwargs: self.as_output(x)))
             changes.enter_context(replaced(self.layers[stop:], after))
             if x is not None and start == 0:
                 hook = self.layers[0].register_forward_pre_hook(lambda layer, args: (x, *args[1:]))
@@ -225,9 +209,7 @@ class HFModel(nn.Module):
         return through_norm(self.model.get_output_embeddings().weight[ids], *self.norm_before(self.config.n_layer))
 
     def stream_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """
-        `circuits.stream_weights` of a layer. ValueError where they are not three matrices and a norm before them.
-        """
+        """As of `circuits`, for one layer. ValueError where they are not three matrices and a norm before them."""
         attention: Any = self.attentions[layer]
         parts = (*self.layers[layer].children(), *attention.children())
         norms = [m for m in parts if getattr(m, 'weight', torch.empty(0, 0)).dim() == 1]
@@ -313,12 +295,7 @@ def load(folder: str, dtype: torch.dtype | str, trust_remote_code: bool) -> HFMo
             raise ValueError(f'it holds weights that are not finite: {name}')
         return HFModel(model)
     except Exception as error:  # a folder of another kind raises almost anything
-        raise UserError(f"'{folder}' can't be measured: {reason_of(error)}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """An error of transformers in one line that says what to do, where that is known."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    if 'trust_remote_code' in text:
-        return 'it needs Python code of its own; say --trust_remote_code=True if you have read that and trust it'
-    return text[:200]
+        reason = (' '.join(str(error).split()) or type(error).__name__)[:200]
+        if 'trust_remote_code' in str(error):
+            reason = 'it needs Python code of its own; say --trust_remote_code=True if you have read that and trust it'
+        raise UserError(f"'{folder}' can't be measured: {reason}") from error

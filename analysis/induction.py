@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from analysis import forward, stats
 from analysis.bigrams import repeated_pairs
@@ -79,13 +80,11 @@ def repeated_sequences(
     bos: the id at position 0, or None. copies: of x. max_gap: number of further distinct tokens; a random part of them
     goes between the two copies and the rest before the first, so distance and positions vary (two copies only).
     shuffled: a control in which each later copy has its own random order; query and match are as without it, so only
-    heads that attend by position score. Raises ValueError if there are too few ids or the arguments don't fit together.
+    heads that attend by position score. Raises ValueError if there are too few ids.
     """
     ids = np.asarray(ids)
     if length + max_gap > len(ids):
         raise ValueError(f'a sequence requires {length + max_gap} distinct tokens, but only {len(ids)} ids were given')
-    if length < 2 or copies < 2 or (max_gap and copies > 2):
-        raise ValueError('length and copies must be at least 2, and max_gap requires exactly two copies')
     rng = np.random.default_rng([seed, length, copies, max_gap])
     drawn = np.stack([rng.choice(ids, length + max_gap, replace=False) for _ in range(count)])
     between = rng.integers(0, max_gap + 1, count)
@@ -129,21 +128,15 @@ def repeat_losses(model: Model, hidden: Tensor, repeats: Repeats) -> Tensor:
     """Losses (B, Q-1) of the tokens that the repetition makes predictable, given ln_f's output hidden (B, T, C)."""
     rows = torch.arange(len(repeats), device=hidden.device)[:, None]
     query = repeats.query[:, :-1]  # the last token has no successor in the sequence
-    targets = repeats.tokens[rows, query + 1]
-    return token_losses(model, hidden[rows, query].flatten(0, 1), targets.flatten()).view(targets.shape)
-
-
-def in_context_score(losses: np.ndarray, early: int = 50, late: int = 500) -> np.ndarray:
-    """Loss at the late token minus the early one's, (N,), of forward.text_losses (N, T-1); negative: context helps."""
-    return losses[:, late - 2] - losses[:, early - 2]
+    return token_losses(model, hidden[rows, query], repeats.tokens[rows, query + 1])
 
 
 def in_context_positions(targets: Tensor) -> tuple[int, int] | None:
     """
-    Early and late token of the in-context score for targets (N, T), counted from 1; None if the windows are too short.
+    Early and late token of the in-context score, the late one's loss minus the early one's: negative, context helps.
 
-    50 and 500, or T/10 and T in shorter windows. The early one comes after all masked targets (-1): tokens that were
-    never trained on have meaningless losses.
+    For targets (N, T), counted from 1: 50 and 500, or T/10 and T in shorter windows; None if they are too short. The
+    early one comes after all masked targets (-1): tokens that were never trained on have meaningless losses.
     """
     T = targets.size(1)
     early, late = (50, 500) if T >= 500 else (max(2, T // 10), T)
@@ -225,11 +218,7 @@ def text_scores(model: Model, tokens: Tensor) -> tuple[Scores, Scores]:
 def score_layers(
     model: Model, tokens: Tensor, score: Callable[[int, Seen], dict[str, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """
-    One forward pass over token ids (B, T): ln_f's output (B, T, C), and scores, each (B, L, H), on the CPU.
-
-    score(layer, Seen): those of one layer, each (B, H). Its pattern is freed as soon as it is scored.
-    """
+    """One pass over ids (B, T): ln_f's output (B, T, C), and each layer's score(layer, Seen) (B, H): (B, L, H), CPU."""
     layers: list[dict[str, Tensor]] = []
     hidden = forward.run(model, tokens, visit=lambda layer, a: layers.append(score(layer, a)))
     return hidden, {name: torch.stack([layer[name] for layer in layers], dim=1).cpu() for name in layers[0]}
@@ -252,8 +241,7 @@ def head_scores(model: Model, repeats: Repeats, batch_size: int = 16, losses: bo
     def of_batch(part: Repeats) -> dict[str, Tensor]:
         hidden, scores = score_layers(model, part.tokens, lambda layer, a: pattern_scores(a.pattern, part))
         if losses:
-            targets = part.tokens[:, 1:]
-            loss = token_losses(model, hidden[:, :-1].flatten(0, 1), targets.flatten()).view(targets.shape)
+            loss = token_losses(model, hidden[:, :-1], part.tokens[:, 1:])
             scores.update(losses=loss.cpu(), repeat_loss=loss.gather(1, part.query[:, :-1]).mean(1).cpu())
         return scores
 
@@ -276,12 +264,7 @@ def verdict(low: np.ndarray, random_null: float, shuffled_high: np.ndarray, copy
 
 
 def calls(measured: dict) -> dict[str, np.ndarray]:
-    """
-    Which heads of a result of find_induction_heads.py are called what: {name of a score: bool (L, H)}.
-
-    An induction head is one by `verdict`. Of other scores the interval, of copying the score itself, must lie above the
-    highest score of any untrained head.
-    """
+    """Which heads are called what, {score: bool (L, H)}: by `verdict`, or surely above any untrained head."""
     found = {'induction': measured['called']}
     for name in ('previous_token', 'duplicate_token', 'sink'):
         found[name] = measured[name]['low'] > measured['nulls'][name]
@@ -298,24 +281,21 @@ def is_untrained(model: Model) -> bool:
 
 
 @torch.no_grad()
-def ablate_each_head(
-    model: Model, repeats: Repeats, progress: Callable[[], object] = lambda: None
-) -> tuple[np.ndarray, np.ndarray]:
+def ablate_each_head(model: Model, repeats: Repeats, name: str = '') -> tuple[np.ndarray, np.ndarray]:
     """
     The loss on repeated tokens without ablation and with each head mean-ablated: arrays (N,) and (L, H, N).
 
     A head's output is replaced by its mean over sequences at each position: information about the position stays,
-    information about tokens is removed. progress: called after each head.
+    information about tokens is removed. name: of the progress bar.
     """
     repeats = repeats.to(device_of(model))
     tokens = repeats.tokens
     x: Any = None  # the residual stream at the input of the layer
     ablated = np.zeros((model.config.n_layer, model.config.n_head, len(repeats)), dtype=np.float32)
-    for layer in range(model.config.n_layer):
+    for layer in tqdm(range(model.config.n_layer), desc=name, leave=False, disable=None):
         for head in range(model.config.n_head):
             hidden = forward.run(model, tokens, x, layer, edit=forward.replacing_heads([(layer, head)]))
             ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).cpu()
-            progress()
         x = forward.run(model, tokens, x, layer, layer + 1)  # after the last layer: the output of the last norm
     return repeat_losses(model, x, repeats).mean(1).float().cpu().numpy(), ablated
 

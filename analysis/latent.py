@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from analysis.forward import Attention, device_of, rope_of, run
 from analysis.induction import Repeats, joined, repeat_losses, score_layers
@@ -28,7 +29,7 @@ def latent_moments(model: MLAGPT, repeats: Repeats, batch_size: int = 16) -> lis
     statistics = [Statistics.empty(model.config.n_latent, device_of(model)) for _ in range(model.config.n_layer)]
     rope = rope_of(model, repeats.tokens.size(1))
 
-    def add(layer, attention):
+    def add(layer, attention):  # no hook as core.convert.bits has it: with --cache, what is attended to is rounded
         latent = model.transformer.h[layer].attn.latent(attention.normed, rope)
         statistics[layer].add(latent[..., : model.config.n_latent])  # without the shared position key
 
@@ -104,31 +105,26 @@ def without_directions(layer: int, basis: Tensor, mean: Tensor, path: str) -> Ca
 
 @torch.no_grad()
 def ablate_latent(
-    model: MLAGPT,
-    repeats: Repeats,
-    moments: list[tuple[Tensor, Tensor]],
-    bands: int = 16,
-    progress: Callable[[], object] = lambda: None,
+    model: MLAGPT, repeats: Repeats, moments: list[tuple[Tensor, Tensor]], bands: int = 16, name: str = ''
 ) -> dict:
     """
     The loss on repeated tokens with bands of a layer's latent directions set to their mean, for keys or values only.
 
     The directions are the latent's principal components, in bands from the largest variance down. moments: of
-    `latent_moments`. progress: called after each ablation. Returns bands, ranges of components; base (N,), the loss
+    `latent_moments`. name: of the progress bar. Returns bands, ranges of components; base (N,), the loss
     without ablation; keys and values (L, bands, N).
     """
     repeats = repeats.to(device_of(model))
     ranges, like = latent_bands(model.config.n_latent, bands), model.lm_head.weight
     shape = (model.config.n_layer, len(ranges), len(repeats))
     out = {'keys': np.zeros(shape, np.float32), 'values': np.zeros(shape, np.float32)}
-    for layer, (mean, covariance) in enumerate(moments):
+    for layer, (mean, covariance) in enumerate(tqdm(moments, desc=name, leave=False, disable=None)):
         components = torch.linalg.eigh(covariance)[1].flip(-1).to(like)
         for path, band in [(path, band) for path in out for band in range(len(ranges))]:
             first, last = ranges[band]
             changed = without_directions(layer, components[:, first:last], mean.to(like), path)
             hidden = run(model, repeats.tokens, qkv=changed)
             out[path][layer, band] = repeat_losses(model, hidden, repeats).mean(1).cpu()
-            progress()
     return dict(out, bands=ranges, base=repeat_losses(model, run(model, repeats.tokens), repeats).mean(1).cpu().numpy())
 
 

@@ -25,7 +25,7 @@ from analysis.induction import ranked
 from analysis.latent import READINGS
 from core.cli import errors
 from core.cli.errors import printable
-from core.cli.files import replacing, write_json
+from core.cli.files import replacing
 
 Head = tuple[int, int]  # (layer, head)
 CUSTOMARY = 0.4  # the induction score above which a head is often called an induction head; shown for reference only
@@ -56,8 +56,7 @@ def save_text(path: str | Path, text: str) -> None:
 
 def save_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON and say so on stderr; `plain` makes JSON of arrays. Raises OSError."""
-    write_json(path, value)
-    errors.notice(f'wrote {path}')
+    save_text(path, json.dumps(value, indent=1) + '\n')
 
 
 def save_figure(path: str | Path, figure: Figure, dpi: int = 150) -> None:
@@ -82,23 +81,16 @@ def save_figure(path: str | Path, figure: Figure, dpi: int = 150) -> None:
 
 def markdown_table(heading: Sequence[str], rows: Iterable[Sequence], padded: bool = False) -> str:
     """A Markdown table from column headings and rows of cells; it ends in a newline. padded: for a terminal."""
+    table = [[str(cell) for cell in row] for row in (heading, *rows)]
     if padded:
-        table = [[str(cell) for cell in row] for row in (heading, *rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        heading, *rows = [
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            for row in table
-        ]
-    lines = ['| ' + ' | '.join(heading) + ' |', '|' + '---|' * len(heading)]
-    return '\n'.join(lines + ['| ' + ' | '.join(str(cell) for cell in row) + ' |' for row in rows]) + '\n'
+        first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in table]
+    lines = ['| ' + ' | '.join(row) + ' |' for row in table]
+    return '\n'.join([lines[0], '|' + '---|' * len(heading), *lines[1:]]) + '\n'
 
 
 def spread(values: Iterable[float | None], form: str = '.3f') -> str:
-    """
-    A table's cell: the mean of the values that are not None ± the half width of its 95 % t interval.
-
-    For fewer than four values: the mean and, in brackets, the lowest and the highest.
-    """
+    """A cell: the mean of what isn't None ± half of its 95 % t interval, or of few values mean [lowest, highest]."""
     found = [value for value in values if value is not None]
     if not found:
         return 'n/a'
@@ -152,13 +144,7 @@ def describe(facts: dict) -> str:
     return f'{facts["name"]}: {facts["file"]}, {what}'
 
 
-SORTS = {
-    'induction': 'induction',
-    'previous': 'previous_token',
-    'duplicate': 'duplicate_token',
-    'sink': 'sink',
-    'copying': 'copying',
-}
+SORTS = {name.split('_')[0]: name for name in ('induction', 'previous_token', 'duplicate_token', 'sink', 'copying')}
 ON_TEXT = ('induction', 'duplicate_token', 'previous_token', 'sink')
 LEGEND = """columns:
   head       layer.head; * is called what the table is sorted by: above the highest score of any head of untrained
@@ -201,9 +187,7 @@ def head_line(result: dict, at: Head, called: bool) -> str:
     others = [
         result.get('random gap', result['short'])['induction'],
         result['four copies']['prefix_matching'],
-        result['duplicate_token'],
-        result['previous_token'],
-        result['sink'],
+        *(result[name] for name in ('duplicate_token', 'previous_token', 'sink')),
     ]
     scores = '  '.join(f'{score["mean"][at]:.3f}' for score in others)
     copying = f'{result["copying_eigenvalues"][at]:+7.2f} {result["copying_top5"][at]:6.2f}'
@@ -215,8 +199,7 @@ def verdict_line(result: dict, sort: str) -> str:
     """How many heads of a model are called what the table is sorted by, and how strong the strongest is."""
     name = SORTS[sort]
     called, null = result['calls'][name], result['nulls'][name]
-    kind = name.replace('_', '-') + ' heads'
-    line = f'{result["name"]}: {called.sum()} of {called.size} heads are {kind}'
+    line = f'{result["name"]}: {called.sum()} of {called.size} heads are {name.replace("_", "-")} heads'
     scores = result['copying_eigenvalues'] if sort == 'copying' else result[name]['mean']
     if sort == 'induction':
         line += f', {(called & (scores > CUSTOMARY)).sum()} of them above the customary threshold {CUSTOMARY}'
@@ -226,9 +209,9 @@ def verdict_line(result: dict, sort: str) -> str:
         return line
     best = scores[called].max()
     line += f'; the strongest scores {best:.3f}'
-    if sort == 'copying':
-        return line
-    return line + f' of all attention (untrained heads: up to {null:.3f})' + ': a weak effect' * bool(best < 2 * null)
+    if sort != 'copying':
+        line += f' of all attention (untrained heads: up to {null:.3f})' + ': a weak effect' * bool(best < 2 * null)
+    return line
 
 
 def text_lines(found: dict, show: int, sort: str) -> list[str]:

@@ -5,8 +5,6 @@ An attention logit under RoPE on a part of the dimensions is a sum: q . k over t
 (content), and over those that are. For MHA, GQA and MLA alike. Shapes: B batch, T tokens.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -76,22 +74,13 @@ def replace_logits(model: GPT, repeats: Repeats, at: tuple[int, int], score: str
         out[part] = {}
         for how, instead in choices.items():
             pattern = (sum(parts.values()) - logits + instead).masked_fill(hidden_keys, float('-inf')).softmax(-1)
-            edit = with_pattern(layer, head, pattern @ seen[layer].v[:, head])
+            output = (pattern @ seen[layer].v[:, head])[:, None]
+
+            def edit(n: int, z: Tensor, output: Tensor = output) -> Tensor:
+                return torch.cat((z[:, :head], output, z[:, head + 1 :]), dim=1) if n == layer else z
+
             changed = run(model, repeats.tokens, x, layer, edit=edit)
             rise = repeat_losses(model, changed, repeats).mean() - before
             found = pattern_scores(pattern[:, None], repeats)[score].mean()
             out[part][how] = dict(score=float(found), rise=float(rise))
     return out
-
-
-def with_pattern(layer: int, head: int, output: Tensor) -> Callable[[int, Tensor], Tensor]:
-    """An `edit` for forward.run: the output (B, T, d_v) takes the place of one head's."""
-
-    def edit(this_layer: int, z: Tensor) -> Tensor:
-        if this_layer != layer:
-            return z
-        z = z.clone()
-        z[:, head] = output
-        return z
-
-    return edit

@@ -19,11 +19,7 @@ LEAST = 4  # values of which a t interval is of use
 def bootstrap(
     values: ArrayLike, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Bootstrap interval of the mean of values (N, ...) over their first axis: arrays (low, high), each (...).
-
-    resamples: number of resamples of N values with replacement. seed: of the resampling. level: coverage, 0 to 1.
-    """
+    """Bootstrap interval of the mean of values (N, ...) over their first axis: (low, high), arrays of shape (...)."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -33,15 +29,9 @@ def bootstrap(
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """
-    Mean of some numbers and the half width of its 95 % t interval.
-
-    The half width is None for fewer than LEAST values: they give no useful interval, report their range instead.
-    """
+    """Mean and half width of its 95 % t interval; None for fewer than LEAST values, whose range says more."""
     n = len(values)
-    if n < LEAST:
-        return mean(values), None
-    return mean(values), half_width(n) * stdev(values) / n**0.5
+    return mean(values), half_width(n) * stdev(values) / n**0.5 if n >= LEAST else None
 
 
 def half_width(n: int) -> float:

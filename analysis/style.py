@@ -75,11 +75,7 @@ def look(label: str, latent: float = 0.0, variant: int = 0) -> dict:
 
 
 def side_by_side(sizes: Sequence[float], gap: float) -> list[tuple[float, bool]]:
-    """
-    Where points stand on a log axis so that those of one size don't hide each other, and whose label goes to the left.
-
-    Each further point of a size is moved right by the factor `gap`; the label of the first goes left.
-    """
+    """Places on a log axis, those of one size moved right by the factor `gap`, and whose label goes to the left."""
     seen: Counter = Counter()
     places = []
     for size in sizes:

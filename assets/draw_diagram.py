@@ -7,17 +7,15 @@ $ python assets/draw_diagram.py
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 PLAIN, CACHED = '#ffffff', '#f2c078'
 C, R, HEADS = 1.0, 0.5, 4  # widths: of n_embd, of a latent of C/2, and how many heads compare with it
 TALL = 0.34  # of a box
 
-figure, (mha, mla, absorbed) = plt.subplots(1, 3, figsize=(9, 4.3), layout='constrained')
+figure = Figure(figsize=(9, 4.3), layout='constrained')
+mha, mla, absorbed = figure.subplots(1, 3)
 
 
 def box(panel, x, y, width, text, color=PLAIN):

@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from core.cli.machine import to_float64
 from core.text.dataset import TokenData
@@ -60,22 +61,22 @@ class Statistics:
     """Sums over `count` tokens of one layer's ln_1 output x (C,) and of x x^T (C, C), float64."""
 
     count: int
-    total: torch.Tensor
-    products: torch.Tensor
+    total: Tensor
+    products: Tensor
 
     @classmethod
     def empty(cls, size: int, device: str | torch.device = 'cpu') -> 'Statistics':
         zeros = to_float64(torch.zeros(size + 1, size, device=device))
         return cls(0, zeros[0], zeros[1:])
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: Tensor) -> None:
         """Add x (..., C)."""
         x = to_float64(x.detach().flatten(0, -2)).to(self.total.device)
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.products.addmm_(x.t(), x)
 
-    def moments(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (C,) and covariance (C, C), on the CPU; uncentred: zeros and E[x x^T]. ValueError before any `add`."""
         if not self.count:
             raise ValueError('the statistics are empty; add some tokens first')
@@ -83,7 +84,7 @@ class Statistics:
         return (mean, second - torch.outer(mean, mean)) if centred else (torch.zeros_like(mean), second)
 
 
-def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torch.Tensor]:
+def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[Tensor]:
     """At most `count` evenly spaced windows of a TokenData's training split, in batches of ids (batch_size, T)."""
     starts = data.eval_windows('train', count)
     for first in range(0, len(starts), batch_size):
@@ -93,9 +94,9 @@ def training_text(data: TokenData, count: int, batch_size: int) -> Iterator[torc
 @torch.no_grad()
 def watch(
     model: GPT,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Tensor],
     module_of: Callable[[Any], torch.nn.Module],
-    see: Callable[[int, torch.Tensor], None],
+    see: Callable[[int, Tensor], None],
 ) -> None:
     """Run `model` in eval mode over batches of token ids (B, T): see(layer, output of module_of(block)) is called."""
     hooks = [
@@ -115,41 +116,38 @@ def watch(
 
 def collect_statistics(
     model: GPT,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Tensor],
     module_of: Callable[[Any], torch.nn.Module] = lambda block: block.ln_1,
     size: int = 0,
 ) -> list[Statistics]:
-    """
-    Run `model` over batches of token ids (B, T): one Statistics per layer.
-
-    module_of(block): whose output it is of, with `size` numbers (0: n_embd). One batch at a time is in memory.
-    """
+    """Run `model` over ids (B, T): a Statistics per layer, of module_of(block)'s output, `size` numbers (0: n_embd)."""
     device = model.lm_head.weight.device
     statistics = [Statistics.empty(size or model.config.n_embd, device) for _ in layers(model)]
     watch(model, batches, module_of, lambda layer, x: statistics[layer].add(x))
     return statistics
 
 
-def spread(ln: Any) -> torch.Tensor:
+def spread(ln: Any) -> Tensor:
     """The matrix (C, C) by which a norm's output spreads white input: its gains, and for LayerNorm less the mean."""
     gain = torch.diag(to_float64(ln.weight.detach()).cpu())
     return gain - gain.mean(1, keepdim=True) if isinstance(ln, torch.nn.LayerNorm) else gain
 
 
-def norm_moments(ln: Any, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_moments(ln: Any, centred: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and covariance (uncentred: zeros, E[x x^T]) of ln's output if its normed input is white."""
     bias, covariance = getattr(ln, 'bias', None), spread(ln) @ spread(ln).t()  # RMSNorm has no bias
     mean = torch.zeros_like(covariance[0]) if bias is None else to_float64(bias.detach()).cpu()
     return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a covariance (n, n)."""
+def root(matrix: Tensor, least: float = 0.0) -> Tensor:
+    """The symmetric square roots of covariances (..., n, n), with at least `least` times the largest eigenvalue's."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
+    values = torch.maximum(values, least**2 * values[..., -1:].clamp(min=1e-60))  # its inverse is a float32, too
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
+def reachable_root(ln: Any, covariance: Tensor) -> Tensor:
     """
     A matrix (C, C - 1) whose product with its transpose is `covariance` plus RIDGE of what `norm_moments` gives.
 
@@ -163,14 +161,7 @@ def reachable_root(ln: Any, covariance: torch.Tensor) -> torch.Tensor:
     return basis @ root(inner + torch.diag(RIDGE * inner.trace() / sizes.square().sum() * sizes.square()))
 
 
-def root_of_least(matrix: torch.Tensor) -> torch.Tensor:
-    """The square root of symmetric matrices (..., n, n), with eigenvalues of at least LEAST^2 times the largest."""
-    values, vectors = torch.linalg.eigh(matrix)
-    least = LEAST**2 * values[..., -1:].clamp(min=1e-60)  # whose root's inverse is a number in float32, too
-    return (vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)) @ vectors.mT
-
-
-def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def metric(energy: Tensor, w_o: Tensor) -> tuple[Tensor, Tensor]:
     """
     Two matrices (H d, H d) by which errors of RoPE's keys and of values are multiplied before they are measured.
 
@@ -179,18 +170,18 @@ def metric(energy: torch.Tensor, w_o: torch.Tensor) -> tuple[torch.Tensor, torch
     energy = torch.maximum(energy, LEAST**2 * energy.max())
     energy = energy if energy.max() > 1e-60 else torch.ones_like(energy)  # without queries all errors count alike
     heads = w_o.unflatten(1, (len(energy), -1)).transpose(0, 1)  # (H, C, d)
-    return torch.diag(energy.sqrt().flatten().repeat_interleave(2)), torch.block_diag(*root_of_least(heads.mT @ heads))
+    return torch.diag(energy.sqrt().flatten().repeat_interleave(2)), torch.block_diag(*root(heads.mT @ heads, LEAST))
 
 
 def factorize(
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
-    mean: torch.Tensor,
-    half: torch.Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    mean: Tensor,
+    half: Tensor,
     n_latent: int,
     balance: bool = True,
-    measure: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    measure: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     One latent for keys w_k x and values w_v x, by the formula in the module's docstring.
 
@@ -224,7 +215,7 @@ def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = 
     decompressed and rotated whole (shared_rope=False), which can't be absorbed; factorize_rope.py makes a model that
     can. ValueError for an MLA model, for RoPE on a part of each head, and for an n_latent out of range.
     """
-    check_convertible(model, statistics)
+    check_convertible(model)
     config = model.config
     if config.n_kv_head and not n_latent:
         n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
@@ -267,12 +258,10 @@ def check_mha(model: Any) -> None:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
 
 
-def check_convertible(model: GPT, statistics: list[Statistics] | None) -> None:
-    """ValueError unless `model` can become MLA, by these statistics."""
+def check_convertible(model: GPT) -> None:
+    """ValueError unless `model` can become MLA."""
     check_mha(model)
     config = model.config
-    if statistics is not None and len(statistics) != config.n_layer:
-        raise ValueError(f'{len(statistics)} layers of statistics for a model of {config.n_layer}')
     if config.pos == 'rope' and config.rope_size != config.head_size:
         raise ValueError(
             f'this model rotates {config.rope_size} of the {config.head_size} dimensions of each head; only a model '
@@ -284,10 +273,9 @@ def like(model: GPT, model_class: type[Model], config: GPTConfig) -> Model:
     """A model_class of `config` on the device and in the dtype of `model`, with all of its tensors that fit by name."""
     weight = model.lm_head.weight
     new = model_class(config).to(device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        for name, value in new.state_dict().items():
-            if '.attn.' not in name or '.attn.c_proj.' in name:
-                value.copy_(model.state_dict()[name])
+    for name, value in new.state_dict().items():
+        if '.attn.' not in name or '.attn.c_proj.' in name:
+            value.copy_(model.state_dict()[name])
     return new.train(model.training)
 
 
@@ -296,13 +284,23 @@ def layers(model: Any) -> Any:
     return model.transformer.h
 
 
-def per_query_head(attention: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def per_query_head(attention: Any, rows: Tensor) -> tuple[Tensor, ...]:
     """c_attn's rows (n, ...) as queries, keys and values of every query head, each (H, d, ...)."""
     q, *kv = rows.unflatten(0, (-1, attention.head_size)).split(attention.heads)
     return q, *(repeat_heads(t, attention.n_head, dim=0) for t in kv)
 
 
 @torch.no_grad()
+def regrouped(model: GPT, n_kv_head: int, change: Callable[[Tensor], Tensor]) -> GPT:
+    """A GPT with `n_kv_head` (0: n_head) key/value heads, which are change(those of `model` (K, d, ...))."""
+    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
+    for old, block in zip(layers(model), layers(new), strict=True):
+        for name, rows in block.attn.c_attn.named_parameters():
+            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
+            rows.copy_(torch.cat((q, *map(change, kv))).flatten(0, 1))
+    return new
+
+
 def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     """
     A GPT with `n_kv_head` key/value heads, each the mean of its group's in `model` (arXiv:2305.13245, section 2.1).
@@ -313,21 +311,10 @@ def to_gqa(model: GPT, n_kv_head: int) -> GPT:
     before = model.config.kv_heads
     if not 1 <= n_kv_head <= before or before % n_kv_head:
         raise ValueError(f'n_kv_head={n_kv_head} must divide the {before} key/value heads of the model')
-    new = like(model, GPT, replace(model.config, n_kv_head=n_kv_head))
-    for old, block in zip(layers(model), layers(new), strict=True):
-        for name, rows in block.attn.c_attn.named_parameters():
-            q, *kv = old.attn.c_attn.get_parameter(name).unflatten(0, (-1, old.attn.head_size)).split(old.attn.heads)
-            pooled = [t.unflatten(0, (n_kv_head, -1)).mean(1) for t in kv]
-            rows.copy_(torch.cat((q, *pooled)).flatten(0, 1))
-    return new
+    return regrouped(model, n_kv_head, lambda heads: heads.unflatten(0, (n_kv_head, -1)).mean(1))
 
 
-@torch.no_grad()
 def to_mha(model: GPT) -> GPT:
     """The same function with as many key/value heads as heads: each is repeated for its group. ValueError for MLA."""
     check_mha(model)
-    new = like(model, GPT, replace(model.config, n_kv_head=0))
-    for old, block in zip(layers(model), layers(new), strict=True):
-        for name, rows in block.attn.c_attn.named_parameters():
-            rows.copy_(torch.cat(per_query_head(old.attn, old.attn.c_attn.get_parameter(name))).flatten(0, 1))
-    return new
+    return regrouped(model, 0, lambda heads: repeat_heads(heads, model.config.n_head, dim=0))

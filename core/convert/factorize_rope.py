@@ -55,15 +55,8 @@ RIDGE = 1e-3  # of the least squares, relative to each factor's own energy
 
 
 def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
-    """
-    Run `model` over batches of token ids (B, T) until FIT_TOKENS are read: what each layer's attention gets.
-
-    A list of float tensors (N, T, C) on the CPU, of evenly spaced windows. ValueError where there is no batch.
-    """
-    texts = list(batches)
-    if not texts:
-        raise ValueError('there is no text on which scores could be measured')
-    windows = torch.cat(texts)
+    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C) on the CPU."""
+    windows = torch.cat(list(batches))
     windows = windows[:: max(1, windows.numel() // FIT_TOKENS)]
     found: list[Tensor] = []
     watch(model, [windows], lambda block: block.ln_1, lambda layer, x: found.append(x.cpu()))
@@ -155,11 +148,7 @@ class RotatedLayer:
         return as_real(shared[None])[0], as_real(torch.cat(queries, dim=1)), as_real(rest)
 
     def fitted(self, kept: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """
-        The factors (H, d/2) and (H, R/2) of `split` with which each head's scores on text have the smallest error.
-
-        Those of `plain` where text doesn't decide: a ridge of RIDGE draws the solution to them.
-        """
+        """The factors of `split` that fit each head's scores best, by a ridge of RIDGE around those of `plain`."""
         q, k, a, b = scores.queries, scores.keys, self.a[:, kept], self.b[:, kept]
         a, b = a.to(k.dtype), b.to(k.dtype)
         z = (a[:, None].conj() * k[..., kept]).sum(1)  # (N, T, R/2)
@@ -208,29 +197,16 @@ def to_published_mla(
     half of n_embd. n_rope: even and at most the head size; 0: half of it. The cache has n_latent + n_rope numbers per
     token and layer. ValueError for another kind of model, and for sizes out of range.
     """
-    check_convertible(model, statistics)
+    check_convertible(model)
     if model.config.pos != 'rope':
         raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
-    scores = [Scores(block.attn, x, model.rope) for block, x in zip(layers(model), inputs, strict=True)]
-    parts = zip(layers(model), statistics, scores, strict=True)
-    rotated = [RotatedLayer(block, own, score.mean_turn()) for block, own, score in parts]
-    return from_rotated(model, rotated, scores, n_latent, n_rope, balance)
-
-
-@torch.no_grad()
-def from_rotated(
-    model: GPT,
-    rotated: list[RotatedLayer],
-    scores: list[Scores] | None,
-    n_latent: int,
-    n_rope: int,
-    balance: bool = True,
-) -> MLAGPT:
-    """The same from the layers that `to_published_mla` makes. scores: None for factors that aren't fitted to text."""
     d = model.config.head_size
     n_rope = n_rope or d // 2
     if n_rope % 2 or not 2 <= n_rope <= d:
         raise ValueError(f'n_rope={n_rope} must be an even number from 2 to the head size, {d}')
+    scores = [Scores(block.attn, x, model.rope) for block, x in zip(layers(model), inputs, strict=True)]
+    parts = zip(layers(model), statistics, scores, strict=True)
+    rotated = [RotatedLayer(block, own, score.mean_turn()) for block, own, score in parts]
     choices = [torch.arange(n_rope // 2) * stride for stride in range(1, d // n_rope + 1)]
     saved = [sum(layer.saved[kept].sum().item() for layer in rotated) for kept in choices]
     best = saved.index(max(saved))
@@ -238,9 +214,8 @@ def from_rotated(
     settings = {**asdict(model.config), 'n_kv_head': 0, 'n_latent': n_latent, 'n_rope': n_rope}
     settings['rope_theta'] = model.config.rope_theta ** ((best + 1) * n_rope / d)
     new = like(model, MLAGPT, MLAConfig(**settings))
-    for number, (layer, block) in enumerate(zip(rotated, layers(new), strict=True)):
-        factors = layer.fitted(kept, scores[number]) if scores else layer.plain(kept)
-        fill(block.attn, layer, kept, factors, balance)
+    for block, layer, score in zip(layers(new), rotated, scores, strict=True):
+        fill(block.attn, layer, kept, layer.fitted(kept, score), balance)
     return new
 
 

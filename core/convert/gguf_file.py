@@ -18,19 +18,6 @@ from core.text.tokenizer import NO_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from model import GPTConfig
 
 ARCHITECTURE = 'llama'
-# names of tensors there and in LlamaForCausalLM
-WHOLE = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
-BLOCK = {
-    'attn_norm': 'input_layernorm',
-    'attn_q': 'self_attn.q_proj',
-    'attn_k': 'self_attn.k_proj',
-    'attn_v': 'self_attn.v_proj',
-    'attn_output': 'self_attn.o_proj',
-    'ffn_norm': 'post_attention_layernorm',
-    'ffn_gate': 'mlp.gate_proj',
-    'ffn_up': 'mlp.up_proj',
-    'ffn_down': 'mlp.down_proj',
-}
 # keys of the model's sizes, without the prefix 'llama.', and those of GPTConfig
 SIZES = {
     'block_count': 'n_layer',
@@ -59,25 +46,20 @@ SAYS_NOTHING = ('vocab_size', 'tensor_data_layout')  # the embedding has the fir
 
 
 def read(file: str) -> tuple[dict[str, Any], float, dict[str, Tensor], dict[str, Any]]:
-    """
-    Keyword arguments of a GPTConfig, the norms' eps, tensors by LlamaForCausalLM's names, in float32, and the meta of
-    the tokenizer.
-
-    ValueError names what in the file is damaged, or what it needs that GPTConfig can't express.
-    """
+    """GPTConfig's arguments, the eps, float32 tensors by LlamaForCausalLM's names, the tokenizer's meta. ValueError."""
     gguf = import_gguf()
     try:
         reader = gguf.GGUFReader(file)
         keys = {name: field.contents() for name, field in reader.fields.items()}
-        names = {tensor.name: their_name(tensor.name) for tensor in reader.tensors}
     except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f'it is damaged ({error}); copy it again') from error
     settings, eps = settings_of(keys)
-    if 'rope_freqs.weight' in names:
-        raise ValueError('it has scaled RoPE (rope_freqs.weight); only plain RoPE is supported')
+    names = {ours: theirs for theirs, ours in own_names(min(settings['n_layer'], len(reader.tensors))).items()}
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
-        name = names[tensor.name]
+        name = names.get(tensor.name, tensor.name)
+        if name == 'rope_freqs.weight':
+            raise ValueError('it has scaled RoPE (rope_freqs.weight); only plain RoPE is supported')
         if name in tensors:
             raise ValueError(f'it holds {name} twice; copy it again')
         try:
@@ -160,14 +142,12 @@ def settings_of(keys: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return {**sizes, **form}, eps
 
 
-def their_name(name: str) -> str:
-    """LlamaForCausalLM's name of a tensor; one that it doesn't have stays as it is."""
-    parts = name.split('.')
-    if len(parts) == 2 and parts[0] in WHOLE:
-        return f'{WHOLE[parts[0]]}.{parts[1]}'
-    if len(parts) == 4 and parts[0] == 'blk' and parts[2] in BLOCK:
-        return f'model.layers.{parts[1]}.{BLOCK[parts[2]]}.{parts[3]}'
-    return name
+def own_names(n_layer: int) -> dict[str, str]:
+    """llama.cpp's names of the tensors of an untied LlamaForCausalLM, by those."""
+    gguf = import_gguf()
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layer)
+    names = llama.names(n_layer, False, llama.ATTENTION).values()
+    return {name: known.get_name(name, ['.weight']) for parts in names for name in parts}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -193,28 +173,17 @@ def write(file: str, config: GPTConfig, state: dict[str, Tensor], tokenizer: Tok
     writer.add_float32(f'llama.{EPS}', llama.EPS)
     writer.add_float32(f'llama.{THETA}', config.rope_theta)
     add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = own_names(config.n_layer)
     for theirs, tensor in llama.to_hf(state, config, halves=False).items():
-        writer.add_tensor(own_name(theirs), tensor.float().contiguous().numpy())
+        writer.add_tensor(names[theirs], tensor.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def own_name(name: str) -> str:
-    """The opposite of `their_name`."""
-    if name.startswith('model.layers.'):
-        _, _, layer, part = name.removesuffix('.weight').split('.', 3)
-        return f'blk.{layer}.{next(ours for ours, theirs in BLOCK.items() if theirs == part)}.weight'
-    return f'{next(ours for ours, theirs in WHOLE.items() if theirs == name.removesuffix(".weight"))}.weight'
-
-
 def add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    """
-    Add a tokenizer in one of llama.cpp's two forms: byte-pair encoding over GPT-2's words, or SentencePiece's pieces.
-
-    Characters and bytes are pieces of which no two can be merged.
-    """
+    """Add a tokenizer: byte pairs over words as GPT-2's, or SentencePiece's pieces, of which no two can be merged."""
     if tokenizer is None:
         writer.add_tokenizer_model('no_vocab')
         return

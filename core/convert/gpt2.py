@@ -24,19 +24,16 @@ TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 GELUS = {'tanh': ('gelu_new', 'gelu_pytorch_tanh'), 'exact': ('gelu',)}
 # the sizes of GPTConfig, and their names in transformers
 RENAMED = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head', n_embd='n_embd')
-DROPOUTS = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
 
 
 def read(
     model_type: str, override_args: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
-    A published GPT-2 by name ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), or a local Hugging Face folder.
+    A published GPT-2, one of GPT2_SIZES, or a local Hugging Face folder: keyword arguments of GPTConfig, and its state.
 
-    Returns (settings, state): keyword arguments of GPTConfig, and float32 tensors as model.py names and lays them out.
     override_args: dropout, flash and recompute alone, since all else comes with the weights. Raises ValueError for an
-    unknown name, for a model that GPTConfig can't express, and for a checkpoint whose tensors are not GPT-2's or not
-    finite, naming them.
+    unknown name, for a model that GPTConfig can't express, and for tensors that are not GPT-2's or not finite.
     """
     if model_type not in GPT2_SIZES and not os.path.isdir(model_type):
         raise ValueError(f"'{model_type}' is neither one of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 model")
@@ -71,7 +68,7 @@ def read(
     wrong = sorted(set(report['missing_keys']) | set(report['unexpected_keys']))
     if wrong:
         raise ValueError(f"the tensors in '{model_type}' are not GPT-2's; missing or unknown: {', '.join(wrong[:6])}")
-    state = from_gpt2(hf_model.state_dict())
+    state = {n: value.t() if n.endswith(TRANSPOSED) else value for n, value in hf_model.state_dict().items()}
     if wrong_name := not_finite(state):
         raise ValueError(f"'{model_type}' holds weights that are not finite: {wrong_name}")
     return {**settings, **override_args}, state
@@ -101,14 +98,9 @@ def misfit(config: Any) -> str:
 def hf_settings(config: Any) -> dict[str, Any]:
     """The config.json of a GPT2LMHeadModel that is the model of a GPTConfig; `misfit` must be ''."""
     sizes = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
-    dropout = dict.fromkeys(DROPOUTS, config.dropout)
+    dropout = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), config.dropout)
     further = {'activation_function': GELUS[config.gelu][0], 'layer_norm_epsilon': 1e-5, 'n_inner': config.hidden_size}
     return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **sizes, **dropout, **further}
-
-
-def from_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A Hugging Face GPT-2's tensors as model.py has them."""
-    return {name: value.t() if name.endswith(TRANSPOSED) else value for name, value in state.items()}
 
 
 def to_gpt2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -101,12 +101,12 @@ class MLAGPTConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def upcast(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype of its softmax: float32 for half precision, unchanged for float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rope_angles(positions: torch.Tensor, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles (arXiv:2104.09864) at positions (B, T): float32, each (B, 1, T, size/2)."""
     device = positions.device
     positions = positions.cpu() if device.type == 'mps' else positions  # MPS has no float64
@@ -115,14 +115,14 @@ def rope_angles(positions: torch.Tensor, size: int, theta: float) -> tuple[torch
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def rotate(x: torch.Tensor, rope: Any) -> torch.Tensor:
+def rotate(x: Tensor, rope: Any) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) of x (B, H, T, size) by its position's angle, in at least float32."""
     cos, sin = rope
     even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def visible_keys(mask: Any, past: int, T: int, S: int, device: torch.device) -> torch.Tensor | None:
+def visible_keys(mask: Any, past: int, T: int, S: int, device: torch.device) -> Tensor | None:
     """
     The S keys that T queries after `past` tokens attend to: bool, (B or 1, 1, T, S). None for plain causal attention.
 
@@ -144,12 +144,8 @@ def visible_keys(mask: Any, past: int, T: int, S: int, device: torch.device) -> 
     return visible | (key == query) & ~visible.any(dim=-1, keepdim=True)
 
 
-def packed_documents(position_ids: Any) -> torch.Tensor | None:
-    """
-    What tokens of documents packed into one row attend to: bool (B, 1, T, T). None where each row is one document.
-
-    A document ends where a position isn't the previous one plus 1, as in transformers' masking_utils.
-    """
+def packed_documents(position_ids: Any) -> Tensor | None:
+    """What tokens of documents in one row, whose positions restart, attend to: bool (B, 1, T, T). None: it is one."""
     document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
     if not torch.compiler.is_compiling() and not document.any():
         return None
@@ -167,13 +163,13 @@ def check_cached_latents(cache: Any, config: Any) -> None:
 
 
 def causal_lm_loss(
-    logits: torch.Tensor,
+    logits: Tensor,
     labels: Any,
     num_items_in_batch: Any = None,
     ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
+    shift_labels: Tensor | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """
     Mean cross-entropy in nats of the next tokens, a scalar; transformers' own loss rounds float64 to float32.
 
@@ -187,7 +183,7 @@ def causal_lm_loss(
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum') / num_items_in_batch
 
 
-def softmax_of_visible(scores: torch.Tensor, visible: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def softmax_of_visible(scores: Tensor, visible: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Attention weights (B, H, T, S) in `dtype`: the softmax of scores over the visible keys (bool, or None: all)."""
     if visible is not None:
         scores = scores.masked_fill(~visible, float('-inf'))
@@ -196,14 +192,14 @@ def softmax_of_visible(scores: torch.Tensor, visible: torch.Tensor | None, dtype
 
 def eager_attention(
     module: nn.Module,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention by its formula, as transformers calls it: the output (B, T, H, n_value), the weights (B, H, T, S)."""
     if visible is None and q.size(2) > 1:
         visible = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
@@ -253,7 +249,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(self.value_rows, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project(self, x: torch.Tensor, rope: Any) -> tuple[torch.Tensor, ...]:
+    def project(self, x: Tensor, rope: Any) -> tuple[Tensor, ...]:
         """Queries (B, H, T, n_nope + R), latents (B, 1, T, r), shared position keys (B, 1, T, R) of x (B, T, C)."""
         c_q = self.q_norm(self.c_q_down(x)) if hasattr(self, 'c_q_down') else x
         q = self.c_q(c_q).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -263,9 +259,7 @@ class Attention(nn.Module):
             q, k_rope = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1), rotate(k_rope, rope)
         return q, self.kv_norm(latent), k_rope
 
-    def decompressed(
-        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, visible: torch.Tensor | None
-    ) -> Any:
+    def decompressed(self, q: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None) -> Any:
         """Attention over keys and values made from the latents (B, 1, S, r): (B, T, H, n_value), weights or None."""
         k, v = self.c_kv_up(latent.squeeze(1)).split((self.key_rows, self.value_rows), dim=-1)
         k = k.unflatten(-1, (self.n_head, self.n_nope)).transpose(1, 2)
@@ -274,9 +268,7 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, k, v, visible, dropout=self.dropout if self.training else 0.0, scaling=self.scale)
 
-    def absorbed(
-        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, visible: torch.Tensor | None
-    ) -> Any:
+    def absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None) -> Any:
         """The same in latent space, without keys and values: cheaper for few queries (see `absorbs`)."""
         w_k, w_v = self.c_kv_up.weight.split((self.key_rows, self.value_rows))
         w_k, w_v = w_k.unflatten(0, (self.n_head, self.n_nope)), w_v.unflatten(0, (self.n_head, self.n_value))
@@ -288,7 +280,7 @@ class Attention(nn.Module):
             y = y + self.c_kv_up.bias[self.key_rows :].unflatten(0, (self.n_head, self.n_value))[:, None]
         return y.transpose(1, 2), weights
 
-    def absorbs(self, T: int, visible: torch.Tensor | None) -> bool:
+    def absorbs(self, T: int, visible: Tensor | None) -> bool:
         """True where T queries over cached latents cost less in latent space, and give the same there."""
         r, kv = self.n_latent, self.n_nope + self.n_value
         pays = T * (2 * r - kv) < r * kv  # otherwise computing all keys and values takes fewer operations
@@ -296,12 +288,8 @@ class Attention(nn.Module):
         own = self.config._attn_implementation in ('eager', 'sdpa')  # another function is to be called
         return pays and causal and own and not self.training and is_plain(self.c_kv_up)
 
-    def forward(self, x: torch.Tensor, rope: Any, visible: torch.Tensor | None, S: int, cache: Any) -> Any:
-        """
-        x (B, T, C) -> (B, T, C), and the weights (B, H, T, S) where they are computed, else None.
-
-        With a cache, x are the last T of S tokens, and the cache holds the others.
-        """
+    def forward(self, x: Tensor, rope: Any, visible: Tensor | None, S: int, cache: Any) -> Any:
+        """x (B, T, C), the last T of S tokens -> (B, T, C), and the weights (B, H, T, S) where they are computed."""
         q, latent, k_rope = self.project(x, rope)
         attend = self.decompressed
         if cache is not None:
@@ -321,7 +309,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
@@ -335,7 +323,7 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rope: Any, visible: torch.Tensor | None, S: int, cache: Any) -> Any:
+    def forward(self, x: Tensor, rope: Any, visible: Tensor | None, S: int, cache: Any) -> Any:
         y, weights = self.attn(self.ln_1(x), rope, visible, S, cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), weights
@@ -370,11 +358,11 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -463,31 +451,21 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, T) -> logits (B, T, V), the loss if there are labels, and what else MLAGPTModel gives."""
-        out = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values if cache is None else cache,
-            inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        cache = past_key_values if cache is None else cache
+        inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
+        out = self.transformer(*inputs, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(out.last_hidden_state[:, kept]), None
         if labels is not None:

@@ -79,7 +79,9 @@ def read(folder: str, vocab_size: int) -> dict[str, Any]:
         if whole is None:
             inferred = tokenizer_of({}, vocab_size)
             return inferred.meta() if inferred else {}
-        return meta_of(whole, read_end(folder))
+        settings = Path(folder, FILES[1])
+        end = json.loads(settings.read_text(encoding='utf-8')).get('eos_token') if settings.is_file() else None
+        return meta_of(whole, end['content'] if isinstance(end, dict) else end)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"the tokenizer in {folder} can't be read ({error}); copy it again") from error
 
@@ -94,15 +96,6 @@ def read_file(folder: str) -> dict[str, Any] | None:
         lines = [line for line in lines if line.strip() and not line.startswith('#version')]
         return byte_level(vocab, lines, 'gpt-2', {END_OF_TEXT: True} if END_OF_TEXT in vocab else {})
     return None
-
-
-def read_end(folder: str) -> str | None:
-    """The name of the end-of-text token in a folder's tokenizer_config.json, or None."""
-    try:
-        found = json.loads(Path(folder, FILES[1]).read_text(encoding='utf-8')).get('eos_token')
-    except FileNotFoundError:
-        return None
-    return found['content'] if isinstance(found, dict) else found
 
 
 def byte_level(vocab: dict[str, int], merges: list[str], split: str, added: dict[str, bool]) -> dict[str, Any]:

@@ -25,11 +25,7 @@ def check_cpu() -> None:
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    A weight (outputs, inputs), its inputs in whole groups, as levels 0 to 15 and, in bfloat16, (groups, outputs, 2).
-
-    The latter are the scale s and the zero z of each group: a weight is about (level - 8) s + z.
-    """
+    """A weight (outputs, inputs), about (level - 8) s + z: its levels, 0 to 15, and s and z (groups, outputs, 2)."""
     groups = weight.float().unflatten(1, (-1, GROUP))
     least, greatest = groups.aminmax(dim=-1)
     scale = ((greatest - least) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()

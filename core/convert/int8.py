@@ -79,11 +79,7 @@ def quantize(model: Any, kind: str = 'int8') -> GPT:
 
 
 def weight_bytes(model: Any, itemsize: int) -> int:
-    """
-    Bytes of the weights that a decode step reads: those in few bits as they are, others with `itemsize` bytes each.
-
-    Tables of embeddings and positions aren't read as a whole, the output head is.
-    """
+    """Bytes of the weights that a decode step reads, `itemsize` for each that isn't in few bits; tables it looks up."""
     low = sum(part.low_bytes for part in model.modules() if isinstance(part, (Int8Linear, Int4Linear)))
     head = not isinstance(model.lm_head, Linear)
     tables = model.transformer.wte.weight.numel() if head and model.config.tied else 0

@@ -13,6 +13,7 @@ g s x / sqrt(s^2 m + 1e-5) = g x / sqrt(m + 1e-5 / s^2), so s = sqrt(1e-5 / eps)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +23,18 @@ from model import GPTConfig
 
 CLASS = 'LlamaForCausalLM'
 EPS = 1e-5  # of the RMSNorm of model.py
-# tensors that are the same in both, by their names there and here
-SAME = {
-    'input_layernorm': 'ln_1',
-    'post_attention_layernorm': 'ln_2',
-    'self_attn.o_proj': 'attn.c_proj',
-    'mlp.down_proj': 'mlp.c_proj',
+# sizes by our names, and their names in transformers
+SIZES = dict(vocab_size='vocab_size', n_embd='hidden_size', block_size='max_position_embeddings')
+SIZES |= dict(n_layer='num_hidden_layers', n_head='num_attention_heads')
+# tensors of our blocks, and the names of their parts there, one below the other
+BLOCK = {
+    'ln_1': 'input_layernorm',
+    'attn.c_proj': 'self_attn.o_proj',
+    'ln_2': 'post_attention_layernorm',
+    'mlp.c_fc': 'mlp.gate_proj mlp.up_proj',
+    'mlp.c_proj': 'mlp.down_proj',
 }
+ATTENTION = {'attn.c_attn': 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'}
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -40,9 +46,9 @@ def misfit(config: GPTConfig) -> str:
     return block_misfit(config) or ('' if whole_head else f'n_rope={config.n_rope}')
 
 
-def block_misfit(config: GPTConfig) -> str:
-    """The same for what all of today's models share: the norm, the MLP, positions and biases."""
-    needed = {'norm': 'rms', 'mlp': 'swiglu', 'pos': 'rope', 'bias': False}
+def block_misfit(config: GPTConfig, **more: Any) -> str:
+    """The same for what all of today's models share, and `more` settings that are needed."""
+    needed = {'norm': 'rms', 'mlp': 'swiglu', 'pos': 'rope', 'bias': False, **more}
     wrong = (f'{key}={getattr(config, key)}' for key, value in needed.items() if getattr(config, key) != value)
     return next(wrong, '')
 
@@ -56,12 +62,8 @@ def hf_settings(config: GPTConfig) -> dict[str, Any]:
 def block_settings(config: GPTConfig) -> dict[str, Any]:
     """What all of today's models have in their config.json."""
     return {
-        'vocab_size': config.vocab_size,
-        'hidden_size': config.n_embd,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         'intermediate_size': config.hidden_size,
-        'num_hidden_layers': config.n_layer,
-        'num_attention_heads': config.n_head,
-        'max_position_embeddings': config.block_size,
         'rms_norm_eps': EPS,
         'hidden_act': 'silu',
         'attention_bias': False,
@@ -91,11 +93,7 @@ def block_settings_of(hf_config: Any) -> dict[str, Any]:
     if not hf_config.rms_norm_eps > 0:
         raise ValueError(f'its rms_norm_eps is {hf_config.rms_norm_eps}; it must be above 0')
     return {
-        'block_size': hf_config.max_position_embeddings,
-        'vocab_size': hf_config.vocab_size,
-        'n_layer': hf_config.num_hidden_layers,
-        'n_head': hf_config.num_attention_heads,
-        'n_embd': hf_config.hidden_size,
+        **{ours: getattr(hf_config, theirs) for ours, theirs in SIZES.items()},
         'n_hidden': hf_config.intermediate_size,
         'rope_theta': float(rope['rope_theta']),
         'tied': bool(hf_config.tie_word_embeddings),
@@ -107,97 +105,60 @@ def require(hf_config: Any, key: str, *values: Any) -> None:
     """ValueError unless a config's `key` has one of `values`, or is absent."""
     value = getattr(hf_config, key, values[0])
     if value not in values:
-        told = str(value) if len(str(value)) <= 60 else f'{str(value)[:57]}...'
-        raise ValueError(f'it has {key}={told}; only {values[0]} is supported')
+        raise ValueError(f'it has {key}={str(value)[:60]}; only {values[0]} is supported')
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of the LlamaForCausalLM that is the model of a GPTConfig."""
-    C, kv = config.n_embd, config.kv_heads * config.head_size
-    attention: dict[str, tuple[int, ...]] = {'q_proj': (C, C), 'k_proj': (kv, C), 'v_proj': (kv, C), 'o_proj': (C, C)}
-    return model_shapes(config, attention)
-
-
-def model_shapes(config: GPTConfig, attention: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a whole model, given those of one layer's attention."""
-    C, hidden = config.n_embd, config.hidden_size
-    block: dict[str, tuple[int, ...]] = {
-        'input_layernorm': (C,),
-        'post_attention_layernorm': (C,),
-        **{f'self_attn.{name}': shape for name, shape in attention.items()},
-        'mlp.gate_proj': (hidden, C),
-        'mlp.up_proj': (hidden, C),
-        'mlp.down_proj': (C, hidden),
-    }
-    whole = {'model.embed_tokens.weight': (config.vocab_size, C), 'model.norm.weight': (C,)}
-    if not config.tied:
-        whole['lm_head.weight'] = (config.vocab_size, C)
-    for layer in range(config.n_layer):
-        whole |= {f'model.layers.{layer}.{name}.weight': shape for name, shape in block.items()}
-    return whole
-
-
 def from_hf(tensors: dict[str, Tensor], config: GPTConfig, halves: bool = True) -> dict[str, Tensor]:
-    """
-    The state of a GPT from the tensors of a LlamaForCausalLM, which must be those of `shapes`.
-
-    halves: RoPE pairs x[i] with x[i + d/2]; False: neighbors, as in GGUF files.
-    """
-    state = blocks_from(tensors, config)
-    for layer in range(config.n_layer):
-        q, k, v = (tensors[f'model.layers.{layer}.self_attn.{part}_proj.weight'] for part in 'qkv')
-        if halves:
-            q, k = to_neighbors(q, config.n_head), to_neighbors(k, config.kv_heads)
-        state[f'transformer.h.{layer}.attn.c_attn.weight'] = torch.cat((q, k, v))
-    return state
+    """The state of a GPT from a LlamaForCausalLM's tensors. halves: RoPE pairs x[i] with x[i + d/2], not neighbors."""
+    return joined(turned(tensors, config, to_neighbors) if halves else tensors, config, ATTENTION)
 
 
 def to_hf(state: dict[str, Tensor], config: GPTConfig, halves: bool = True) -> dict[str, Tensor]:
     """The tensors of a LlamaForCausalLM from the state of a GPT whose `misfit` is ''; halves: see `from_hf`."""
-    tensors = blocks_to(state, config)
-    kv = config.kv_heads * config.head_size
-    for layer in range(config.n_layer):
-        q, k, v = state[f'transformer.h.{layer}.attn.c_attn.weight'].split((config.n_embd, kv, kv))
-        if halves:
-            q, k = to_halves(q, config.n_head), to_halves(k, config.kv_heads)
-        for part, weight in zip('qkv', (q, k, v), strict=True):
-            tensors[f'model.layers.{layer}.self_attn.{part}_proj.weight'] = weight.contiguous()
-    return tensors
+    tensors = divided(state, config, ATTENTION)
+    return turned(tensors, config, to_halves) if halves else tensors
 
 
-def blocks_from(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The state of a GPT without its queries, keys and values."""
-    state = {
-        'transformer.wte.weight': tensors['model.embed_tokens.weight'],
-        'transformer.ln_f.weight': tensors['model.norm.weight'],
-        'lm_head.weight': tensors['model.embed_tokens.weight' if config.tied else 'lm_head.weight'],
+def names(n_layer: int, tied: bool, attention: dict[str, str]) -> dict[str, list[str]]:
+    """The names of our tensors, and those of their parts there. attention: as BLOCK, for the rest of a block."""
+    found = {
+        'transformer.wte.weight': ['model.embed_tokens.weight'],
+        'transformer.ln_f.weight': ['model.norm.weight'],
+        'lm_head.weight': ['model.embed_tokens.weight' if tied else 'lm_head.weight'],
     }
-    for layer in range(config.n_layer):
-        theirs, ours = f'model.layers.{layer}', f'transformer.h.{layer}'
-        state |= {f'{ours}.{here}.weight': tensors[f'{theirs}.{there}.weight'] for there, here in SAME.items()}
-        gate, up = (tensors[f'{theirs}.mlp.{part}_proj.weight'] for part in ('gate', 'up'))
-        state[f'{ours}.mlp.c_fc.weight'] = torch.cat((gate, up))
+    for layer in range(n_layer):
+        for ours, theirs in (BLOCK | attention).items():
+            parts = [f'model.layers.{layer}.{part}.weight' for part in theirs.split()]
+            found[f'transformer.h.{layer}.{ours}.weight'] = parts
+    return found
+
+
+def joined(tensors: dict[str, Tensor], config: GPTConfig, attention: dict[str, str]) -> dict[str, Tensor]:
+    """Our tensors from their parts, by `names`."""
+    state = {}
+    for ours, theirs in names(config.n_layer, config.tied, attention).items():
+        state[ours] = torch.cat([tensors[name] for name in theirs]) if len(theirs) > 1 else tensors[theirs[0]]
     return state
 
 
-def blocks_to(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The opposite of `blocks_from`."""
-    tensors = {
-        'model.embed_tokens.weight': state['transformer.wte.weight'],
-        'model.norm.weight': state['transformer.ln_f.weight'],
-    }
-    if not config.tied:
-        tensors['lm_head.weight'] = state['lm_head.weight']
-    for layer in range(config.n_layer):
-        theirs, ours = f'model.layers.{layer}', f'transformer.h.{layer}'
-        tensors |= {f'{theirs}.{there}.weight': state[f'{ours}.{here}.weight'] for there, here in SAME.items()}
-        gate, up = state[f'{ours}.mlp.c_fc.weight'].chunk(2)
-        tensors[f'{theirs}.mlp.gate_proj.weight'] = gate.contiguous()
-        tensors[f'{theirs}.mlp.up_proj.weight'] = up.contiguous()
+def divided(state: dict[str, Tensor], config: GPTConfig, attention: dict[str, str]) -> dict[str, Tensor]:
+    """The opposite of `joined`."""
+    kv, tensors = config.kv_heads * config.head_size, dict[str, Tensor]()
+    for ours, theirs in names(config.n_layer, config.tied, attention).items():
+        # gate and up; queries, keys and values
+        rows = {1: len(state[ours]), 2: config.hidden_size, 3: (config.n_embd, kv, kv)}[len(theirs)]
+        tensors |= zip(theirs, state[ours].split(rows), strict=True)
     return tensors
+
+
+def turned(tensors: dict[str, Tensor], config: GPTConfig, order: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+    """A LlamaForCausalLM's tensors with W_Q and W_K in another order of rows."""
+    heads = {'q_proj': config.n_head, 'k_proj': config.kv_heads}
+    parts = {name: name.split('.')[-2] for name in tensors}
+    return {n: order(tensor, heads[parts[n]]) if parts[n] in heads else tensor for n, tensor in tensors.items()}
 
 
 def to_neighbors(rows: Tensor, heads: int) -> Tensor:

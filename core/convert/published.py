@@ -62,13 +62,14 @@ def form_of(source: str) -> str:
 
 
 def read(source: str, **overrides: Any) -> tuple[GPT, dict[str, Any]]:
-    """
-    The GPT or MLAGPT, in float32, of a file or folder with a `form_of`, and the meta of its tokenizer.
-
-    overrides: dropout, flash and recompute. ValueError names what in it is damaged, or what it needs that we lack.
-    """
+    """The float32 GPT or MLAGPT of a file or folder with a `form_of`, and its tokenizer's meta. ValueError: why not."""
     try:
-        return read_gguf(source, overrides) if form_of(source) == 'gguf' else read_folder(source, overrides)
+        if form_of(source) != 'gguf':
+            return read_folder(source, overrides)
+        settings, eps, tensors, tokenizer = gguf_file.read(source)
+        config = config_of(GPTConfig, settings, overrides)
+        check_tensors(tensors, GPT, config, llama)
+        return build(GPT, config, llama.from_hf(tensors, config, halves=False), eps), tokenizer
     except (TypeError, ValueError) as error:
         raise ValueError(f"'{source}' can't be loaded: {error}") from error
 
@@ -85,18 +86,10 @@ def read_folder(folder: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, 
     kind, config_class, form = FORMS[hf_config.model_type]
     config = config_of(config_class, form.settings_of(hf_config), overrides)
     tensors = without_copies(read_tensors(folder), config)
-    check_tensors(tensors, form.shapes(config))
+    check_tensors(tensors, kind, config, form)
     state = form.from_hf(tensors, config, halves=not getattr(hf_config, 'rope_interleave', False))
     meta = hf_tokenizer.read(folder, config.vocab_size) or {'tokenizer': NO_TEXT, 'vocab_size': config.vocab_size}
     return build(kind, config, state, hf_config.rms_norm_eps), meta
-
-
-def read_gguf(file: str, overrides: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
-    """The model of a GGUF file, and its tokenizer's meta."""
-    settings, eps, tensors, tokenizer = gguf_file.read(file)
-    config = config_of(GPTConfig, settings, overrides)
-    check_tensors(tensors, llama.shapes(config))
-    return build(GPT, config, llama.from_hf(tensors, config, halves=False), eps), tokenizer
 
 
 def config_of(config_class: type[GPTConfig], settings: dict[str, Any], overrides: dict[str, Any]) -> GPTConfig:
@@ -111,7 +104,8 @@ def config_of(config_class: type[GPTConfig], settings: dict[str, Any], overrides
 
 def read_tensors(folder: str) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files. ValueError where there are none, or a file is damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     try:
@@ -124,11 +118,10 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
             raise ValueError('it has no model.safetensors; save it with safetensors, since other files may hold code')
         tensors: dict[str, Tensor] = {}
         for name in names:
-            with safe_open(os.path.join(folder, name), framework='pt') as opened:
-                for key in opened.keys():  # noqa: SIM118  (it's no dict)
-                    if key in tensors:
-                        raise ValueError(f'its files hold {key} twice; {COPY}')
-                    tensors[key] = opened.get_tensor(key)
+            part = load_file(os.path.join(folder, name))
+            if both := tensors.keys() & part.keys():
+                raise ValueError(f'its files hold {min(both)} twice; {COPY}')
+            tensors |= part
     except (OSError, SafetensorError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f'its safetensors files are missing or damaged ({error}); {COPY}') from error
     return tensors
@@ -150,8 +143,10 @@ def without_copies(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, T
     return kept
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless the tensors are those expected, {name: shape}, in a type of float."""
+def check_tensors(tensors: dict[str, Tensor], kind: type[GPT], config: GPTConfig, form: Any) -> None:
+    """ValueError unless the tensors are those of a model of this kind in a form, by name and shape, and floats."""
+    with torch.device('meta'):
+        expected = {name: tuple(t.shape) for name, t in form.to_hf(kind(config).state_dict(), config).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if unknown := sorted(found.keys() - expected.keys()):
         raise ValueError(f'it needs what our model lacks: {listed(unknown)}')
@@ -161,8 +156,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
         if found[name] != shape:
             raise ValueError(f'its {name} is {found[name]}, and its config says {shape}; {COPY}')
         if tensors[name].dtype not in FLOATS:
-            kind = str(tensors[name].dtype).removeprefix('torch.')
-            raise ValueError(f'its {name} is quantized ({kind}); only floating-point weights are supported')
+            dtype = str(tensors[name].dtype).removeprefix('torch.')
+            raise ValueError(f'its {name} is quantized ({dtype}); only floating-point weights are supported')
 
 
 def listed(names: list[str]) -> str:

@@ -65,8 +65,8 @@ def test_composition_and_copying_equal_brute_force(variant):
     model = random_model(variant, n_layer=3)
     lift, C = circuits.composition(model), 32
     whole = []
-    for block in model.transformer.h:
-        q, k, v, o = circuits.stream_weights(block)
+    for layer in range(3):
+        q, k, v, o = circuits.stream_weights(model, layer)
         whole.append((q.mT @ k, (o @ v).mT))  # row-vector convention: W_OV acts from the right
     for first, second in ((0, 1), (0, 2), (1, 2)):
         ov1, (qk2, ov2) = whole[first][1][3], (part[2] for part in whole[second])

@@ -76,8 +76,6 @@ def test_in_context_positions_avoid_masked_targets():
     early, late = positions(64, 33)  # column 32 is the last masked one; it is the target token 34, counted from 1
     assert early > 34 and late == 64
     assert positions(64, 63) is None
-    losses = np.arange(2 * 63).reshape(2, 63)  # of tokens 2 to 64
-    assert (induction.in_context_score(losses, 6, 64) == 58).all()
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

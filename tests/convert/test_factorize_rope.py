@@ -14,7 +14,6 @@ from core.convert.factorize_rope import (
     as_complex,
     as_real,
     collect_inputs,
-    from_rotated,
     to_published_mla,
 )
 from core.text.tokenizer import CharTokenizer
@@ -74,11 +73,13 @@ def published(model, n_latent=0, n_rope=0, text=None):
     return to_published_mla(model, collect_statistics(model, text), collect_inputs(model, text), n_latent, n_rope)
 
 
-def turned(model, turn, n_latent, n_rope):
-    """The same with a given mean turn (d/2,) for all layers, and no factors that are fitted to text."""
-    statistics = collect_statistics(model, batches())
-    rotated = [RotatedLayer(block, own, turn) for block, own in zip(model.transformer.h, statistics, strict=True)]
-    return from_rotated(model, rotated, None, n_latent, n_rope)
+def turned(model, turn, n_latent, n_rope, text=None):
+    """The same with a given mean turn (d/2,) for all layers, or a function of it, and no factors fitted to text."""
+    found = Scores.mean_turn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scores, 'mean_turn', (lambda scores: turn(found(scores))) if callable(turn) else lambda _: turn)
+        patch.setattr(RotatedLayer, 'fitted', lambda layer, kept, scores: layer.plain(kept))
+        return published(model, n_latent, n_rope, text)
 
 
 def test_gqa_keeps_the_size_of_its_cache_by_default_and_mha_half_of_n_embd():
@@ -288,14 +289,7 @@ def pattern_error(model, mla, x):
 def test_text_says_how_far_back_heads_look_and_what_is_left_to_each(trained):
     """Content keys turned by the mean of what is attended to lose less than others; fitted patterns are closer."""
     model, text, windows = trained
-    statistics, inputs = collect_statistics(model, text), collect_inputs(model, text)
-    scores = [Scores(block.attn, x, model.rope) for block, x in zip(model.transformer.h, inputs, strict=True)]
-    converted = []
-    for power in (0, 1):
-        turns = [score.mean_turn() ** power for score in scores]
-        layers = [RotatedLayer(*layer) for layer in zip(model.transformer.h, statistics, turns, strict=True)]
-        converted.append(from_rotated(model, layers, None, 64, 8))
-    assert (layers[0].saved > 0).all()
+    converted = [turned(model, lambda turn, power=power: turn**power, 64, 8, text) for power in (0, 1)]
     assert 0 < rise(model, converted[1], windows) < 0.9 * rise(model, converted[0], windows)
     with torch.no_grad():
         x = model.transformer.h[0].ln_1(model.transformer.wte(windows[:, :-1]))
@@ -330,14 +324,11 @@ def test_what_cannot_be_converted_is_refused_in_one_line():
         (lambda: to_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
         (lambda: to_mla(to_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
         (lambda: to_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
-        (lambda: to_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
         (lambda: to_published_mla(to_mla(rotated('mha')), statistics, inputs), 'only a GPT with multi-head attention'),
         (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, inputs), 'rotates 4 of the 8 dimensions'),
         (lambda: to_published_mla(trained_like(), statistics, inputs), "pos='learned' and no rotations to keep"),
-        (lambda: to_published_mla(rotated('mha'), statistics[:1], inputs), '1 layers of statistics'),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=3), 'n_rope=3 must be an even number'),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=10), 'from 2 to the head size, 8'),
-        (lambda: collect_inputs(rotated('mha'), []), 'there is no text'),
     ]
     for convert, message in refused:
         with pytest.raises(ValueError, match=message) as error:

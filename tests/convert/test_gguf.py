@@ -80,7 +80,7 @@ REFUSED = {
     'wider heads': (dict(keys=[('llama.attention.key_length', 32)]), 'llama.attention.key_length=32; only 16'),
     'a key that nobody knows': (dict(keys=[('llama.logit_scale', 2)]), 'llama.logit_scale=2, which is not supported'),
     'another architecture': (dict(arch='qwen2'), 'it holds a qwen2 model'),
-    'a bias': (dict(tensors=[('blk.0.attn_q.bias', np.ones(64, np.float32))]), 'model lacks: .*layers.0.*q_proj.bias'),
+    'a bias': (dict(tensors=[('blk.0.attn_q.bias', np.ones(64, np.float32))]), 'model lacks: blk.0.attn_q.bias'),
     'a missing size': (dict(without=['feed_forward_length']), 'it lacks the key llama.feed_forward_length'),
     'a part of a model': (dict(keys=[('split.count', 2)]), 'one of several parts'),
     'a name of the other form': (
