@@ -424,9 +424,11 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         visible = visible_keys(mask, past, T, S, x.device)
         hidden, attentions = [], []
         for block in self.h:
-            hidden.append(x)
+            if output_hidden_states:
+                hidden.append(x)
             x, weights = block(x, rope, visible, S, cache)
-            attentions.append(weights)
+            if output_attentions:
+                attentions.append(weights)
         x = self.ln_f(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -283,6 +284,19 @@ def test_attention_weights_and_hidden_states_in_one_pass_and_from_the_cache(name
         assert weights.shape == (3, 4, 9, 9) and (weights.sum(-1) - 1).abs().max() < 1e-12
         assert (weights.triu(1) * seen).abs().max() == 0
         assert (last.attentions[layer] - weights[:, :, -1:]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_layers_that_nobody_asked_for_are_not_kept():
+    """A layer's attention weights are quadratic in the length."""
+    _, model = model_pair('learned')
+    model.set_attn_implementation('eager')
+    kept, alive = [], []
+    model.transformer.h[0].register_forward_hook(lambda block, x, out: kept.extend(map(weakref.ref, (x[0], out[1]))))
+    model.transformer.ln_f.register_forward_hook(lambda *_: alive.append([ref() is not None for ref in kept]))
+    model(IDX)
+    model(IDX, output_attentions=True, output_hidden_states=True)
+    assert alive[0] == [False, False] and alive[1][2:] == [True, True]
 
 
 @variants
