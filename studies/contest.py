@@ -354,8 +354,7 @@ def read_contest(path):
         numbers = read_json(path)
         for model in numbers['models'].values():
             Setting(**model['setting'])
-        model_table(numbers)  # it has all that these show
-        pair_table(numbers)
+        model_table(numbers), pair_table(numbers)  # it has all that these show
         return numbers
 
 
@@ -378,12 +377,10 @@ else:
         raise UserError(f'unknown arms: {"; ".join(unknown)}; choose from {"; ".join(known_arms)}')
     named = [known_arms[name] for name in named]
     common = SIZE | BLOCKS[blocks] | dict(dataset=dataset, data_dir=data_dir, pos='rope', bias=False, dropout=0.0)
-    common |= dict(
-        gradient_accumulation_steps=1, optimizer=optimizer, beta2=0.99, warmup_iters=min(100, iterations // 2)
-    )
-    common |= dict(min_lr=1e-4, max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations, eval_iters=1)
-    common |= dict(always_save_checkpoint=True, checkpoint_interval=500, log_interval=100)
-    common |= dict(device=device, dtype=dtype, compile=compile, threads=1)
+    common |= dict(gradient_accumulation_steps=1, optimizer=optimizer, beta2=0.99, min_lr=1e-4)
+    common |= dict(warmup_iters=min(100, iterations // 2), max_iters=iterations, lr_decay_iters=iterations)
+    common |= dict(eval_interval=iterations, eval_iters=1, checkpoint_interval=500, always_save_checkpoint=True)
+    common |= dict(log_interval=100, device=device, dtype=dtype, compile=compile, threads=1)
     if tuned:
         found = read_contest(tuned)['models']
         if lacking := [arm.label for arm in named if arm.label not in found]:
