@@ -190,7 +190,7 @@ class SeparateTraining:
     def __init__(self, name: str, setting: Setting, config: GPTConfig, leave_out: str = '', nanogpt: str = ''):
         """nanogpt: the folder of a nanoGPT checkout; '': our model."""
         folder, precision = nanogpt and os.path.abspath(nanogpt), torch.get_float32_matmul_precision()
-        task = dict(setting=asdict(setting), config=asdict(config), leave_out=leave_out, nanogpt=folder)
+        task: dict[str, Any] = dict(setting=asdict(setting), config=asdict(config), leave_out=leave_out, nanogpt=folder)
         task |= dict(threads=torch.get_num_threads(), precision=precision)
         command, pipe = [sys.executable, '-m', 'core.speed.rivals', json.dumps(task)], subprocess.PIPE
         self.name = name
