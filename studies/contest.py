@@ -96,14 +96,13 @@ class Arm:
     """One model of the contest; latent: MLA's n_latent."""
 
     label: str
-    attention: str
     n_kv_head: int = 0
     n_rope: int = 0
     latent: int = 0
 
     def keys(self):
         """Its keys of train.py."""
-        if self.attention == 'MLA':
+        if self.latent:
             return dict(attention='mla', n_latent=self.latent, latent_norm=True)
         return dict(n_kv_head=self.n_kv_head, n_rope=self.n_rope)
 
@@ -124,13 +123,13 @@ def all_arms():
     # 2 C^2 + C R (H + 1) + 3 C r + r = 4 C^2
     same = round((2 * n_embd**2 - n_embd * rotated * (n_head + 1)) / (3 * n_embd + 1))
     return [
-        Arm('MHA', 'MHA'),
-        Arm('MQA', 'MQA', n_kv_head=1),
-        Arm('MLA, cache of MQA', 'MLA', latent=2 * size - rotated),
-        Arm('MHA, half rotated', 'MHA', n_rope=rotated),
-        Arm('GQA-2', 'GQA', n_kv_head=2),
-        Arm('MLA, cache of GQA-2', 'MLA', latent=4 * size - rotated),
-        Arm('MLA, weights of MHA', 'MLA', latent=same),
+        Arm('MHA'),
+        Arm('MQA', n_kv_head=1),
+        Arm('MLA, cache of MQA', latent=2 * size - rotated),
+        Arm('MHA, half rotated', n_rope=rotated),
+        Arm('GQA-2', n_kv_head=2),
+        Arm('MLA, cache of GQA-2', latent=4 * size - rotated),
+        Arm('MLA, weights of MHA', latent=same),
     ]
 
 
