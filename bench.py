@@ -33,7 +33,6 @@ import functools
 import gc
 import os
 import tempfile
-from dataclasses import fields
 
 import torch
 
@@ -45,10 +44,9 @@ from core.cli.files import write_json
 from core.convert.int8 import quantize, weight_bytes
 from core.runs.models import label_of
 from core.speed import gpus, rivals, timing
+from core.speed.planner import variants
 from core.speed.rivals import WITHOUT, Decoding, HuggingFaceDecoding, SeparateTraining, Setting, Training
 from core.speed.timing import ms_text, spread
-from model import GPT, GPTConfig
-from model_mla import MLAGPT, MLAConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 mode = 'sample'  # what to measure: 'train', 'memory' or 'sample'
@@ -121,26 +119,11 @@ host = timing.describe_machine(device, dtype)
 host_text = ', '.join(f'{key}: {value}' for key, value in host.items())
 
 
-def model_args(config_class, **settings):
-    """The keys that are fields of a config class, as its keyword arguments, with `settings` in place of some."""
-    return {field.name: config[field.name] for field in fields(config_class) if field.name in config} | settings
-
-
-def build(model_class, config_class, **settings):
-    """A model with random weights. UserError where the sizes don't fit together."""
-    try:
-        sizes = config_class(**model_args(config_class, **settings))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return model_class(sizes, seed=seed).to(device)
-
-
 def build_all(shares, **settings):
     """{name: model}: MHA, GQA with each of `n_kv_heads`, MLA with each of `n_latents` (default: n_embd / `shares`)."""
     sizes = whole_numbers(n_latents, 'n_latents') or [n_embd // share for share in shares]
     heads = [0, *whole_numbers(n_kv_heads, 'n_kv_heads')]
-    models = [build(GPT, GPTConfig, n_kv_head=number, **settings) for number in heads]
-    models += [build(MLAGPT, MLAConfig, n_latent=size, **settings) for size in sizes]
+    models = [made(shape, seed=seed).to(device) for made, shape in variants(config | settings, heads, sizes)]
     return {label_of(model.config): model for model in models}
 
 
@@ -189,8 +172,7 @@ def bench_train():
         setting = Setting(folder, batch_size, block_size, seed, device, dtype, compile)
         contenders = {name: Training(model, setting) for name, model in models.items()}
         for name, options in separate.items():
-            process = SeparateTraining(name, setting, model_args(GPTConfig), **options)
-            contenders[name] = stack.enter_context(process)
+            contenders[name] = stack.enter_context(SeparateTraining(name, setting, models['MHA'].config, **options))
         peak = timing.cpu_flops(dtype) if device == 'cpu' else gpus.peak_flops(device, dtype)
         rate = f'{peak / 1e12:.3g} TFLOP/s' if peak else 'unknown'
         print(f'{host_text}, compiled: {compile}; {n_layer} layers, C={n_embd}', end='; ')
@@ -265,14 +247,10 @@ def time_together(makers):
     """A row for each of {name: function that makes its Decoding}, timed in turns: times, sizes and peak memory."""
     decodings = {name: make() for name, make in makers.items()}
     seconds = alternate({name: decoding.run for name, decoding in decodings.items()}, rounds, turn=TURN)
-    own = {
-        name: decoding.run_attention
-        for name, decoding in decodings.items()
-        if isinstance(decoding, Decoding) and not name.endswith(', compiled')
-    }
-    attention = alternate(own, rounds, turn=TURN)
+    able = [name for name in makers if name != 'Hugging Face' and not name.endswith(', compiled')]
+    attention = alternate({name: decodings[name].run_attention for name in able}, rounds, turn=TURN)
     rows = [{'name': name, **spread(seconds[name]), **decoding.sizes} for name, decoding in decodings.items()]
-    decodings.clear(), own.clear()  # frees the caches
+    decodings.clear()  # frees the caches
     for row in rows:
         if row['name'] in attention:
             row['attention'] = spread(attention[row['name']])
@@ -296,9 +274,9 @@ def measure_steps(models, hf_model, batch_size, context):
     if cache != 'float':
         makers |= {f'{name}, {cache} cache': functools.partial(make, kind=cache) for name, make in makers.items()}
     if eager and device.startswith('cuda'):
-        makers |= {f'{name}, eager': functools.partial(make, captured=False) for name, make in makers.items()}
+        makers |= {f'{name}, eager': functools.partial(make, how='eager') for name, make in makers.items()}
     if compile and device == 'cpu':
-        makers |= {f'{name}, compiled': functools.partial(make, compiled=True) for name, make in makers.items()}
+        makers |= {f'{name}, compiled': functools.partial(make, how='compiled') for name, make in makers.items()}
     if hf_model:
         makers['Hugging Face'] = functools.partial(HuggingFaceDecoding, hf_model, batch_size, context, dtype)
     rows = time_steps(makers)
@@ -320,31 +298,19 @@ def measure_steps(models, hf_model, batch_size, context):
     return rows
 
 
-def random_prompt():
-    """Token ids (1, prompt_tokens)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (1, prompt_tokens), generator=generator).to(device)
-
-
-def measure_texts(models, hf_model):
-    """One row per model and per rival: generating a text of `new_tokens` tokens."""
-    prompt = random_prompt()
+def measure_texts(models, hf_model, prompt):
+    """One row per model and per rival: generating a text of `new_tokens` tokens after prompt (1, prompt_tokens)."""
     rules = dict(temperature=1.0, top_k=200)  # the same for all
     generators = {name: model.generate for name, model in models.items()}
     if compile and device == 'cpu':
-        compiled = {name: functools.partial(generate, compiled=True) for name, generate in generators.items()}
-        generators |= {f'{name}, compiled': generate for name, generate in compiled.items()}
+        generators |= {f'{name}, compiled': functools.partial(of, compiled=True) for name, of in generators.items()}
     if nanogpt:
         generators['nanoGPT'] = rivals.nanogpt_model(nanogpt, models['MHA'], prompt).generate
-    contenders = {
-        name: functools.partial(generate, prompt, new_tokens, **rules) for name, generate in generators.items()
-    }
+    contenders = {name: functools.partial(of, prompt, new_tokens, **rules) for name, of in generators.items()}
     if hf_model:
-        lengths = dict(
-            max_new_tokens=new_tokens, pad_token_id=0, use_cache=True, attention_mask=torch.ones_like(prompt)
-        )
-        hf_generate = functools.partial(hf_model.generate, prompt, do_sample=True, top_p=1.0, **rules, **lengths)
-        contenders['Hugging Face, cached'] = hf_generate
+        theirs = dict(rules, max_new_tokens=new_tokens, attention_mask=torch.ones_like(prompt), pad_token_id=0)
+        theirs |= dict(use_cache=True, do_sample=True, top_p=1.0)
+        contenders['Hugging Face, cached'] = functools.partial(hf_model.generate, prompt, **theirs)
     seconds = alternate(contenders, min(3, rounds))
     rows = [{'name': name, **spread(times)} for name, times in seconds.items()]
     for row in compare_with(rows[0], rows):
@@ -360,12 +326,13 @@ def bench_sample():
     models = {name: model.eval() for name, model in all_models.items()}
     for kind in ('int8', 'int4'):
         if config[kind]:
-            low = {name: quantize(copy.deepcopy(model), kind) for name, model in all_models.items()}
-            models |= {f'{name}, {kind}': model for name, model in low.items()}
+            for name, model in all_models.items():
+                models[f'{name}, {kind}'] = quantize(copy.deepcopy(model), kind)
     print(f'{host_text}\n')
     steps, texts = [], []
+    prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad(), machine.autocast(device, dtype):
-        hf_model = huggingface and rivals.huggingface_model(models['MHA'], random_prompt())
+        hf_model = huggingface and rivals.huggingface_model(models['MHA'], prompt)
         for batch_size in sizes:
             for context in lengths:
                 errors.notice(f'timing steps at batch size {batch_size}, context {context}')
@@ -390,7 +357,7 @@ def bench_sample():
         print_rows(steps, columns)
         if new_tokens > 0:
             errors.notice(f'timing texts of {new_tokens} tokens')
-            texts = measure_texts(models, hf_model)
+            texts = measure_texts(models, hf_model, prompt)
             columns = {
                 f'generate {new_tokens} tokens': lambda row: row['name'],
                 'tokens/s': lambda row: f'{row["tokens_per_s"]:.1f}',

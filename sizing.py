@@ -22,16 +22,13 @@ begin(__file__)  # before the slow imports
 
 import os
 import textwrap
-from dataclasses import fields
 
 from analysis import report
 from core.cli import arguments
 from core.cli.arguments import whole_numbers
 from core.cli.errors import UserError
 from core.speed.gpus import GPUS, gpu_called
-from core.speed.planner import PARTS, SHAPES, Plan
-from model import GPT, GPTConfig
-from model_mla import MLAGPT, MLAConfig
+from core.speed.planner import PARTS, SHAPES, Plan, variants
 
 # ----------------------------------------------------------------------------------------------------------------------
 shape = ''  # sizes by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, 7b or deepseek-v3; keys that are given go first
@@ -69,25 +66,14 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 WIDTH = 100  # columns of a terminal
 
 
-def plan(model_class, config_class, **own):
-    """A model of the given sizes. UserError where they don't fit together."""
-    keys = {field.name: sizes[field.name] for field in fields(config_class) if field.name in sizes}
-    if config_class is GPTConfig:
-        keys.pop('n_rope', None)  # MHA's heads are rotated whole; the key is about MLA's shared part
-    try:
-        return Plan(model_class, config_class(**keys | own), dtype, cache)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def plans_to_compare():
     """MHA, GQA, MQA and MLA of the given sizes."""
     heads, width = sizes['n_head'], sizes['n_embd']
     quarter = next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
     kv_heads = whole_numbers(sizes['n_kv_heads'], 'n_kv_heads') or [quarter, 1]
     latents = whole_numbers(sizes['n_latents'], 'n_latents') or [max(1, width // 2), max(1, width // 8)]
-    found = [plan(GPT, GPTConfig, n_kv_head=number) for number in dict.fromkeys([heads, *kv_heads])]
-    return found + [plan(MLAGPT, MLAConfig, n_latent=size) for size in dict.fromkeys(latents)]
+    found = variants(sizes, dict.fromkeys([heads, *kv_heads]), dict.fromkeys(latents))
+    return [Plan(model_class, model_config, dtype, cache) for model_class, model_config in found]
 
 
 # ---- one model's numbers ---------------------------------------------------------------------------------------------
@@ -113,15 +99,9 @@ def training(plan):
 def decoding(plan):
     """Decoding on one GPU: memory in bytes, largest batch, speed by the roofline: a dict."""
     largest = plan.largest_decoding_batch(room, T)
-    found = {
-        'context': T,
-        'flops_per_token': plan.decoding_flops(T),
-        'weight_bytes': plan.weight_bytes,
-        'cache_bytes_per_token': plan.cache_bytes,
-        'cache_bytes': plan.cache_bytes * T,
-        'step_bytes': plan.drawing_bytes,
-        'largest_batch': largest,
-    }
+    found = dict(context=T, flops_per_token=plan.decoding_flops(T), weight_bytes=plan.weight_bytes)
+    found |= dict(cache_bytes_per_token=plan.cache_bytes, cache_bytes=plan.cache_bytes * T)
+    found |= dict(step_bytes=plan.drawing_bytes, largest_batch=largest)
     for name, batch in (('one', min(1, largest)), ('largest', largest)):
         seconds = plan.decoding_seconds(batch, T, peak, 1e9 * hardware.bandwidth) if batch else {}
         found[name] = {'tokens_per_s': batch / sum(seconds.values()) if batch else 0, 'seconds': seconds}
@@ -164,7 +144,7 @@ def rows_of(results):
         ['**training, GB per GPU**'],
         row('weights, float32', brief, 'training/states/weights', 1e9),
         row('gradients, float32', brief, 'training/states/gradients', 1e9),
-        row(OPTIMIZER_NAMES[optimizer], brief, 'training/states/optimizer', 1e9),
+        row('AdamW' if optimizer == 'adamw' else 'Muon and AdamW', brief, 'training/states/optimizer', 1e9),
         row('two gathered blocks', brief, 'training/gathered', 1e9) if share > 1 else None,
         row('kept for backward pass', brief, 'training/plain/kept', 1e9),
         row('logits, or backward pass', brief, 'training/plain/on top', 1e9),
@@ -204,7 +184,6 @@ def tables(results):
     return '\n'.join(texts)
 
 
-OPTIMIZER_NAMES = {'adamw': 'AdamW', 'muon': 'Muon and AdamW'}
 STATES = f'shared out over {gpus} GPUs' if fsdp and gpus > 1 else 'whole on each GPU'
 ASSUMPTIONS = [
     'GPU: {gpu.name}, by its data sheet {tflops:g} TFLOP/s ({dtype}, dense), {gpu.memory:g} GB, {gpu.bandwidth:g} '
@@ -248,11 +227,10 @@ plans = plans_to_compare()
 sizes_text = f'{sizes["n_layer"]} layers, {sizes["n_head"]} heads, C = {sizes["n_embd"]}'
 sizes_text += f', vocabulary {sizes["vocab_size"]:,}, context {T:,}; {gpus} x {hardware.name}'
 print(f'{shape + ": " if shape else ""}{sizes_text}\n')
-results = [
-    {'name': plan.name, 'parameters': plan.total, 'parts': plan.parameters, 'training': training(plan)}
-    | {'decoding': decoding(plan)}
-    for plan in plans
-]
+results = []
+for plan in plans:
+    found = dict(name=plan.name, parameters=plan.total, parts=plan.parameters)
+    results.append(found | dict(training=training(plan), decoding=decoding(plan)))
 print(tables(results))
 facts = dict(gpu=hardware, tflops=peak / 1e12, dtype=dtype, usable=usable, states=STATES, mfu=mfu, gpus=gpus, T=T)
 facts['kind'] = dtype if cache == 'float' else cache

@@ -16,17 +16,15 @@ import torch
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 Rows = dict[str, slice]  # of a parameter, by its name
+Betas = tuple[float, float]
 Parts = Callable[[str], Rows]  # the parts of a fused matrix, by its name
-
-KEYS_AND_VALUES = ('k', 'v', 'kv')  # the parts that `kv_rows` takes; 'kv' is what makes MLA's latent
 
 
 def kv_rows(named: Named, parts: Parts) -> Rows:
     """The rows of each weight from which keys and values are computed: {name: rows}."""
     rows = {}
-    for name, _ in named:
-        found = [where for part, where in parts(name).items() if part in KEYS_AND_VALUES]
-        if found:
+    for name, _ in named:  # 'kv' is what makes MLA's latent
+        if found := [where for part, where in parts(name).items() if part in ('k', 'v', 'kv')]:
             rows[name] = slice(found[0].start, found[-1].stop)
     return rows
 
@@ -40,7 +38,7 @@ def param_groups(named: Named, weight_decay: float, slow: Rows | None = None, sh
     `slow_down`.) Parameters that need no gradient are left out.
     """
     named = [(name, p) for name, p in named if p.requires_grad]
-    slow = {} if slow is None or share == 1 else slow
+    slow = slow if slow and share != 1 else {}
     whole = {name for name, p in named if name in slow and is_whole(slow[name], p)}
     groups = [
         dict(params=[(n, p) for n, p in named if p.dim() >= 2 and n not in whole], weight_decay=weight_decay),
@@ -62,7 +60,7 @@ def no_parts(name: str) -> Rows:
 
 
 def adamw(
-    groups: list[dict], learning_rate: float, betas: tuple[float, float], device_type: str, parts: Parts = no_parts
+    groups: list[dict], learning_rate: float, betas: Betas, device_type: str, parts: Parts = no_parts
 ) -> torch.optim.AdamW:
     """AdamW of `param_groups`, fused where PyTorch has that. device_type: 'cpu', 'cuda'; `parts` changes nothing."""
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
@@ -80,26 +78,18 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        groups: list[dict],
-        learning_rate: float,
-        betas: tuple[float, float],
-        device_type: str,
-        parts: Parts = no_parts,
+        self, groups: list[dict], learning_rate: float, betas: Betas, device_type: str, parts: Parts = no_parts
     ):
         """groups: those of `param_groups`. The default of `parts` orthogonalizes fused matrices as a whole."""
         muon: list[dict] = []
         rest: list[dict] = []
         for group in groups:
-            for chosen, kind in ((muon, True), (rest, False)):
-                params = [(name, p) for name, p in group['params'] if is_block_matrix(name, p) == kind]
-                if params:
-                    chosen.append({**group, 'params': params})
+            for chosen, is_mine, more in ((muon, True, {'momentum': 0.95}), (rest, False, {})):
+                if params := [one for one in group['params'] if is_block_matrix(*one) == is_mine]:
+                    chosen.append({**group, 'params': params, **more})
         self.parts = parts
         self.adamw = adamw(rest, learning_rate, betas, device_type)
-        super().__init__(
-            [{**group, 'momentum': 0.95} for group in muon] + self.adamw.param_groups, {'lr': learning_rate}
-        )
+        super().__init__(muon + self.adamw.param_groups, {'lr': learning_rate})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -160,8 +150,8 @@ def local_rows(parameter: Any, rows: slice) -> tuple[torch.Tensor, slice]:
         return values[rows], slice(0, rows.stop - rows.start)
     mesh, local = parameter.device_mesh, values.to_local()
     first = min(mesh.get_local_rank() * -(-parameter.size(0) // mesh.size()), parameter.size(0))
-    start, stop = max(first, rows.start), min(first + local.size(0), rows.stop)
-    stop = max(start, stop)
+    start = max(first, rows.start)
+    stop = max(start, min(first + local.size(0), rows.stop))
     return local[start - first : stop - first], slice(start - rows.start, stop - rows.start)
 
 

@@ -104,10 +104,9 @@ def measured(ckpt):
     numbers = sum(t.numel() for layer in model.init_cache(1, 1).layers for t in layer)
     rows = []
     for basis, bits, rounded, size in roundings(model, text):
-        rise = evaluation.mean_and_stderr(
-            evaluation.window_losses(rounded, data, 'val', windows, batch_size=32) - exact
-        )
-        rows.append(dict(basis=basis, bits=bits, bytes=size, rise=rise[0], rise_stderr=rise[1]))
+        losses = evaluation.window_losses(rounded, data, 'val', windows, batch_size=32)
+        rise, error = evaluation.mean_and_stderr(losses - exact)
+        rows.append(dict(basis=basis, bits=bits, bytes=size, rise=rise, rise_stderr=error))
     found = dict(attention=label_of(model.config), rope=model.config.pos == 'rope', val_loss=float(exact.mean()))
     share = getattr(model.config, 'n_latent', 0) / model.config.n_embd
     return dict(found, share=share, numbers=numbers, corpus=data.corpus, rows=rows, heads=heads(model, saved))
@@ -115,13 +114,10 @@ def measured(ckpt):
 
 def roundings(model, text):
     """(basis, bits, the model whose full pass rounds so, its exact cache bytes per token) of all that is measured."""
-    latents = attention_of(model) == 'mla'
-    bases = {'own': model} if latents else {'own': model, 'hadamard': model}
+    latents, bases = attention_of(model) == 'mla', {'own': model, 'hadamard': model}
     if latents:
-        orthogonal = model.config.latent_norm
-        bases |= {
-            name: rotate(model, name, latent_statistics(model, text)) for name in (BASES[:1] if orthogonal else BASES)
-        }
+        for name in BASES[:1] if model.config.latent_norm else BASES:  # a norm admits orthogonal ones alone
+            bases[name] = rotate(model, name, latent_statistics(model, text))
     vectors = [t for layer in model.init_cache(1, 1).layers for t in layer]
     wide = getattr(model.transformer.h[0].attn, 'n_rope', 0)
     for name, changed in bases.items():
@@ -142,12 +138,8 @@ def roundings(model, text):
                 each = [shared_bits(s, bits * len(s)) for s in sizes]
                 size = sum(-(-int(b.sum()) // 8) + 2 + 2 * wide for b in each)
                 by = [by_component(s, b) for s, b in zip(sizes, each, strict=True)]
-                yield (
-                    'by component',
-                    bits,
-                    round_cached(copy.deepcopy(changed), lambda layer, x, by=by: by[layer](x)),
-                    size,
-                )
+                rounded = round_cached(copy.deepcopy(changed), lambda layer, x, by=by: by[layer](x))
+                yield 'by component', bits, rounded, size
 
 
 def rounding(model, function):
@@ -319,10 +311,8 @@ with reading(reuse):
     then = earlier['config']['windows']
     runs = earlier['runs'] if reuse else told_apart(subprocesses.run_all(measure, named, jobs))
     shown = dict.fromkeys(row['basis'] for run in runs for row in run['rows'])
-    text = (
-        f'Rise of the validation loss on {then} windows, by seed; of a single run ± is over windows:\n\n'
-        f'{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'
-    )
+    text = f'Rise of the validation loss on {then} windows, by seed; of a single run ± is over windows:\n\n'
+    text += f'{rise_table(shown)}\nThe best choice within a number of bytes:\n\n'
     text += f'{best_table()}\nHeads, on random tokens that repeat:\n\n{head_table()}'
     picture = draw()
 save(paths, text, picture, None if reuse else dict(config=config, runs=runs))

@@ -96,14 +96,13 @@ class Arm:
     """One model of the contest; latent: MLA's n_latent."""
 
     label: str
-    attention: str
     n_kv_head: int = 0
     n_rope: int = 0
     latent: int = 0
 
     def keys(self):
         """Its keys of train.py."""
-        if self.attention == 'MLA':
+        if self.latent:
             return dict(attention='mla', n_latent=self.latent, latent_norm=True)
         return dict(n_kv_head=self.n_kv_head, n_rope=self.n_rope)
 
@@ -124,13 +123,13 @@ def all_arms():
     # 2 C^2 + C R (H + 1) + 3 C r + r = 4 C^2
     same = round((2 * n_embd**2 - n_embd * rotated * (n_head + 1)) / (3 * n_embd + 1))
     return [
-        Arm('MHA', 'MHA'),
-        Arm('MQA', 'MQA', n_kv_head=1),
-        Arm('MLA, cache of MQA', 'MLA', latent=2 * size - rotated),
-        Arm('MHA, half rotated', 'MHA', n_rope=rotated),
-        Arm('GQA-2', 'GQA', n_kv_head=2),
-        Arm('MLA, cache of GQA-2', 'MLA', latent=4 * size - rotated),
-        Arm('MLA, weights of MHA', 'MLA', latent=same),
+        Arm('MHA'),
+        Arm('MQA', n_kv_head=1),
+        Arm('MLA, cache of MQA', latent=2 * size - rotated),
+        Arm('MHA, half rotated', n_rope=rotated),
+        Arm('GQA-2', n_kv_head=2),
+        Arm('MLA, cache of GQA-2', latent=4 * size - rotated),
+        Arm('MLA, weights of MHA', latent=same),
     ]
 
 
@@ -157,25 +156,25 @@ def run(arm, setting, seed):
 
 def train_and_measure(item):
     """The loss and sizes of a run; it is trained unless that is done. val_loss is inf where training diverged."""
-    ckpt, result = (os.path.join(item['folder'], name) for name in ('ckpt.pt', 'result.json'))
-    if os.path.exists(result):
-        check(item, read_json(result)['keys'])
-    else:
-        saved = checkpoints.load(ckpt, mapped=True) if os.path.exists(ckpt) else None
-        if saved:
-            check(item, saved['config'])
-        if not saved or saved['iter_num'] < item['keys']['max_iters']:
-            keys = dict(item['keys'], resume='auto', out_dir=item['folder'])
-            if not subprocesses.converges('train.py', [keys], item['folder']):
-                files.write_json(result, dict(val_loss=None, keys=item['keys']))
-                return dict(item, val_loss=math.inf)
-        model = models.build_model(checkpoints.load(ckpt)).eval().to(device)
-        losses = window_losses(model, data, 'val', WINDOWS, batch_size=64).numpy()
-        np.save(os.path.join(item['folder'], 'losses.npy'), losses.astype(np.float32))
-        sizes = comparison.sizes(model)
-        files.write_json(result, dict(val_loss=losses.mean(), keys=item['keys'], commit=commit(), **sizes))
+    result = os.path.join(item['folder'], 'result.json')
+    if not os.path.exists(result):
+        files.write_json(result, trained(item))
     found = read_json(result)
+    check(item, found['keys'])
     return item | found | dict(val_loss=math.inf if found['val_loss'] is None else found['val_loss'])
+
+
+def trained(item):
+    """Train a run, or what is left of it, and measure it: what its result.json keeps, and the losses of its windows."""
+    folder, ckpt = item['folder'], os.path.join(item['folder'], 'ckpt.pt')
+    if os.path.exists(ckpt):
+        check(item, checkpoints.load(ckpt, mapped=True)['config'])
+    if not subprocesses.converges('train.py', [dict(item['keys'], resume='auto', out_dir=folder)], folder):
+        return dict(val_loss=None, keys=item['keys'])
+    model = models.build_model(checkpoints.load(ckpt)).to(device)
+    losses = window_losses(model, data, 'val', WINDOWS, batch_size=64).numpy()
+    np.save(os.path.join(folder, 'losses.npy'), losses.astype(np.float32))
+    return dict(val_loss=losses.mean(), keys=item['keys'], commit=commit(), **comparison.sizes(model))
 
 
 def check(item, config):
@@ -185,46 +184,30 @@ def check(item, config):
             raise UserError(f'{item["folder"]} has {key}={config.get(key)}, not {value}; choose another --out_dir')
 
 
-# ---- tuning ----------------------------------------------------------------------------------------------------------
+# ---- tuning: generators that yield settings, are sent the best of these, and return the one that they settle on ------
 
 
-class Search:
-    """The search for one model's setting. `missing` are the runs that it needs next, `chosen` is what it found."""
+def settle(arm):
+    """The four steps of a model's search."""
+    setting = yield from climb(arm, Setting(rounded(rate)))
+    setting = yield [Setting(setting.rate, factor) for factor in FACTORS]
+    setting = yield [Setting(setting.rate, setting.kv_lr, scale) for scale in SCALES]
+    return (yield from climb(arm, setting))
 
-    def __init__(self, arm, known):
-        self.arm, self.known, self.missing = arm, known, []
-        self.chosen = self.settle()
 
-    def loss(self, setting):
-        """The mean loss of a setting over the tuning seeds."""
-        runs = [(self.arm, setting, TUNING_SEED + n) for n in range(n_tuning)]
-        self.missing += [r for r in runs if r not in self.known]
-        return mean(self.known.get(r, math.inf) for r in runs)
-
-    def climb(self, center):
-        """The best learning rate, with worse ones on either side; None while runs are missing."""
-        middle = round(2 * math.log2(center.rate / rate))  # steps from the first rate: all climbs share one grid
-        low, high = middle - 1, middle + 1
-        while True:
-            rates = [rounded(rate * 2 ** (n / 2)) for n in range(low, high + 1)]
-            steps = [Setting(r, center.kv_lr, center.kv_rms) for r in rates]
-            best = min(steps, key=self.loss)
-            if self.missing:
-                return None
-            if best not in (steps[0], steps[-1]):
-                return best
-            if high - low > 16:
-                raise UserError(f'{self.arm.label} learns at no rate from {steps[0].rate:g} to {steps[-1].rate:g}')
-            low, high = low - (best == steps[0]), high + (best == steps[-1])
-
-    def settle(self):
-        """The four steps; None while runs are missing."""
-        setting = self.climb(Setting(rounded(rate)))
-        if setting:
-            setting = min((Setting(setting.rate, factor) for factor in FACTORS), key=self.loss)
-        if setting and not self.missing:
-            setting = min((Setting(setting.rate, setting.kv_lr, scale) for scale in SCALES), key=self.loss)
-        return self.climb(setting) if setting and not self.missing else None
+def climb(arm, center):
+    """The search for the best learning rate, with worse ones on either side."""
+    middle = round(2 * math.log2(center.rate / rate))  # steps from the first rate: all climbs share one grid
+    low, high = middle - 1, middle + 1
+    while True:
+        rates = [rounded(rate * 2 ** (n / 2)) for n in range(low, high + 1)]
+        steps = [Setting(r, center.kv_lr, center.kv_rms) for r in rates]
+        best = yield steps
+        if best not in (steps[0], steps[-1]):
+            return best
+        if high - low > 16:
+            raise UserError(f'{arm.label} learns at no rate from {rates[0]:g} to {rates[-1]:g}')
+        low, high = low - (best == steps[0]), high + (best == steps[-1])
 
 
 def rounded(value):
@@ -232,33 +215,24 @@ def rounded(value):
     return float(f'{value:.3g}')
 
 
-def contest(named, settings):
-    """Train what is missing until every model has its setting and its final seeds: (settings, tuning, finals)."""
-    known, finals = {}, {}
-    while True:
-        wanted = []
-        for arm in named:
-            if arm not in settings:
-                search = Search(arm, known)
-                wanted += search.missing
-                if search.chosen:
-                    settings[arm] = search.chosen
-            if arm in settings:
-                seeds = n_most if arm.label in HEADLINE else n_final
-                wanted += [(arm, settings[arm], FINAL_SEED + n) for n in range(seeds)]
-        missing = sorted(set(wanted) - set(known) - set(finals), key=lambda r: (r[2], named.index(r[0]), r[1].rate))
-        if not missing:
-            return settings, known, finals
-        # final seeds wait until every model is tuned, so that all are reached alike
-        tuning = [r for r in missing if r[2] < FINAL_SEED]
-        for done in subprocesses.run_all(train_and_measure, [run(*r) for r in tuning or missing], jobs):
-            key = (done['arm'], done['setting'], done['seed'])
-            if done['seed'] < FINAL_SEED:
-                known[key] = done['val_loss']
-            elif math.isinf(done['val_loss']):
-                raise UserError(f'{done["name"]} diverged; its setting is too near the edge, start from a lower --rate')
-            else:
-                finals[key] = done
+def tune(arms):
+    """({arm: its setting}, {(arm, setting, seed): loss}) of searches that advance together: all are reached alike."""
+    settings, known, searches = {}, {}, {arm: settle(arm) for arm in arms}
+    wanted = {arm: next(search) for arm, search in searches.items()}
+    seeds = range(TUNING_SEED, TUNING_SEED + n_tuning)
+    while wanted:
+        runs = [(arm, setting, seed) for seed in seeds for arm, choices in wanted.items() for setting in choices]
+        missing = [run(*r) for r in runs if r not in known]
+        for done in subprocesses.run_all(train_and_measure, missing, jobs):
+            known[done['arm'], done['setting'], done['seed']] = done['val_loss']
+        for arm, choices in list(wanted.items()):
+            losses = [mean(known[arm, setting, seed] for seed in seeds) for setting in choices]
+            try:
+                wanted[arm] = searches[arm].send(choices[losses.index(min(losses))])
+            except StopIteration as end:
+                settings[arm] = end.value
+                del wanted[arm]
+    return settings, known
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -268,7 +242,7 @@ def as_numbers(settings, known, finals):
     """Everything that is reported, as JSON keeps it."""
     models, by_window = {}, {}  # by_window: the loss of every validation window, averaged over final seeds
     for arm, setting in settings.items():
-        done = [r for r in finals.values() if r['arm'] == arm]
+        done = [r for r in finals if r['arm'] == arm]
         tuning = [dict(asdict(s), seed=seed, loss=loss) for (a, s, seed), loss in known.items() if a == arm]
         facts = ('parameters', 'attention_parameters', 'flops_per_token', 'cache_bytes_per_token')
         models[arm.label] = dict(
@@ -379,8 +353,7 @@ def read_contest(path):
         numbers = read_json(path)
         for model in numbers['models'].values():
             Setting(**model['setting'])
-        model_table(numbers)  # it has all that these show
-        pair_table(numbers)
+        model_table(numbers), pair_table(numbers)  # it has all that these show
         return numbers
 
 
@@ -403,21 +376,26 @@ else:
         raise UserError(f'unknown arms: {"; ".join(unknown)}; choose from {"; ".join(known_arms)}')
     named = [known_arms[name] for name in named]
     common = SIZE | BLOCKS[blocks] | dict(dataset=dataset, data_dir=data_dir, pos='rope', bias=False, dropout=0.0)
-    common |= dict(
-        gradient_accumulation_steps=1, optimizer=optimizer, beta2=0.99, warmup_iters=min(100, iterations // 2)
-    )
-    common |= dict(min_lr=1e-4, max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations, eval_iters=1)
-    common |= dict(always_save_checkpoint=True, checkpoint_interval=500, log_interval=100)
-    common |= dict(device=device, dtype=dtype, compile=compile, threads=1)
-    settings = {}
+    common |= dict(gradient_accumulation_steps=1, optimizer=optimizer, beta2=0.99, min_lr=1e-4)
+    common |= dict(warmup_iters=min(100, iterations // 2), max_iters=iterations, lr_decay_iters=iterations)
+    common |= dict(eval_interval=iterations, eval_iters=1, checkpoint_interval=500, always_save_checkpoint=True)
+    common |= dict(log_interval=100, device=device, dtype=dtype, compile=compile, threads=1)
     if tuned:
         found = read_contest(tuned)['models']
         if lacking := [arm.label for arm in named if arm.label not in found]:
             raise UserError(f'{tuned} has no setting of {"; ".join(lacking)}; name others with --arms')
-        settings = {arm: Setting(**found[arm.label]['setting']) for arm in named}
+        settings, known = {arm: Setting(**found[arm.label]['setting']) for arm in named}, {}
     data = TokenData(os.path.join(data_dir, dataset), block_size)
     torch.set_num_threads(1)
-    numbers = as_numbers(*contest(named, settings))
+    if not tuned:
+        settings, known = tune(named)
+    seeds = {arm: n_most if arm.label in HEADLINE else n_final for arm in named}
+    turns = [(arm, FINAL_SEED + n) for n in range(max(n_most, n_final)) for arm in seeds if n < seeds[arm]]
+    plans = [run(arm, settings[arm], seed) for arm, seed in turns]
+    finals = subprocesses.run_all(train_and_measure, plans, jobs)
+    if diverged := [done['name'] for done in finals if math.isinf(done['val_loss'])]:
+        raise UserError(f'{diverged[0]} diverged; its setting is too near the edge, start from a lower --rate')
+    numbers = as_numbers(settings, known, finals)
 
 setting = numbers['setting']
 where = (', compiled' * setting['compile'] + f', on {setting["cpu"]}') if setting['device'] == 'cpu' else ', on a GPU'

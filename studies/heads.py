@@ -189,13 +189,9 @@ else:
     sources = arguments.names(models, 'models')
     if not sources:
         raise UserError('nothing to measure: name checkpoints with --models=data/smollm2,out-smollm2/published-1-2')
-    named = (
-        [name.strip() for name in labels.split(';')] if labels else [os.path.basename(s.strip('/')) for s in sources]
-    )
-    if len(named) != len(sources) or len(set(named)) != len(named):
-        raise UserError(
-            f'labels must give each of the {len(sources)} models a name of its own, separated by semicolons'
-        )
+    named = [name.strip() for name in labels.split(';')] if labels else [Path(source).name for source in sources]
+    if not len(sources) == len(named) == len(set(named)):
+        raise UserError(f'labels must give each of the {len(sources)} models a name of its own, separated by ;')
     machine.set_threads(threads)
     chosen, found = {}, {}
     for label, source in zip(named, sources, strict=True):

@@ -56,9 +56,8 @@ runs_dir = os.path.join(out_dir, f'{iterations}')  # runs of other forms aren't 
 def planned():
     """All runs of this form of the study: dicts of name, folder, attention, n_latent (0: MHA), pos, n_layer, seed."""
     latents = (0, 32, 16, 8, 4) if full else (0, 16)  # 0: MHA; the others are C/2 to C/16
-    shapes = [(r, pos, LAYERS) for pos in ('learned', 'rope') for r in latents] + [
-        (r, 'learned', DEEP) for r in (0, 16)
-    ]
+    shapes = [(r, pos, LAYERS) for pos in ('learned', 'rope') for r in latents]
+    shapes += [(r, 'learned', DEEP) for r in (0, 16)]
     runs = []
     for r, pos, n_layer in shapes:
         for seed in range(1337, 1337 + (seeds or (5 if full else 2))):
@@ -72,8 +71,8 @@ def conversions():
     """The conversions of the two-layer MHA models: dicts of name, source, n_latent, seed."""
     latents = (32, 16, 8) if full else (16,)
     sources = [run for run in planned() if (run['n_latent'], run['pos'], run['n_layer']) == (0, 'learned', LAYERS)]
-    found = [dict(source=run['folder'], n_latent=r, seed=run['seed']) for r in latents for run in sources]
-    return [dict(run, name=f'converted-r{run["n_latent"]}-s{run["seed"]}') for run in found]
+    pairs = [(r, run['folder'], run['seed']) for r in latents for run in sources]
+    return [dict(name=f'converted-r{r}-s{seed}', source=folder, n_latent=r, seed=seed) for r, folder, seed in pairs]
 
 
 def attention_of(run):
@@ -115,10 +114,9 @@ def convert_and_measure(run):
     out = dict(n_latent=run['n_latent'], seed=run['seed'])
     for name, of in (('mha', run['source']), ('converted', folder), ('tuned', tuned)):
         found = measure(of, data_dir=data_dir)
-        same, heads = found['induction']['mean'][layer][head], int(np.sum(found['called']))
-        out[name] = dict(
-            same=same, best=best_heads(found)['score'], heads=heads, repeat_loss=found['repeat_loss']['mean']
-        )
+        same, best = found['induction']['mean'][layer][head], best_heads(found)['score']
+        out[name] = dict(same=same, best=best, heads=int(np.sum(found['called'])))
+        out[name]['repeat_loss'] = found['repeat_loss']['mean']
     return out
 
 
@@ -214,10 +212,8 @@ def depth_table(outcomes):
     heading += ['best previous-token score', 'layer.head', 'loss on repeats', 'val loss']
     rows = []
     for (_, name), group in groups(outcomes, DEEP).items():
-        previous = (*cells(group, 'previous'), places(group, 'best_previous'))
-        rows.append(
-            (name, *formation(group), places(group, 'best'), *previous, *cells(group, 'repeat_loss', 'val_loss'))
-        )
+        heads = (places(group, 'best'), *cells(group, 'previous'), places(group, 'best_previous'))
+        rows.append((name, *formation(group), *heads, *cells(group, 'repeat_loss', 'val_loss')))
     return report.markdown_table(heading, rows)
 
 
@@ -244,11 +240,10 @@ def conversion_table(converted):
     heading += ['loss on repeats, MHA', 'converted', 'fine-tuned']
     rows = []
     for r in dict.fromkeys(run['n_latent'] for run in converted):
-        mha, plain, tuned = (
-            [run[stage] for run in converted if run['n_latent'] == r] for stage in ('mha', 'converted', 'tuned')
-        )
-        same, loss = ([cells(group, key)[0] for group in (mha, plain, tuned)] for key in ('same', 'repeat_loss'))
-        rows.append((attention_of(dict(n_latent=r)), *same, *cells(tuned, 'best'), *loss))
+        runs = [run for run in converted if run['n_latent'] == r]
+        stages = [[run[stage] for run in runs] for stage in ('mha', 'converted', 'tuned')]
+        same, loss = ([cells(group, key)[0] for group in stages] for key in ('same', 'repeat_loss'))
+        rows.append((attention_of(runs[0]), *same, *cells(stages[-1], 'best'), *loss))
     return report.markdown_table(heading, rows)
 
 

@@ -147,7 +147,6 @@ def outcome(found, steps):
             tokens=step['iteration'] * TOKENS,
             induction=step['induction']['mean'],
             previous=step['previous_token']['mean'],
-            previous_layer=step['previous_token']['head'][0],
             repeated=step['bigrams']['repeated']['mean'],
             others=step['bigrams']['others']['mean'],
             gain=step['bigram_gain'],

@@ -73,10 +73,8 @@ def captured(function):
 def measure(B, S, r):
     """One row per way of attending, at one batch size, context and rank."""
     generator = torch.Generator(device).manual_seed(seed)
-    q, latents = (
-        torch.randn(B, *shape, r + n_rope, generator=generator, device=device).to(dtype)
-        for shape in ((n_head,), (1, S))
-    )
+    shapes = (B, n_head, r + n_rope), (B, 1, S, r + n_rope)
+    q, latents = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes)
     length, seen = torch.tensor([S], device=device), torch.ones(1, S, dtype=torch.bool, device=device)
     factors = latents.float().abs().amax(-1) / 127
     low = (latents.float() / factors[..., None]).round().to(torch.int8)
@@ -91,13 +89,13 @@ def measure(B, S, r):
     errors = {name: ((way()[0].double() - exact).norm() / exact.norm()).item() for name, way in ways.items()}
     replays = {name: captured(way) for name, way in ways.items()}
     seconds = timing.alternate(replays, rounds, device, turn=0.05 if device != 'cpu' else 0)
-    rows = []
-    for name, times in seconds.items():
-        row = dict(name=name, batch_size=B, context=S, n_latent=r, error=errors[name], **timing.spread(times))
-        read = low.nbytes + factors.nbytes if 'int8' in name else latents.nbytes
-        row['bytes_per_s'] = 1e3 * read / row['ms']
-        row['speed'] = timing.spread(seconds['two products'])['ms'] / row['ms']
-        rows.append(row)
+    rows = [
+        dict(name=name, batch_size=B, context=S, n_latent=r, error=errors[name], **timing.spread(times))
+        for name, times in seconds.items()
+    ]
+    for row in rows:
+        read = low.nbytes + factors.nbytes if 'int8' in row['name'] else latents.nbytes
+        row |= dict(bytes_per_s=1e3 * read / row['ms'], speed=rows[0]['ms'] / row['ms'])
     return rows
 
 
@@ -106,19 +104,11 @@ with torch.no_grad():
     steps = [row for size in itertools.product(*sizes) for row in measure(*size)]
 gpu = gpus.gpu_of(device)
 columns = ('B', 'T', 'r', 'attention', 'ms', 'speed / two products', 'of bandwidth', 'relative error')
-table = [
-    (
-        row['batch_size'],
-        row['context'],
-        row['n_latent'],
-        row['name'],
-        f'{row["ms"]:.4f}',
-        f'{row["speed"]:.2f}',
-        f'{row["bytes_per_s"] / 1e9 / gpu.bandwidth:.0%}' if gpu else '',
-        f'{row["error"]:.1e}',
-    )
-    for row in steps
-]
+table = []
+for row in steps:
+    what = (row[key] for key in ('batch_size', 'context', 'n_latent', 'name'))
+    part = f'{row["bytes_per_s"] / 1e9 / gpu.bandwidth:.0%}' if gpu else ''
+    table.append((*what, f'{row["ms"]:.4f}', f'{row["speed"]:.2f}', part, f'{row["error"]:.1e}'))
 print(report.markdown_table(columns, table, True))
 if json:
     write_json(json, dict(machine=timing.describe_machine(device, str(dtype)), config=config, steps=steps))

@@ -70,11 +70,6 @@ def their_text(server):
         raise UserError(f'llama.cpp did not continue the prompt ({str(found)[:200]})')
 
 
-def loss(model):
-    """The loss on each window of the validation text."""
-    return evaluation.window_losses(model, data, 'val', windows, batch_size=1)
-
-
 if not os.path.isfile(gguf):
     raise UserError(f"--gguf is '{gguf}'; name a GGUF file of Llama's shape")
 if json:
@@ -105,22 +100,18 @@ with torch.no_grad():
             row['weight_bytes'] = weight_bytes(ours[name], 4)
     if dataset:
         data = TokenData(os.path.join(data_dir, dataset), context)
-        before = loss(original)
+        losses = {name: evaluation.window_losses(model, data, 'val', windows, 1) for name, model in ours.items()}
         for row in (row for row in rows if row['name'] in ours and row['name'] != 'float32'):
-            row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(loss(ours[row['name']]) - before)
+            rise = losses[row['name']] - losses['float32']
+            row['rise'], row['rise_stderr'] = evaluation.mean_and_stderr(rise)
 
 host = timing.describe_machine('cpu', 'float32')
 columns = ['weights', 'tokens/s', "of llama.cpp's speed", 'MB read per token', 'rise of the loss']
-table = [
-    (
-        row['name'],
-        f'{row["tokens_per_s"]:.1f}',
-        f'{row["of_theirs"]:.2f}',
-        f'{row["weight_bytes"] / 1e6:.0f}' if 'weight_bytes' in row else '',
-        f'{row["rise"]:+.4f} ± {row["rise_stderr"]:.4f}' if 'rise' in row else '',
-    )
-    for row in rows
-]
+table = []
+for row in rows:
+    read = f'{row["weight_bytes"] / 1e6:.0f}' if 'weight_bytes' in row else ''
+    rise = f'{row["rise"]:+.4f} ± {row["rise_stderr"]:.4f}' if 'rise' in row else ''
+    table.append((row['name'], f'{row["tokens_per_s"]:.1f}', f'{row["of_theirs"]:.2f}', read, rise))
 output(f'{host["device"]}, {torch.get_num_threads()} threads, texts of {new_tokens} tokens\n')
 output(report.markdown_table(columns, table, True).rstrip('\n'))
 if json:

@@ -112,13 +112,12 @@ model, saved = models.pretrained(source)
 cached = 2 * model.config.kv_heads * model.config.head_size
 if 'original' not in rows:
     report('original', model, None)
+sample = [batch for corpus in corpora for batch in training_text(data[corpus], STATISTICS // context, 4)]
 wanted = {f'{form}, 1/{part}': (form, part) for part in PARTS for form in ('decompressed', 'published')}
-if not wanted.keys() <= rows.keys():
-    sample = [batch for corpus in corpora for batch in training_text(data[corpus], STATISTICS // context, 4)]
+wanted = {name: what for name, what in wanted.items() if name not in rows}
+if wanted:
     statistics, inputs = collect_statistics(model, sample), collect_inputs(model, sample)
 for name, (form, part) in wanted.items():
-    if name in rows:
-        continue
     if form == 'published':
         n_rope = model.config.head_size // PARTS[part]
         converted = to_published_mla(model, statistics, inputs, cached // part - n_rope, n_rope)
@@ -137,11 +136,8 @@ def peer_model():
     exported = os.path.join(out_dir, 'hf')
     subprocesses.run_script('export_hf.py', [dict(source=source, out_dir=exported, overwrite=True)], out_dir)
     tokenizer = load_tokenizer(saved['tokenizer'])
-    texts = [tokenizer.decode(row) for corpus in corpora
-             for batch in training_text(data[corpus], STATISTICS // context, 4) for row in batch.tolist()]  # fmt: skip
-    theirs, _ = convert_to_mla(
-        exported, 2.0, 'separate', device='cpu', dtype=torch.float32, calibration_texts=texts, verbose=False
-    )
+    how = dict(calibration_texts=[tokenizer.decode(row) for batch in sample for row in batch.tolist()], verbose=False)
+    theirs, _ = convert_to_mla(exported, 2.0, 'separate', device='cpu', dtype=torch.float32, **how)
     shape = {**models.model_args(model.config), 'n_kv_head': 0, 'n_latent': cached // 2, 'shared_rope': False}
     new, K, H = like(model, MLAGPT, MLAConfig(**shape)), model.config.kv_heads, model.config.n_head
     for old, block, other in zip(layers(model), layers(new), theirs.model.layers, strict=True):

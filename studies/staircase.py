@@ -93,16 +93,15 @@ STAIRCASE = [
     Arm('S4: r = C/2', ('MLA', 0.5, 1), mla(latent=WIDTH // 2)),
     Arm('S5: rotated beside the content', ('MLA', 0.5, 0), mla(latent=WIDTH // 2, content=SIZE)),
 ]
+DOWN = {'trained': 'mla', 'random': 'mla_frozen', 'a slice of x': 'mla_slice', 'of all layers': 'mla_shared'}
 LATENTS = [
     Arm(f'W_D {how}, r = C/{divisor}', ('MLA', 1 / divisor, n), mla(attention, WIDTH // divisor, SIZE))
     for divisor in (2, 8)
-    for n, (how, attention) in enumerate(
-        (('trained', 'mla'), ('random', 'mla_frozen'), ('a slice of x', 'mla_slice'), ('of all layers', 'mla_shared'))
-    )
+    for n, (how, attention) in enumerate(DOWN.items())
 ]
 iterations = max_iters or (2000 if full else 300)
 n_tuning, n_seeds = tuning_seeds or (4 if full else 1), seeds or (12 if full else 2)
-steps = sorted({*(n for n in range(100, min(iterations, 1000), 50)), *range(0, iterations, 250), iterations} - {0})
+steps = sorted({*range(100, min(iterations, 1000), 50), *range(0, iterations, 250), iterations} - {0})
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -47,20 +47,12 @@ class SliceAttention(MultiHeadLatentAttention):
 class FrozenAttention(SliceAttention):
     """MLA with a random W_D that isn't trained."""
 
-    is_trained = False
-
     def __init__(self, config: MLAConfig, layer: int):
         super().__init__(config, layer)
-        self.c_latent = Linear(config.n_embd, config.n_latent, bias=False).requires_grad_(self.is_trained)
+        self.c_latent = Linear(config.n_embd, config.n_latent, bias=False).requires_grad_(False)
 
     def content(self, x: Tensor) -> Tensor:
         return self.c_latent(x)
-
-
-class SharedAttention(FrozenAttention):
-    """MLA with a trained W_D; its model gives the first layer's to all layers."""
-
-    is_trained = True
 
 
 class SliceGPT(MLAGPT):
@@ -75,13 +67,12 @@ class FrozenGPT(SliceGPT):
     attention = FrozenAttention
 
 
-class SharedGPT(SliceGPT):
-    attention = SharedAttention
-
+class SharedGPT(FrozenGPT):
     def __init__(self, config: MLAConfig, seed: int = 1337):
         super().__init__(config, seed)
+        shared = self.transformer.h[0].attn.c_latent.requires_grad_()
         for block in self.transformer.h:
-            block.attn.c_latent = self.transformer.h[0].attn.c_latent
+            block.attn.c_latent = shared
 
 
 VARIANTS: dict[str, type[MLAGPT]] = {'mla_slice': SliceGPT, 'mla_frozen': FrozenGPT, 'mla_shared': SharedGPT}

@@ -20,7 +20,6 @@ class GPU(NamedTuple):
         return 1e12 * (self.single if dtype == 'float32' else self.half)
 
 
-# the first entry whose words are all in the device's name counts
 GPUS = (
     GPU('B200', 2250, 1125, 180, 7700),
     GPU('H200', 989, 495, 141, 4800),
@@ -41,18 +40,15 @@ GPUS = (
 )
 
 
+def gpu_called(name: str) -> GPU | None:
+    """The first entry of GPUS whose words are all in a name, in any case and with - or _ for blanks, or None."""
+    words = set(name.lower().replace('-', ' ').replace('_', ' ').split())
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.name.lower().split())), None)
+
+
 def gpu_of(device: str) -> GPU | None:
     """The entry of GPUS for a device, or None where there is none, as for CPUs."""
-    if not device.startswith('cuda'):
-        return None
-    words = torch.cuda.get_device_name(device).replace('-', ' ').split()
-    return next((gpu for gpu in GPUS if all(part in words for part in gpu.name.split())), None)
-
-
-def gpu_called(name: str) -> GPU | None:
-    """The entry of GPUS with this name, in any case and with - or _ for blanks, or None."""
-    wanted = name.lower().replace('-', ' ').replace('_', ' ').split()
-    return next((gpu for gpu in GPUS if gpu.name.lower().split() == wanted), None)
+    return gpu_called(torch.cuda.get_device_name(device)) if device.startswith('cuda') else None
 
 
 def peak_flops(device: str, dtype: str) -> float | None:

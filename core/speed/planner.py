@@ -13,7 +13,8 @@ arXiv:2211.05102 (what bounds decoding); Rajbhandari et al. 2019, arXiv:1910.020
 import functools
 import weakref
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from core.cli import machine
+from core.cli.errors import UserError
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs.models import label_of
 from core.speed import timing
 from model import GPT, GPTConfig
-from model_mla import MLAConfig
+from model_mla import MLAGPT, MLAConfig
 from ops.kernels import EAGER_HEAD_SIZES, loss_rows
 
 GPT2 = dict(vocab_size=50257, block_size=1024, bias=True)
@@ -42,8 +44,29 @@ SHAPES['deepseek-v3'] = dict(n_layer=61, n_head=56, n_embd=7168, vocab_size=1292
 SHAPES['deepseek-v3'] |= dict(n_latents='512', n_latent_q=1536, n_rope=64, latent_norm=True)
 PARTS = {'wte': 'embedding and head', 'wpe': 'positions', 'attn': 'attention', 'mlp': 'MLP', 'ln_': 'norms'}
 FEW, MANY = 256, 512  # sequences, so many that what grows with them outweighs the rest
+Variant = tuple[type[GPT], GPTConfig]
 # bytes per parameter: of the blocks' matrices, of which Muon keeps one number where AdamW keeps two, and of all others
 OPTIMIZERS = {'adamw': (8, 8), 'muon': (4, 8)}
+
+
+def variants(keys: dict[str, Any], kv_heads: Iterable[int], latents: Iterable[int]) -> list[Variant]:
+    """
+    (class, config) of MHA or GQA with each number of key/value heads, and of MLA with each size of the latent.
+
+    keys: a script's, of which the models take theirs. UserError where the sizes don't fit together.
+    """
+    kinds: list[tuple] = [(GPT, GPTConfig, {'n_kv_head': number}) for number in kv_heads]
+    kinds += [(MLAGPT, MLAConfig, {'n_latent': size}) for size in latents]
+    found = []
+    for model_class, config_class, own in kinds:
+        names = {field.name for field in fields(config_class)} & keys.keys()
+        if config_class is GPTConfig:
+            names.discard('n_rope')  # MHA's heads are rotated whole; the key is about MLA's shared part
+        try:
+            found.append((model_class, config_class(**{name: keys[name] for name in names} | own)))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return found
 
 
 class LiveBytes(TorchDispatchMode):

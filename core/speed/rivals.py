@@ -6,8 +6,8 @@ What is timed against us: nanoGPT, Hugging Face's GPT-2, and our own steps witho
 
     python -m core.speed.rivals '{"setting": {...}, ...}'
 
-It reads 'step' or 'peak' per line of stdin and writes one JSON value per line to stdout: a number, or a str that says
-what is wrong. SeparateTraining starts it and is the only one that talks to it.
+It reads 'run' or 'peak_bytes' per line of stdin and writes the result as a line of JSON to stdout; a str says what is
+wrong. SeparateTraining starts it and is the only one that talks to it.
 """
 
 import contextlib
@@ -69,14 +69,6 @@ def nanogpt_model(folder: str, ours: GPT, prompt: torch.Tensor) -> torch.nn.Modu
     theirs = theirs.eval().to(prompt.device)
     check_logits(theirs, ours, prompt, 'nanoGPT')
     return theirs
-
-
-def nanogpt_batch(tokens: np.ndarray, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random batch (x, y), each int64 (batch_size, block_size), gathered row by row as in nanoGPT's get_batch."""
-    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
-    rows = [tokens[i : i + block_size + 1].astype(np.int64) for i in starts]
-    x, y = (torch.stack([torch.from_numpy(row[part]) for row in rows]) for part in (slice(-1), slice(1, None)))
-    return x, y
 
 
 def huggingface_model(ours: GPT, prompt: torch.Tensor) -> Any:
@@ -148,14 +140,10 @@ class Training:
         self.call = torch.compile(model) if setting.compile else model
         self.arguments = {'logits': leave_out == 'loss'}
         self.dtype = setting.dtype
-        self.data = self.open_data()
-
-    def open_data(self) -> Any:
-        """What `batch` reads from."""
-        return TokenData(self.setting.data, self.setting.block_size)
+        self.data: Any = TokenData(setting.data, setting.block_size)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch (x, y) on the CPU."""
+        """The next batch (x, y) on the CPU, each int64 (batch_size, block_size)."""
         size = self.setting.batch_size
         return self.data.batch(self.setting.seed, self.iteration, size, slice(0, size))
 
@@ -182,12 +170,15 @@ class NanoGPTTraining(Training):
         super().__init__(model, setting)
         self.arguments = {}  # it has no `logits`
         self.dtype = setting.dtype if setting.device.startswith('cuda') else 'float32'  # it has no autocast on a CPU
-
-    def open_data(self) -> Any:
-        return np.memmap(os.path.join(self.setting.data, 'train.bin'), dtype=np.uint16, mode='r')
+        self.data = np.memmap(os.path.join(setting.data, 'train.bin'), dtype=np.uint16, mode='r')
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return nanogpt_batch(self.data, self.setting.batch_size, self.setting.block_size)
+        """A random batch, gathered row by row as in nanoGPT's get_batch."""
+        length = self.setting.block_size
+        starts = torch.randint(len(self.data) - length, (self.setting.batch_size,)).tolist()
+        rows = [self.data[i : i + length + 1].astype(np.int64) for i in starts]
+        x, y = (torch.stack([torch.from_numpy(row[part]) for row in rows]) for part in (slice(-1), slice(1, None)))
+        return x, y
 
 
 class SeparateTraining:
@@ -197,16 +188,14 @@ class SeparateTraining:
     A context manager: leaving it ends the process. Every method raises UserError where the process fails.
     """
 
-    def __init__(self, name: str, setting: Setting, gpt_args: dict[str, Any], leave_out: str = '', nanogpt: str = ''):
-        """gpt_args: keyword arguments of GPTConfig. nanogpt: the folder of a nanoGPT checkout; '': our model."""
-        task: dict[str, Any] = dict(setting=asdict(setting), gpt_args=gpt_args, leave_out=leave_out)
-        task['nanogpt'] = nanogpt and os.path.abspath(nanogpt)
-        task.update(threads=torch.get_num_threads(), precision=torch.get_float32_matmul_precision())
-        command = [sys.executable, '-m', 'core.speed.rivals', json.dumps(task)]
+    def __init__(self, name: str, setting: Setting, config: GPTConfig, leave_out: str = '', nanogpt: str = ''):
+        """nanogpt: the folder of a nanoGPT checkout; '': our model."""
+        folder, precision = nanogpt and os.path.abspath(nanogpt), torch.get_float32_matmul_precision()
+        task: dict[str, Any] = dict(setting=asdict(setting), config=asdict(config), leave_out=leave_out, nanogpt=folder)
+        task |= dict(threads=torch.get_num_threads(), precision=precision)
+        command, pipe = [sys.executable, '-m', 'core.speed.rivals', json.dumps(task)], subprocess.PIPE
         self.name = name
-        self.process: Any = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process: Any = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
     def __enter__(self):
         self.run()  # returns when the process is ready
@@ -218,8 +207,8 @@ class SeparateTraining:
         self.process.stdout.close()
         self.process.wait()
 
-    def ask(self, question: str) -> int:
-        """The number that the process answers to 'step' (0, after one step) or 'peak' (bytes)."""
+    def ask(self, question: str) -> Any:
+        """What the process answers to the name of a method of Training."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(question + '\n')
             self.process.stdin.flush()
@@ -231,35 +220,27 @@ class SeparateTraining:
 
     def run(self) -> None:
         """One step."""
-        self.ask('step')
+        self.ask('run')
 
     def peak_bytes(self) -> int:
         """Peak memory of one step, in bytes."""
-        return self.ask('peak')
+        return self.ask('peak_bytes')
 
 
 class Decoding:
     """Decoding steps of a model at a fixed context length: every step writes the same last position of its cache."""
 
-    def __init__(
-        self,
-        model: GPT,
-        batch_size: int,
-        context: int,
-        captured: bool = True,
-        kind: str = 'float',
-        compiled: bool = False,
-    ):
-        """captured: on a GPU, as a CUDA graph; compiled: by torch.compile. kind: of the cache."""
+    def __init__(self, model: GPT, batch_size: int, context: int, kind: str = 'float', how: str = 'captured'):
+        """kind: of the cache. how: 'captured' as a CUDA graph on a GPU, 'compiled' by torch.compile, or 'eager'."""
         self.model, self.context = model, context
         self.cache = model.init_cache(batch_size, context, kind=kind)
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.transformer.wte.weight.device)
         self.step: Callable = functools.partial(model, cache=self.cache)
         self.casts: dict = {}
         self.sizes = {'bytes_per_token': self.cache.bytes_per_token, 'cache_bytes': self.cache.nbytes}
-        if compiled or (captured and self.token.is_cuda):
+        if how == 'compiled' or (how == 'captured' and self.token.is_cuda):
             self.cache.length = context - 1
-            self.step = FixedStep(model, self.cache, compiled)
+            self.step = FixedStep(model, self.cache, how == 'compiled')
 
     def run(self) -> None:
         """One step."""
@@ -307,7 +288,7 @@ def training_of(task: dict[str, Any]) -> Training:
     setting = Setting(**task['setting'])
     torch.set_num_threads(task['threads'])
     torch.set_float32_matmul_precision(task['precision'])
-    model = GPT(GPTConfig(**task['gpt_args']), seed=setting.seed).to(setting.device)
+    model = GPT(GPTConfig(**task['config']), seed=setting.seed).to(setting.device)
     if task['nanogpt']:
         prompt = torch.arange(min(16, setting.block_size), device=setting.device)[None] % model.config.vocab_size
         return NanoGPTTraining(nanogpt_model(task['nanogpt'], model.eval(), prompt), setting)
@@ -330,12 +311,9 @@ def main(argument: str) -> None:
         answer(str(error))
         return
     for line in sys.stdin:
-        if line.strip() == 'peak':
-            answer(training.peak_bytes())
-        else:
-            training.run()
-            timing.synchronize(training.setting.device)
-            answer(0)
+        result = getattr(training, line.strip())()
+        timing.synchronize(training.setting.device)
+        answer(result)
 
 
 if __name__ == '__main__':

@@ -73,9 +73,11 @@ def test_a_model_that_computes_something_else_is_refused(nanogpt):
         rivals.nanogpt_model(nanogpt, scaled_up(bias=False), prompt())
 
 
-def test_a_batch_gathered_row_by_row_has_targets_one_token_later():
-    x, y = rivals.nanogpt_batch(np.arange(1000, dtype=np.uint16), batch_size=5, block_size=8)
-    assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
+def test_a_batch_gathered_row_by_row_has_targets_one_token_later(setting):
+    training = NanoGPTTraining(GPT(GPTConfig(**SIZES)), setting)
+    training.data = np.arange(1000, dtype=np.uint16)
+    x, y = training.batch()
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
     assert (y == x + 1).all() and (x.diff(dim=1) == 1).all()
     assert len(set(x[:, 0].tolist())) > 1
 
@@ -115,7 +117,7 @@ def test_steps_in_a_separate_process(nanogpt, setting, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)  # any folder will do, and a relative --nanogpt means this one
     monkeypatch.setenv('PYTHONPATH', '')
     for options in (dict(nanogpt='.'), dict(leave_out='loss')):
-        with SeparateTraining('it', setting, SIZES, **options) as training:
+        with SeparateTraining('it', setting, GPTConfig(**SIZES), **options) as training:
             training.run()
             # gradients and AdamW's two moments are at least as large as the two MLPs' weights
             assert training.peak_bytes() > 2 * 8 * 32 * 32 * 4
@@ -127,14 +129,14 @@ def test_steps_in_a_separate_process(nanogpt, setting, tmp_path, monkeypatch, ca
 def test_a_separate_process_that_fails_says_why_in_one_line(setting, tmp_path, nanogpt, capfd):
     with (
         pytest.raises(UserError, match=f"^nanoGPT can't be measured: {tmp_path}/none/model.py is missing"),
-        SeparateTraining('nanoGPT', setting, SIZES, nanogpt=str(tmp_path / 'none')),
+        SeparateTraining('nanoGPT', setting, GPTConfig(**SIZES), nanogpt=str(tmp_path / 'none')),
     ):
         pass
     assert capfd.readouterr().err == ''
     Path(nanogpt, 'model.py').write_text('import a_module_that_is_missing')
     with (
         pytest.raises(UserError, match='its process ended, with the error above'),
-        SeparateTraining('nanoGPT', setting, SIZES, nanogpt=nanogpt),
+        SeparateTraining('nanoGPT', setting, GPTConfig(**SIZES), nanogpt=nanogpt),
     ):
         pass
     assert "No module named 'a_module_that_is_missing'" in capfd.readouterr().err
