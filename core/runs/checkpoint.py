@@ -6,7 +6,6 @@ The keys are nanoGPT's and more, so its sample.py reads our MHA checkpoints, and
 
 import contextlib
 import os
-import struct
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError
-from core.text.meta import PlainDtype
+from core.text.meta import NUMPY
 
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
@@ -37,22 +36,6 @@ TYPES: dict[str, Any] = {
     'wandb_run_id': str,
     'learning': dict,  # which rows learn slowly, and whether Muon divides fused matrices: see resume.learning_rules
 }
-
-
-def numpy_number(dtype: PlainDtype, data: bytes) -> int | float | bool:
-    """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
-    formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
-    if not isinstance(dtype, PlainDtype) or dtype.code not in formats:
-        raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
-    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
-
-
-# nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
-NUMPY: list[Any] = [
-    (PlainDtype, 'numpy.dtype'),
-    (numpy_number, 'numpy.core.multiarray.scalar'),
-    (numpy_number, 'numpy._core.multiarray.scalar'),
-]
 
 
 def save(path: str, checkpoint: dict) -> None:
@@ -171,7 +154,7 @@ def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
     file = find(path)
     check_sums(file)
     try:
-        with torch.serialization.safe_globals(NUMPY):
+        with torch.serialization.safe_globals([(stands, name) for name, stands in NUMPY.items()]):
             checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # a truncated file fails in many ways, all with the same meaning for the user

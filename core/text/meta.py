@@ -174,44 +174,40 @@ def read_header(path: Path) -> Meta | None:
     return {**HEADERS[magic, version], 'count': count}
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """
-    Reads dicts, lists, strings and numbers, also numpy's integers and strings, as plain Python values.
-
-    Refuses all other classes and functions, which could run code: what it finds are its own methods.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == 'scalar' and module in ('numpy._core.multiarray', 'numpy.core.multiarray'):
-            return self.scalar
-        if (module, name) == ('numpy', 'dtype'):
-            return self.dtype
-        raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
-
-    def dtype(self, spec: Any, *_: Any) -> 'PlainDtype':
-        """What stands for a numpy.dtype: that of an integer or a string."""
-        if not isinstance(spec, str) or not re.fullmatch(r'[iu][1248]|U\d{1,9}', spec):
-            raise pickle.UnpicklingError(f"it contains numpy's {spec!r}; only integers and strings are read")
-        return PlainDtype(spec)
-
-    def scalar(self, dtype: Any, data: Any) -> int | str:
-        """What stands for one of numpy's scalars: the int or str that its bytes are."""
-        if type(dtype) is not PlainDtype or type(data) is not bytes:
-            raise pickle.UnpicklingError("it contains one of numpy's objects; only integers and strings are read")
-        little = dtype.order == '<'
-        if dtype.code[0] == 'U':
-            return data.decode('utf-32-le' if little else 'utf-32-be').rstrip('\0')
-        return int.from_bytes(data, 'little' if little else 'big', signed=dtype.code[0] == 'i')
-
-
 class PlainDtype:
     """Stands for numpy.dtype while a pickle is read: the type, such as 'i8', and byte order of one number or string."""
 
     def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r'b1|[iu][1248]|f[248]|U\d{1,9}', code):
+            raise ValueError(f"it contains numpy's {code!r}; only numbers and strings are read")
         self.code, self.order = code, '<'
 
     def __setstate__(self, state: Any) -> None:
         self.order = '>' if state[1] == '>' else '<'
+
+
+def plain_scalar(dtype: PlainDtype, data: bytes) -> bool | int | float | str:
+    """Stands for the function that makes numpy's scalars: a Python value. ValueError for anything else."""
+    if type(dtype) is not PlainDtype or type(data) is not bytes:
+        raise ValueError("it contains one of numpy's objects; only numbers and strings are read")
+    return np.frombuffer(data, dtype.order + dtype.code)[0].item()
+
+
+# nanoGPT's files may hold numpy's numbers, under the names of numpy 1 and 2; no function of these names runs
+NUMPY: dict[str, Any] = {
+    'numpy.dtype': PlainDtype,
+    'numpy.core.multiarray.scalar': plain_scalar,
+    'numpy._core.multiarray.scalar': plain_scalar,
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers, numpy's too, as plain values. Other classes, which could run code, fail."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f'{module}.{name}' not in NUMPY:
+            raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
+        return NUMPY[f'{module}.{name}']
 
 
 def read_meta_pickle(folder: Path) -> Meta:
