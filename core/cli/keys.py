@@ -148,8 +148,7 @@ class Keys:
         fitting = converted(default, value)
         if fitting is None:
             wanted = EXPECTED[type(default)] + (', True or False' if default == 'auto' else '')
-            got = repr(value)
-            raise UserError(f'{label} must be {wanted}, got {got if len(got) <= 60 else got[:57] + "..."}')
+            raise UserError(f'{label} must be {wanted}, got {ranges.short(repr(value), 60)}')
         self.values[key] = fitting
         self.given.add(key)
 

@@ -80,8 +80,7 @@ def problem(key: str, value: object) -> str | None:
     if key in CHOICES and value not in CHOICES[key]:
         return f"is '{value}'; it must be {listed([str(choice) for choice in CHOICES[key]])}"
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool) and not inside(key, value):
-        text = str(value)
-        return f'is {text if len(text) <= 40 else text[:37] + "..."}; it must be {in_words(BOUNDS[key])}'
+        return f'is {short(value)}; it must be {in_words(BOUNDS[key])}'
     if isinstance(value, str) and '\0' in value and key not in TEXTS:
         return f'is {value!r}; a name or path cannot contain the character \\0'
     return None
@@ -109,6 +108,12 @@ def in_words(interval: str) -> str:
     if high == math.inf:
         return f'{lowest} and finite'
     return f'{lowest} and {"at most" if interval[-1] == "]" else "below"} {high:,}'
+
+
+def short(value: object, most: int = 40) -> str:
+    """A value as an error message shows it: its first characters, at most so many."""
+    text = str(value)
+    return text if len(text) <= most else text[: most - 3] + '...'
 
 
 def listed(words: list[str]) -> str:

@@ -38,8 +38,8 @@ TYPES: dict[str, Any] = {
 }
 
 
-def save(path: str, checkpoint: dict) -> None:
-    """Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays."""
+def save(path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
+    """Write a checkpoint to `path`, whole or not at all: with a UserError the old file stays. others: further names."""
     try:
         with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
@@ -47,10 +47,10 @@ def save(path: str, checkpoint: dict) -> None:
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
             raise UserError(f"{path} can't be written: {folder} was moved or removed during the run") from error
-        raise UserError(
-            f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
-            'checkpoint is as it was'
-        ) from error
+        hint = 'free some disk space or choose another --out_dir; the previous checkpoint is as it was'
+        raise UserError(f"{path} can't be written ({error}); {hint}") from error
+    for other in others:
+        link(path, other)
 
 
 def link(path: str, other: str) -> None:
@@ -84,12 +84,7 @@ class Writer:
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.saving = self.thread.submit(self._write, path, snapshot, others)
-
-    def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
-        save(path, snapshot)
-        for other in others:
-            link(path, other)
+            self.saving = self.thread.submit(save, path, snapshot, others)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
@@ -146,10 +141,8 @@ def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`. 'config' and 'tokenizer'
     are {} where it has none; other keys may be missing or None.
 
-    mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used.
-
-    Raises UserError where the file is missing, truncated, damaged (by its CRCs) or not a checkpoint, where it holds
-    anything but tensors and plain values, and where an entry's type is not that in TYPES.
+    mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used. UserError where
+    the file is missing, damaged or no checkpoint, holds more than tensors and plain values, or is not as TYPES says.
     """
     file = find(path)
     check_sums(file)
@@ -159,13 +152,11 @@ def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
     except Exception as error:
         # a truncated file fails in many ways, all with the same meaning for the user
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
-            raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
-                            'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
+            hint = 'only load checkpoints saved by this project or nanoGPT'
+            raise UserError(f'{file} holds more than tensors and plain values, which could run code; {hint}') from error
         raise UserError(f'{file} is truncated or not a checkpoint; {OTHER_COPY}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
-        raise UserError(
-            f"{file} is not a GPT checkpoint: it lacks 'model' or 'model_args'; name a file that train.py wrote"
-        )
+        raise UserError(f"{file} is no GPT checkpoint: it lacks 'model' or 'model_args'; name one that train.py wrote")
     for name, kinds in TYPES.items():
         value = checkpoint.get(name)
         if not isinstance(value, kinds) and (value is not None or name in ('model', 'model_args')):

@@ -24,6 +24,7 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError, printable
+from core.cli.ranges import short
 from core.text.meta import HEADER_BYTES, SPLITS, existing, flat, prepare_hint, read_header, read_meta, token_files
 from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
@@ -281,9 +282,3 @@ def check_tokenizer(meta: Meta, data: TokenData, source: str) -> None:
 def describe(tokenizer: Tokenizer | None) -> str:
     """A tokenizer and the size of its vocabulary, in a few words."""
     return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
-
-
-def short(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + '...'

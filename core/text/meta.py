@@ -202,7 +202,7 @@ NUMPY: dict[str, Any] = {
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers, numpy's too, as plain values. Other classes, which could run code, fail."""
+    """Reads dicts, lists, strings and numbers, also numpy's, as plain values; refuses others, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f'{module}.{name}' not in NUMPY:
