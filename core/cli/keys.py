@@ -13,6 +13,7 @@ Notable features:
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import glob
 import io
@@ -62,10 +63,8 @@ def begin(script: str, *others: str) -> None:
 
 def check_early(script: str, *others: str) -> None:
     """
-    Before a script's slow imports: print its help or refuse its flags, as `configure` does after them.
-
-    others: scripts whose keys it has too. A command line with a config file is left to `configure`, because the file
-    may use what the script imports.
+    Before a script's slow imports: print its help or refuse its flags, as `configure` does after them. It leaves config
+    files, which may use what the script imports, to `configure`. others: scripts whose keys it has too.
     """
     if any(argument.endswith('.py') for argument in sys.argv[1:]):
         return
@@ -158,7 +157,7 @@ class Keys:
         return f'did you mean --{near}?' if near else '--help lists every key'
 
     def similar(self, name: str, cutoff: float) -> str | None:
-        """The key that is most similar to an unknown name; None where none is at least as similar as `cutoff`."""
+        """The key most similar to an unknown name; None where none is at least as similar as `cutoff`."""
         near = difflib.get_close_matches(name.replace('-', '_').lower(), self.values, n=1, cutoff=cutoff)
         return near[0] if near else None
 
@@ -173,11 +172,12 @@ class Keys:
                 self.set(key, self.names[key], f'{places[key]}: {key}')
         changed = [key for key, value in self.values.items() if value != before[key]]
         self.say(f'{path} sets {", ".join(changed)}' if changed else f'{path} changes nothing')
-        others = [
-            self.described_name(name)
-            for name in places
-            if name not in self.values and not name.startswith('_') and is_plain(self.names.get(name))
-        ]
+        others = []  # what the user may have meant for keys: no modules, functions and classes
+        for name in places:
+            value = self.names.get(name)
+            if not (name in self.values or name[:1] == '_' or isinstance(value, types.ModuleType) or callable(value)):
+                near = self.similar(name, 0.8)
+                others.append(f'{name} (did you mean {near}?)' if near else name)
         if others:
             self.say(f'{path} also assigns what is no key and changes nothing here: {", ".join(others)}')
 
@@ -193,11 +193,6 @@ class Keys:
         unseen = (name for name, value in namespace.items() if name not in names or names[name] is not value)
         self.names = dict(namespace)
         return dict.fromkeys(unseen, path) | namespace.places
-
-    def described_name(self, name: str) -> str:
-        """A name of a config file's own, with a question where it looks like a mistyped key."""
-        near = self.similar(name, 0.8)
-        return f'{name} (did you mean {near}?)' if near else name
 
     def file_text(self, path: str) -> str:
         """The text of a config file; UserError naming the most similar one in config/ where it doesn't exist."""
@@ -250,11 +245,6 @@ class Namespace(dict):
         super().__setitem__(name, value)
 
 
-def is_plain(value: object) -> bool:
-    """True for a value that a user may have meant for a key: no module, function or class."""
-    return not isinstance(value, types.ModuleType) and not callable(value)
-
-
 def failure(error: Exception, path: str) -> str:
     """'file:line: what is wrong' for an exception that a config file raised."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -284,10 +274,8 @@ def parsed(default: Value, text: str) -> Value:
     if isinstance(default, str):
         return unquoted(text)
     for number in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return number(text)
-        except ValueError:
-            pass
     return text
 
 

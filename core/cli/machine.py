@@ -19,8 +19,8 @@ def pick_device(device: str = 'auto') -> str:
     """
     'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists. Any other is checked; UserError if it isn't available.
 
-    A GPU with an index, such as 'cuda:1', becomes the current one. The check allocates nothing on a GPU: under torchrun
-    every process would otherwise open a context on GPU 0, which takes hundreds of MB there.
+    A GPU with an index, such as 'cuda:1', becomes the current one. The check allocates nothing on a GPU: every process
+    of torchrun would open a context on GPU 0, of hundreds of MB.
     """
     if device == 'auto':
         if torch.cuda.is_available():
@@ -38,9 +38,8 @@ def pick_device(device: str = 'auto') -> str:
         else:
             raise RuntimeError('only CPUs, CUDA and MPS are supported')
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(
-            f"device '{device}' is not available; use --device=cpu, or --device=auto for the best one"
-        ) from error
+        hint = 'use --device=cpu, or --device=auto for the best one'
+        raise UserError(f"device '{device}' is not available; {hint}") from error
     return device
 
 
@@ -165,15 +164,14 @@ def prepare_compiler(device: str) -> None:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
+        hint = 'install it, or leave compile=True out'
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            hint = 'g++ or what the environment variable CXX names; install it, or leave compile=True out'
-            raise UserError(f'compile=True needs a C++ compiler on a CPU: {hint}') from None
+            raise UserError(f'compile=True needs a C++ compiler on a CPU, g++ or what CXX names: {hint}') from None
         headers = sysconfig.get_path('include')
         if sys.platform == 'linux' and not os.path.exists(os.path.join(headers, 'Python.h')):
-            hint = 'install the package python3-dev or the like, or leave compile=True out'
-            raise UserError(f'compile=True needs Python.h on a CPU, which is not in {headers}: {hint}')
+            raise UserError(f'compile=True needs Python.h (of python3-dev) on a CPU, not found in {headers}: {hint}')
     torch._dynamo.config.recompile_limit = 64  # decode steps of so many sizes; then it would go on uncompiled
 
 

@@ -54,13 +54,9 @@ def prepare_hint(folder: Path) -> str:
     """The command that creates the data set in a folder, as the end of an error message."""
     if (folder / 'prepare.py').exists():
         return f'run python {folder / "prepare.py"}'
-    if any(folder.glob('train_?????.bin')):  # only this script writes several files
-        again = f'python data/hub/prepare.py --name={folder.name}'
-        return f'create it again with {again}, or check --dataset and --data_dir'
-    return (
-        f'create it with python data/text/prepare.py --input=FILE --name={folder.name}, or check --dataset and '
-        '--data_dir'
-    )
+    # only data/hub/prepare.py writes several files
+    script = 'hub/prepare.py' if any(folder.glob('train_?????.bin')) else 'text/prepare.py --input=FILE'
+    return f'create it with python data/{script} --name={folder.name}, or check --dataset and --data_dir'
 
 
 def has_tokens(folder: Path) -> bool:
@@ -91,10 +87,8 @@ def read_meta(folder: str | os.PathLike) -> Meta:
 
 def meta_of_dataset(data_dir: str | os.PathLike, dataset: Any) -> Meta | None:
     """
-    The meta of the data set that a checkpoint's config names, or None if its folder isn't there and tells nothing.
-
-    nanoGPT's checkpoints don't record their tokenizer, so that this is the only source. A folder with a meta file needs
-    no tokens; one without a meta file holds GPT-2's. UserError if a meta file is invalid.
+    The meta of the data set that a checkpoint's config names, or None if its folder tells nothing: for nanoGPT's, which
+    record no tokenizer. Of a folder with a meta file no tokens are needed. UserError if a meta file is invalid.
     """
     folder = existing(Path(data_dir, str(dataset)))
     if not dataset or not folder.is_dir():
@@ -159,11 +153,7 @@ def meta_problem(meta: Any) -> str | None:
 
 
 def read_header(path: Path) -> Meta | None:
-    """
-    What the header of a token file says, in the form of HEADERS and with its `count` of tokens; None if it has none.
-
-    UserError for a version that isn't known. Raises OSError.
-    """
+    """What a token file's header says, as in HEADERS, and its `count` of tokens; None without one. Raises OSError."""
     with open(path, 'rb') as file:
         head = np.frombuffer(file.read(12), dtype='<i4') if path.stat().st_size >= HEADER_BYTES else np.zeros(3)
     magic, version, count = map(int, head)
@@ -211,11 +201,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta_pickle(folder: Path) -> Meta:
-    """
-    The meta of a nanoGPT folder with a meta.pkl, as a dict: its vocab_size, and the strings of its ids if it has any.
-
-    UserError if it can't be read or has no valid vocab_size; what else it contains is not checked.
-    """
+    """The meta of a nanoGPT folder: its vocab_size, and strings of its ids if there are any. UserError if invalid."""
     path = folder / 'meta.pkl'
     try:
         if path.stat().st_size > 1 << 26:

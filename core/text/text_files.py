@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import os
-import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -58,9 +57,8 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
     """
     The files that `--input` names: (files in order, a count of what else was in the folders, copies of pipes).
 
-    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes, as of
-    the shell's <(command), are copied to temporary files, which exist as long as their objects do. UserError if there
-    are no files.
+    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes are
+    copied to temporary files, which exist as long as their objects do. UserError if there are no files.
     """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and os.path.exists(given):
@@ -73,18 +71,17 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f'there is no file or folder {path}; check --input')
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             found, others = files_below(path, suffixes)
             if not found:
                 there = f' (only {in_words(others)})' if others else ''
                 raise UserError(f'there are no {suffixes} files in {path}{there}; set other suffixes with --suffixes')
             files, ignored = files + found, ignored + others
-        elif stat.S_ISFIFO(mode):
+        elif path.is_fifo():
             notice(f'reading the pipe {path}')
             copies.append(copy_of_pipe(path))
             files.append(Path(copies[-1].name))
-        elif stat.S_ISREG(mode):
+        elif path.is_file():
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
@@ -145,10 +142,8 @@ def plain_text(data: bytes) -> str:
 
 def read_text(path: str, most: int, kind: type[Tokenizer] | Tokenizer | None = None) -> str:
     """
-    The text of a file with at most so many bytes, read as the prepare scripts read it for a kind of tokenizer.
-
-    For one that reads bytes the file is unchanged; bytes that aren't UTF-8 become surrogates, which it encodes to
-    themselves. UserError if the file can't be read, is larger or not UTF-8.
+    The text of a file with at most so many bytes, as the prepare scripts read it for a kind of tokenizer: of one that
+    reads bytes, those that aren't UTF-8 become surrogates, which it encodes to themselves. UserError if it can't be.
     """
     try:
         data = read_bytes(path, most)
@@ -158,9 +153,8 @@ def read_text(path: str, most: int, kind: type[Tokenizer] | Tokenizer | None = N
     except UnicodeDecodeError as error:
         raise UserError(f'{path} is not UTF-8 text ({bad_place(io.BytesIO(data))}): save it as UTF-8') from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(
-            f"{path} can't be read ({getattr(error, 'strerror', None) or error}); name a text file"
-        ) from error
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f"{path} can't be read ({reason}); name a text file") from error
 
 
 def blocks(path: Path, as_bytes: bool) -> Iterator[Any]:
@@ -190,9 +184,8 @@ def bad_place(file: IO[bytes]) -> str:
 
 class TextFiles:
     """
-    The text of some files, one after the other, for a kind of tokenizer.
+    The text of some files, one after the other, for a kind of tokenizer. documents: 'file' or 'line'.
 
-    documents: 'file', or 'line' if each line is a document.
     Attributes: `lengths`, the characters in each file (bytes if the tokenizer reads bytes), `total`, their sum, and
     `characters`, all that occur if the tokenizer learns from those. UserError if a file can't be read.
     """
@@ -264,10 +257,8 @@ def learn(
     kind: type[Tokenizer] | Tokenizer, characters: str, training: Iterable[Piece], size: int, vocab_size: int = 0
 ) -> Tokenizer:
     """
-    A tokenizer of this kind, loaded; learned, if required, from what the data set holds.
-
-    characters: all that occur in both splits. training: the pieces of the training split, which has `size` characters;
-    a byte-pair encoding is learned from LEARN_FROM of them. vocab_size: 0 for the default.
+    A tokenizer of this kind, loaded, and learned, if required: from the characters that occur in both splits, or from
+    LEARN_FROM characters of the pieces of the training split, which has `size`. vocab_size: 0 for the default.
     """
     material: Any = characters
     if kind.learned_from == 'text':

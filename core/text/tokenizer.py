@@ -42,8 +42,7 @@ class CharTokenizer(Tokenizer):
     name, learned_from, entries = 'char', 'characters', ('chars',)
 
     def __init__(self, chars: str) -> None:
-        self.chars = chars
-        self.n_vocab = len(chars)
+        self.chars, self.n_vocab = chars, len(chars)
         self.ids = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.ids[[ord(char) for char in chars]] = range(len(chars))
 
@@ -60,10 +59,9 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        chars, size = meta.get('chars'), meta.get('vocab_size')
-        if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
-            return None
-        return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
+        chars: Any = meta.get('chars')
+        fit = isinstance(chars, str) and 0 < len(chars) == len(set(chars)) == meta.get('vocab_size', len(chars))
+        return None if fit else 'has "chars" that are not "vocab_size" different characters'
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
@@ -108,12 +106,10 @@ class TableTokenizer(Tokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        strings: Any = meta.get('strings')
-        size = meta.get('vocab_size')
-        is_list = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
-        if not is_list or not any(strings):
-            return 'has no valid "strings"'
-        return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
+        strings, size = meta.get('strings') or [], meta.get('vocab_size')
+        fit = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
+        fit = fit and any(strings) and isinstance(size, int) and size >= len(strings)
+        return None if fit else 'has "strings" that are no strings, or more than "vocab_size"'
 
     def text_ids(self) -> np.ndarray:
         return np.array(sorted(self.ids.values()))
@@ -227,12 +223,9 @@ class BPETokenizer(BytePairTokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        pieces, size = meta.get('pieces') or [], meta.get('vocab_size')
-        if are_pieces(pieces) and size in (None, len(pieces) + 1):
-            return None
-        if not isinstance(size, int):
-            return 'has no valid "pieces"'
-        return f'has "pieces" that are not {size - 1} different strings that include every single byte'
+        pieces: Any = meta.get('pieces')
+        fit = are_pieces(pieces) and len(pieces) + 1 == meta.get('vocab_size', len(pieces) + 1)
+        return None if fit else 'has "pieces" that are not "vocab_size" - 1 different strings with every single byte'
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
@@ -260,9 +253,8 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 def kind_named(name: object) -> type[Tokenizer] | None:
     """The class whose name the meta of a data set or a checkpoint has, or None."""
-    read_only: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (TableTokenizer, PublishedTokenizer)}
-    kinds = TOKENIZERS | read_only
-    return kinds.get(name) if isinstance(name, str) else None
+    kinds: list[type[Tokenizer]] = [*TOKENIZERS.values(), TableTokenizer, PublishedTokenizer]
+    return next((kind for kind in kinds if kind.name == name), None)
 
 
 def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer]:
@@ -273,9 +265,8 @@ def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer]:
     if vocab_size and not kind.vocab_sizes:
         sized = [each.name for each in TOKENIZERS.values() if each.vocab_sizes]
         raise UserError(f'--vocab_size requires --tokenizer={listed(sized)}: the other vocabularies have fixed sizes')
-    if kind.vocab_sizes and vocab_size and vocab_size not in kind.vocab_sizes:
-        low, high = kind.vocab_sizes[0], kind.vocab_sizes[-1]
-        raise UserError(f'vocab_size={vocab_size} must be from {low} (the 256 bytes are included) to {high}')
+    if vocab_size and (sizes := kind.vocab_sizes) and vocab_size not in sizes:
+        raise UserError(f'vocab_size={vocab_size} must be from {sizes[0]} (the 256 bytes are included) to {sizes[-1]}')
     return kind
 
 
@@ -283,8 +274,8 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
     """
     The tokenizer that the meta of a data set or a checkpoint describes, not loaded; None if its ids stand for no text.
 
-    vocab_size: the model's. nanoGPT's checkpoints have no meta; with GPT-2's vocabulary size they have its tokenizer.
-    Requires neither tiktoken nor a network. UserError for an unknown tokenizer or invalid entries.
+    vocab_size: of a model without a meta, such as nanoGPT's: GPT-2's size means GPT-2's tokenizer. UserError for an
+    unknown tokenizer or invalid entries.
     """
     if not meta and vocab_size is not None:
         sizes = (GPT2Tokenizer.n_vocab, GPT2Tokenizer.padded_vocab_size)
@@ -296,10 +287,8 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
     if kind is None:
         raise UserError(f'unknown tokenizer {name!r}; it must be {listed([*TOKENIZERS])}')
     if problem := kind.problem(meta):
-        raise UserError(
-            f"the tokenizer {name} {problem}: prepare the data set's meta.json again, or use an older copy of the "
-            'checkpoint'
-        )
+        hint = "prepare the data set's meta.json again, or use an older copy of the checkpoint"
+        raise UserError(f'the tokenizer {name} {problem}: {hint}')
     return kind.from_meta(meta)
 
 
