@@ -105,10 +105,8 @@ if meta.get('tokenizer') == NO_TEXT:
 else:
     tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
-    raise UserError(
-        f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
-        "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
-    )
+    sizes = f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}'
+    raise UserError(f"{sizes}; put the meta.pkl or meta.json of the model's data set into its folder under --data_dir")
 
 # ---- weights in few bits ---------------------------------------------------------------------------------------------
 
@@ -165,10 +163,8 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token
-kind, cached = models.attention_of(model).upper(), 'no cache'
-if use_cache:
-    cached = f'the cache takes {cache_bytes:,} bytes per token'
-errors.notice(f'{kind}, {size:.2f}M parameters, {device}, {precision}; {cached}')
+cached = f'the cache takes {cache_bytes:,} bytes per token' if use_cache else 'no cache'
+errors.notice(f'{models.attention_of(model).upper()}, {size:.2f}M parameters, {device}, {precision}; {cached}')
 began = time.perf_counter()
 show(prompt)
 with machine.autocast(device, dtype):

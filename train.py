@@ -255,10 +255,8 @@ def stop_unless_finite(*losses):
     if bad < max_iters or not finite:
         saver.wait()
         kept = f'the last checkpoint is of iteration {saved_iter}' if saved_iter is not None else 'nothing was saved'
-        raise UserError(
-            f'loss or gradient were not finite in iteration {bad}; {kept}. Lower --learning_rate, raise '
-            '--warmup_iters, or use --dtype=bfloat16 or float32'
-        )
+        hint = 'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32'
+        raise UserError(f'loss or gradient were not finite in iteration {bad}; {kept}. {hint}')
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

