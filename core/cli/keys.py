@@ -1,13 +1,10 @@
 """
-A script's keys, the block of `name = value  # comment` lines at its top: how config files and flags set them.
+A script's keys, the block of `name = value # comment` lines at its top: how config files and flags set them.
 
-Notable features:
-- keys are the script's globals of type int, float, bool or str whose names have no leading '_' and no capitals only
-- config files (any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right
-- a key keeps the type of its default, and the bounds in ranges.py, in files as on the command line
-- an unknown key is an error of one line on the command line; in a file, which may have names of its own, it is let be,
-  and a notice lists such names
-- --help prints the script's docstring, and every key with its current value and its comment
+Keys are the globals of type int, float, bool or str whose names have no leading '_' and no capitals only. Config files
+(any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right. A key keeps the
+type of its default and the bounds in ranges.py. An unknown flag is an error; a file may have names of its own, which a
+notice lists.
 """
 
 from __future__ import annotations

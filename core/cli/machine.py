@@ -48,8 +48,7 @@ def pick_dtype(dtype: str, device: str, n_embd: int = 0) -> str:
     The dtype of matrix multiplications: 'float32', 'bfloat16' or 'float16'.
 
     'auto': on CUDA bfloat16 where the GPU has it (A100 and later), otherwise float16; on a CPU bfloat16 where the model
-    is wide enough (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16. Otherwise
-    float32.
+    is wide (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16; otherwise float32.
     """
     if dtype == 'auto':
         if device.startswith('cuda'):
@@ -123,9 +122,8 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 def set_threads(threads: int = 0) -> int:
     """
-    Set the number of CPU threads and return it. 0: the cores this process may use, divided among the node's processes.
-
-    OMP_NUM_THREADS is obeyed. More threads than free cores are much slower than fewer, so container quotas count.
+    Set the number of CPU threads and return it. 0: OMP_NUM_THREADS, or the cores this process may use (more threads are
+    much slower), divided among the node's processes.
 
     Denormal numbers, below 1.2e-38 in float32, become zeros: a CPU computes with them many times more slowly, and a
     high learning rate makes many. New threads inherit that, so call this before the first computation.
@@ -141,10 +139,8 @@ def set_threads(threads: int = 0) -> int:
 
 def keep_freed_memory() -> None:
     """
-    Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere).
-
-    The activations of a training step on a CPU are large blocks. Returned to the system, they would be zeroed again on
-    each allocation, which takes up to a third of a step.
+    Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere), which
+    would zero a training step's large activations again on each allocation: up to a third of a step on a CPU.
     """
     if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -154,8 +150,7 @@ def keep_freed_memory() -> None:
 
 def prepare_compiler(device: str) -> None:
     """
-    Before torch.compile: its cache is kept in the user's cache folder instead of /tmp, so that it survives a reboot.
-
+    Before torch.compile: keep its cache in the user's cache folder instead of /tmp, so that it survives a reboot.
     UserError where a CPU is to be compiled for, and there is no C++ compiler or no Python.h.
     """
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')

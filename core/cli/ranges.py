@@ -1,9 +1,8 @@
 """
-Which values a key of a script may have: one interval or list of choices per key, whatever scripts have it.
+Which values a key of a script may have: one interval or list of choices per key, the same in every script.
 
-keys.py checks every key against these tables, whether the command line or a config file sets it. A key means the same
-in every script, so it has the same bounds in all of them. Upper bounds exclude typos that would fill the memory or
-never finish; real limits depend on the machine, and those of a model's sizes on one another (GPTConfig, MLAConfig).
+Upper bounds exclude typos that would fill the memory or never finish; real limits depend on the machine, and those of a
+model's sizes on one another (GPTConfig, MLAConfig).
 """
 
 import math

@@ -34,9 +34,8 @@ def call(command: list[str], **how: Any) -> int:
 
 def run_script(script: str, arguments: list[Argument], folder: str) -> None:
     """
-    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`.
-
-    arguments: config files, and dicts of keys. folder: created if it is missing. UserError if the script fails.
+    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`, which is
+    created. arguments: config files, and dicts of keys. UserError if the script fails.
     """
     os.makedirs(folder, exist_ok=True)
     command = [sys.executable, script]

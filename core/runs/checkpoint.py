@@ -69,8 +69,7 @@ def link(path: str, other: str) -> None:
 
 class Writer:
     """
-    Saves in a background thread: training waits only for the tensors to be copied. An error is raised by the next call.
-
+    Saves in a background thread: training waits only for the tensors to be copied, and the next call raises an error.
     writes: False on ranks that only take part in gathering a sharded model's tensors.
     """
 
@@ -95,10 +94,9 @@ class Writer:
 
 def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:
     """
-    A copy of nested dicts and lists whose tensors are full CPU copies; a tensor that occurs twice is copied once.
-
-    Sharded tensors are gathered, so every process must call this; keep=False discards the result. (Local shards may be
-    empty and share an address, so sharded tensors are identified by object.)
+    A copy of nested dicts and lists with full CPU copies of their tensors, one of a tensor that occurs twice. Sharded
+    ones are gathered, so every process must call this; keep=False discards the result. (Local shards may be empty and
+    share an address, so sharded tensors are identified by object.)
     """
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):

@@ -70,9 +70,8 @@ class RunFolder:
 
     def newest(self) -> tuple[str | None, dict | None]:
         """
-        The newest whole checkpoint: (path, loaded), preferring ckpt.pt where it is whole; (None, None) without any.
-
-        A notice names those that are damaged. UserError where all are.
+        The newest whole checkpoint: (path, loaded), preferring ckpt.pt; (None, None) without any. A notice names those
+        that are damaged. UserError where all are.
         """
         best: tuple[str | None, dict | None] = (None, None)
         damaged = []
@@ -97,8 +96,8 @@ class RunFolder:
         """
         Create the folder, and lock it until this process ends. UserError where another trainer holds it.
 
-        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
-        Where the file system has none, a notice says so. Windows has none, and folders are not locked there.
+        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included. A
+        notice says where the file system has none. Windows has none.
         """
         os.makedirs(self.path, exist_ok=True)
         if self.lock is not None or fcntl is None:

@@ -106,9 +106,8 @@ class RunLog:
 
 def rows(path: str, convert: Callable[[dict[str, str]], Result]) -> Iterator[Result]:
     """
-    What `convert` makes of each row of a log.csv, {column: cell}; a kill may have cut the last one short.
-
-    UserError where the file can't be read, or where a ValueError says that it is no log.
+    What `convert` makes of each row of a log.csv, {column: cell}; a kill may have cut the last one short. UserError
+    where the file can't be read, or where a ValueError says that it is no log.
     """
     try:
         with open(path, encoding='utf-8', newline='') as file:

@@ -50,7 +50,6 @@ def label_of(config: GPTConfig) -> str:
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """
     What a checkpoint stores of a config: nanoGPT's seven keys, and of the others those that nanoGPT can't express.
-
     Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
     """
     always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
@@ -185,11 +184,12 @@ def is_published(source: str) -> bool:
 
 def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT, dict]:
     """
-    The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
+    The trained model that `source` names, and what else its checkpoint holds (of a published model `tokenizer` and
+    `corpus`).
 
-    source: a checkpoint file, a folder with one, one of GPT-2's names, a Hugging Face folder with a GPT-2, a Llama or
-    a dense DeepSeek-V3, or a GGUF file with a Llama (for all but the first two the dict holds only `tokenizer` and
-    `corpus`). overrides: as for `build_model`. UserError where nothing can be loaded.
+    source: a checkpoint file, a folder with one, one of GPT-2's names, a Hugging Face folder with a GPT-2, a Llama or a
+    dense DeepSeek-V3, or a GGUF file with a Llama. overrides: as for `build_model`. UserError where nothing can be
+    loaded.
     """
     if not is_published(source):
         if not os.path.exists(source):

@@ -1,7 +1,5 @@
 """
 The processes of a training run: joining those that torchrun started, what they agree on, sharding, and their seeds.
-
-One process and torchrun take the same path.
 """
 
 import datetime
@@ -104,9 +102,8 @@ def place_in_environment() -> Processes:
 
 def join_processes(device: str, backend: str = 'nccl') -> tuple[Processes, str]:
     """
-    Join the process group that torchrun describes, if any: (Processes, device), a GPU for each process.
-
-    `backend` is for GPU tensors; CPU tensors always use gloo. UserError where a process can't have a GPU of its own.
+    Join the process group that torchrun describes, if any: (Processes, device), a GPU for each process. `backend` is
+    for GPU tensors; CPU tensors always use gloo. UserError where a process can't have a GPU of its own.
     """
     ranks = place_in_environment()
     if 'RANK' not in os.environ:

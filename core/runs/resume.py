@@ -2,8 +2,8 @@
 What a training run starts from: its keys, its model and its optimizer's state, from a checkpoint or a trained model.
 
 A resumed run takes from its checkpoint every key that it wasn't given. A given key that may change is applied, and said
-in one line. One that would make it another run (the model's shape, the seed, the data) is an error. The same holds for
-the shape of a pretrained model.
+in one line; one that would make it another run (the model's shape, the seed, the data) is an error, for a pretrained
+model too.
 """
 
 import math
@@ -41,12 +41,12 @@ def shape_keys(config_class: type[GPTConfig], keys: dict) -> list[str]:
 
 def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str | None, dict | None]:
     """
-    The keys that a run really has, and what it resumes: (keys, path of the checkpoint, loaded checkpoint).
+    The keys that a run really has, and what it resumes: (keys, path of the checkpoint, loaded checkpoint), or None
+    twice.
 
-    keys: {key: value} as configured; given: the keys that a file or flag set; folder: the RunFolder of out_dir. Path
-    and checkpoint are None for a run that isn't resumed. `init_from` 'resume' and 'auto' mean `resume` 'yes' and
-    'auto'. UserError where there is nothing to resume, the folder holds a run that was not asked for, or MHA is given
-    keys of MLA.
+    keys: {key: value} as configured; given: the keys that a file or flag set; folder: of out_dir. `init_from` 'resume'
+    and 'auto' mean `resume` 'yes' and 'auto'. UserError where there is nothing to resume, the folder holds a run that
+    was not asked for, or MHA is given keys of MLA.
     """
     misplaced = [key for key, default in models.MLA_KEYS.items() if keys.get(key, default) != default]
     if keys['attention'] == 'mha' and misplaced:
@@ -261,9 +261,8 @@ def restore(
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict, path: str | None) -> None:
     """
     Load the optimizer state of the checkpoint `saved`, by the parameters' names; rates, decay and betas stay as made.
-
-    Older checkpoints and nanoGPT's hold no names: theirs are in the order that those versions had. UserError where the
-    state doesn't fit the parameters.
+    Older checkpoints and nanoGPT's hold no names but have an order. UserError where the state doesn't fit the
+    parameters.
     """
     groups = optimizer.param_groups
     try:

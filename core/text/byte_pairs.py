@@ -47,9 +47,8 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
 
 def with_distinct_words(texts: list[str], most: int = DISTINCT) -> list[str]:
     """
-    The texts, or so many evenly spaced parts of it that their different words have at most `most` bytes.
-
-    A word is what white space surrounds, or LONGEST_WORD characters of it.
+    The texts, or so many evenly spaced parts of it that their different words have at most `most` bytes. A word is what
+    white space surrounds, or LONGEST_WORD characters of it.
     """
     if more_distinct_words(texts, most):
         texts = [text[i : i + (1 << 14)] for text in texts for i in range(0, len(text), 1 << 14)]

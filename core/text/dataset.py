@@ -1,15 +1,9 @@
 """
-Read a data set, and decide which windows of it make batch n.
+Read a data set, a folder as data/README.md describes it, and decide which windows of it make batch n.
 
-Notable features:
-- a data set is a folder: `train.bin` and `val.bin` contain token ids (little-endian uint16 or uint32), `meta.json` the
-  tokenizer, vocabulary size, tokens per split, source and checksums. nanoGPT's folders (`meta.pkl` or no meta) and
-  files with the header of llm.c work too
-- a large training split may lie in several files, `train_00000.bin`, ...: batches and windows are those of one file,
-  since a window that begins in one file goes on in the next
-- a counter-based generator computes the windows of batch n directly, so the model, evaluation, world size and resuming
-  can't change it
-- files of any size: a batch reads its own rows only, and no memory map, which would end the process where a file is cut
+A counter-based generator computes the windows of batch n directly, so the model, evaluation, world size and resuming
+can't change it. Of a training split in several files they are those of one file: a window goes on in the next. A batch
+reads its own rows only, and no memory map, which would end the process where a file is cut.
 """
 
 import bisect

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 class PublishedTokenizer(Tokenizer):
     """
-    The tokenizer of a published model, by Hugging Face's library tokenizers; never learned.
-
-    whole: the text of its tokenizer.json. end_of_text: the id of the token that ends a document, or None.
+    The tokenizer of a published model, by Hugging Face's library tokenizers; never learned. whole: the text of its
+    tokenizer.json. end_of_text: the id of the token that ends a document, or None.
     """
 
     name, byte_pair, entries = 'published', True, ('json', 'vocab_size', 'end_of_text')

