@@ -15,19 +15,8 @@ from core.cli import errors, files
 from core.cli.errors import UserError
 
 # how the columns are written; a cell is empty where nothing was measured
-COLUMNS = {
-    'iter': 'd',
-    'tokens': 'd',
-    'lr': '.6g',
-    'loss': '.6f',
-    'train_loss': '.6f',
-    'val_loss': '.6f',
-    'val_stderr': '.6f',
-    'grad_norm': '.6f',
-    'ms_per_iter': '.2f',
-    'tokens_per_s': '.0f',
-    'mfu': '.4f',
-}
+COLUMNS = dict(iter='d', tokens='d', lr='.6g', loss='.6f', train_loss='.6f', val_loss='.6f', val_stderr='.6f')
+COLUMNS |= dict(grad_norm='.6f', ms_per_iter='.2f', tokens_per_s='.0f', mfu='.4f')
 Result = TypeVar('Result')
 
 

@@ -14,15 +14,7 @@ import numpy as np
 
 from core.cli.errors import UserError
 from core.cli.ranges import listed
-from core.text.byte_pairs import (
-    WORDS,
-    are_pieces,
-    byte_level_bpe,
-    gpt2_encoding,
-    import_tiktoken,
-    learn_bpe,
-    word_level,
-)
+from core.text import byte_pairs
 from core.text.published_tokenizer import PublishedTokenizer
 from core.text.tokenizer_base import END_OF_TEXT, NO_TEXT, Meta, Tokenizer, checked_ids
 
@@ -75,7 +67,7 @@ class CharTokenizer(Tokenizer):
         return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
-        return word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
+        return byte_pairs.word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
 
 
 class TableTokenizer(Tokenizer):
@@ -131,7 +123,7 @@ class TableTokenizer(Tokenizer):
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         longest_first = sorted(self.ids, key=len, reverse=True)
-        return word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
+        return byte_pairs.word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
 
 
 class IdTokenizer(Tokenizer):
@@ -171,7 +163,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
-        return byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
+        return byte_pairs.byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -202,7 +194,7 @@ class BytePairTokenizer(Tokenizer):
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         ranks = {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
-        return byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
+        return byte_pairs.byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
 
 
 class BPETokenizer(BytePairTokenizer):
@@ -217,19 +209,19 @@ class BPETokenizer(BytePairTokenizer):
     @classmethod
     def learn(cls, material: Any = (), vocab_size: int = 0) -> 'BPETokenizer':
         """The encoding learned from an iterable of str. vocab_size: number of ids, 4096 by default."""
-        return cls(learn_bpe(material, vocab_size or 4096))
+        return cls(byte_pairs.learn_bpe(material, vocab_size or 4096))
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
         pieces: Any = meta.get('pieces')
-        fit = are_pieces(pieces) and len(pieces) + 1 == meta.get('vocab_size', len(pieces) + 1)
+        fit = byte_pairs.are_pieces(pieces) and len(pieces) + 1 == meta.get('vocab_size', len(pieces) + 1)
         return None if fit else 'has "pieces" that are not "vocab_size" - 1 different strings with every single byte'
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
         ranks = {piece.encode('latin-1'): i for i, piece in enumerate(self.pieces)}
-        special = {END_OF_TEXT: self.end_of_text}
-        return import_tiktoken().Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+        how: dict = dict(pat_str=byte_pairs.WORDS, special_tokens={END_OF_TEXT: self.end_of_text})
+        return byte_pairs.import_tiktoken().Encoding('bpe', mergeable_ranks=ranks, **how)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -240,7 +232,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
-        return gpt2_encoding()
+        return byte_pairs.gpt2_encoding()
 
 
 # those that text can be prepared with
