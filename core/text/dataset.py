@@ -105,7 +105,8 @@ class TokenData:
         x, y = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         if self.meta.get('masked'):
             mask: np.ndarray = np.empty(window.shape, dtype=np.uint8)
-            self._read_rows(f'{split}.mask.bin', starts.tolist(), mask)
+            for row, start in zip(mask, starts.tolist(), strict=True):
+                self._read_file(f'{split}.mask.bin', start, row)
             y[mask[:, 1:] != 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
 
@@ -121,20 +122,15 @@ class TokenData:
         number = bisect.bisect_right(bounds, start) - 1
         while len(out):
             count = min(len(out), bounds[number + 1] - start)
-            self._read_rows(self._files[split][number], [start - bounds[number]], out[None, :count])
+            self._read_file(self._files[split][number], start - bounds[number], out[:count])
             out, start, number = out[count:], start + count, number + 1
 
-    def _read_rows(self, name: str, starts: list[int], out: np.ndarray) -> None:
-        """Fill the rows of an array with the items of a file from each start on. UserError if its size has changed."""
-        view, header = out.view(np.uint8).reshape(-1).data, self._headers.get(name, 0)
-        width = out.shape[1] * out.itemsize
+    def _read_file(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill an array (n,) with the items of a file from `start` on. UserError if its size has changed."""
         try:
             file = self._opened(name)
-            is_whole = os.fstat(file.fileno()).st_size == self._sizes[name]
-            for number, start in enumerate(starts):
-                row = view[number * width : (number + 1) * width]
-                file.seek(header + start * out.itemsize)
-                is_whole = is_whole and file.readinto(row) == width
+            file.seek(self._headers.get(name, 0) + start * out.itemsize)
+            is_whole = os.fstat(file.fileno()).st_size == self._sizes[name] and file.readinto(out.data) == out.nbytes
         except OSError as error:
             raise UserError(f"{self.folder / name} can't be read any more ({error.strerror or error})") from error
         if not is_whole:

@@ -70,13 +70,10 @@ class PublishedTokenizer(Tokenizer):
         return np.setdiff1d(np.arange(self.n_vocab), [*special, *({self.end_of_text} - {None})])
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode_with(self.plain, text), dtype=np.int32)
+        return np.array(self.encode(text), dtype=np.int32)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        return self.encode_with(self.fast_tokenizer() if special else self.plain, text)
-
-    def encode_with(self, fast: 'tokenizers.Tokenizer', text: str) -> list[int]:
-        """The ids of a text; half a surrogate pair becomes '?'."""
+        fast = self.fast_tokenizer() if special else self.plain  # half a surrogate pair becomes '?'
         return fast.encode(text.encode('utf-8', errors='replace').decode(), add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
