@@ -355,10 +355,9 @@ if processes.rank == 0 and done:
 saver.wait()
 processes.any(False)  # a barrier: torchrun ends the job when one process leaves, and the checkpoint must be on disk
 if stops:
-    notice(
-        f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {folder.ckpt} is saved. '
-        f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
-    )
+    hint = f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
+    reason = stop_request.signal or 'another process'
+    notice(f'stopped by {reason} at iteration {iter_num}; {folder.ckpt} is saved. {hint}')
 if log:
     log.finish()
     folder.release()

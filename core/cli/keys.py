@@ -1,5 +1,5 @@
 """
-A script's keys, the block of `name = value # comment` lines at its top: how config files and flags set them.
+A script's keys, the block of `name = value  # comment` lines at its top: how config files and flags set them.
 
 Keys are the globals of type int, float, bool or str whose names have no leading '_' and no capitals only. Config files
 (any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right. A key keeps the

@@ -78,10 +78,8 @@ def run_all(work: Callable[[dict], Result], runs: list[dict], jobs: int = 0) -> 
         bar.update()
         return result
 
-    with (
-        ThreadPoolExecutor(jobs or machine.available_cores()) as pool,
-        tqdm(total=len(runs), unit='run', disable=None) as bar,
-    ):
+    bar, jobs = tqdm(total=len(runs), unit='run', disable=None), jobs or machine.available_cores()
+    with ThreadPoolExecutor(jobs) as pool, bar:
         try:
             futures = [pool.submit(work_and_say, run) for run in runs]
             return [future.result() for future in futures]

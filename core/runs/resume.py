@@ -242,7 +242,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict,
         if all('param_names' in group for group in then):
             names = [name for group in then for name in group['param_names']]
         else:
-            names = plain_order(model, muon='momentum' in groups[0])
+            # the order of nanoGPT's two groups, behind Muon's one where that is used
+            named, muon = list(model.named_parameters()), 'momentum' in groups[0]
+            names = [n for n, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
         if len(names) != sum(len(group['params']) for group in then):
             raise ValueError('it is of another number of parameters')
         place, entries = {name: number for number, name in enumerate(names)}, []
@@ -260,12 +262,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict,
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
         hint = f'nanoGPT before May 2023 had another order; start a new run from its weights with --init_from={path}'
         raise UserError(f"{path} can't be resumed: its 'optimizer' doesn't fit its model ({reason}); {hint}") from error
-
-
-def plain_order(model: GPT, muon: bool) -> list[str]:
-    """The parameters' names in the order of nanoGPT's two groups, behind Muon's one where that is used."""
-    named = list(model.named_parameters())
-    return [name for name, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
 
 
 def part_like(parameter: Any, tensor: Any) -> Any:

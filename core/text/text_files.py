@@ -43,8 +43,7 @@ def output_folder(data: Path, name: str, out_dir: str) -> Path:
 
 def check_not_overwritten(files: list[Path], folder: Path) -> None:
     """UserError if one of the input files is a file of the data set that is to be written to `folder`."""
-    made = [folder / name for name in ('train.bin', 'val.bin', 'meta.json')]
-    made = [target for target in made if target.exists()]
+    made = [folder / name for name in ('train.bin', 'val.bin', 'meta.json') if (folder / name).exists()]
     for path in files:
         if any(target.samefile(path) for target in made):
             raise UserError(f'{path} would be overwritten by the data set; choose another --name or --out_dir')

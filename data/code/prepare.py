@@ -140,14 +140,8 @@ def counted(sources):
     return {'files': len(sources), 'bytes': sum(source.size for source in sources)}
 
 
-def by_package(sources):
-    """{package: {'version': v, 'files': n, 'bytes': n}} of some Sources, the one with the most bytes first."""
-    rows = {each: counted([source for source in sources if source.package == each]) for each in versions}
-    return {each: {'version': versions[each], **rows[each]} for each in sorted(rows, key=lambda e: -rows[e]['bytes'])}
-
-
 def description(rows):
-    """One line that says which text this is. rows: of by_package."""
+    """One line that says which text this is. rows: {package: {'version': v, 'files': n, 'bytes': n}}."""
     if input:
         return f'{len(sources):,} files of {text_files.named(input)}'
     each = [f'{package} {row["version"]}' for package, row in rows.items()]
@@ -192,7 +186,9 @@ characters = ''.join(text.characters for text in texts.values())
 encoder = text_files.learn(kind, characters, texts['train'].pieces(), texts['train'].total, vocab_size)
 if kind.learned_from == 'characters' and encoder.n_vocab > 256:
     notice(f'note: each of {encoder.n_vocab:,} different characters becomes an id; --tokenizer=byte has 256')
-rows = by_package(sources)
+counts = {each: counted([source for source in sources if source.package == each]) for each in versions}
+largest_first = sorted(versions, key=lambda each: -counts[each]['bytes'])
+rows = {each: {'version': versions[each], **counts[each]} for each in largest_first}
 details = {'packages': rows} if rows else {}
 details |= {'splits': {split: counted(part) for split, part in parts.items()}, 'left_out': left_out}
 details |= {'suffixes': suffixes, 'val_fraction': val_fraction, 'split_seed': split_seed}
