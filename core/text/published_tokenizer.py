@@ -34,10 +34,6 @@ class PublishedTokenizer(Tokenizer):
         fit = fit and (end is None or (isinstance(end, int) and 0 <= end < size))
         return None if fit else 'has no valid "json", "vocab_size" or "end_of_text"'
 
-    def load(self) -> 'PublishedTokenizer':
-        self.plain  # noqa: B018  (a cached property)
-        return self
-
     @functools.cached_property
     def plain(self) -> 'tokenizers.Tokenizer':
         """The tokenizer that takes the names of special tokens for plain text."""

@@ -177,10 +177,6 @@ class BytePairTokenizer(Tokenizer):
     def encoding(self) -> 'tiktoken.Encoding':
         """The encoding itself. UserError if tiktoken is missing or can't get the vocabulary."""
 
-    def load(self) -> 'BytePairTokenizer':
-        self.encoding  # noqa: B018  (a cached property)
-        return self
-
     def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 

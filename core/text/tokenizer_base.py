@@ -57,6 +57,7 @@ class Tokenizer(abc.ABC):
 
     def load(self) -> 'Tokenizer':
         """Load the vocabulary; returns self. UserError if it's not available."""
+        self.encode_array('')
         return self
 
     def text_ids(self) -> np.ndarray:
