@@ -140,7 +140,7 @@ def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
         # a truncated file fails in many ways, all with the same meaning for the user
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
             hint = 'only load checkpoints saved by this project or nanoGPT'
-            raise UserError(f'{file} holds more than tensors and plain values, which could run code; {hint}') from error
+            raise UserError(f'{file} holds more than tensors and plain values: it could run code; {hint}') from error
         raise UserError(f'{file} is truncated or not a checkpoint; {OTHER_COPY}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
         raise UserError(f"{file} is no GPT checkpoint: it lacks 'model' or 'model_args'; name one that train.py wrote")

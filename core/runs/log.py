@@ -104,7 +104,7 @@ def rows(path: str, convert: Callable[[dict[str, str]], Result]) -> Iterator[Res
             if 'iter' not in (reader.fieldnames or ()):
                 raise ValueError("it has no column 'iter'")
             yield from map(convert, reader)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a run's log ({error}); move it away") from error
 
 
