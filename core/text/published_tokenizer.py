@@ -69,7 +69,8 @@ class PublishedTokenizer(Tokenizer):
         return np.array(self.encode(text), dtype=np.int32)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        fast = self.fast_tokenizer() if special else self.plain  # half a surrogate pair becomes '?'
+        fast = self.fast_tokenizer() if special else self.plain
+        # half a surrogate pair becomes '?'
         return fast.encode(text.encode('utf-8', errors='replace').decode(), add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
