@@ -137,16 +137,6 @@ def model_config(checkpoint: dict, state: dict[str, torch.Tensor] | None = None,
         raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
 
 
-def check_sizes(state: dict[str, torch.Tensor], config: GPTConfig) -> None:
-    """UserError unless tensors fit a config: before a model is made, whose sizes could take all memory if damaged."""
-    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
-    embedding = state.get('transformer.wte.weight', torch.empty(0)).shape
-    expected = torch.Size((config.vocab_size, config.n_embd))
-    if layers != config.n_layer or embedding != expected:
-        found = f'{layers} layers and an embedding of {tuple(embedding)}, not {config.n_layer} and {tuple(expected)}'
-        raise UserError(f"the checkpoint's tensors don't fit its model_args: {found}; {OTHER_COPY}")
-
-
 def changed(config: GPTConfig, key: str, value: Any) -> bool:
     """True where a model's config would differ if its field `key` were set to `value` (0 may stand for a default)."""
     try:
@@ -159,7 +149,13 @@ def build_model(checkpoint: dict, **overrides: Any) -> GPT:
     """The model of a loaded checkpoint, on the CPU. overrides: other model_args. UserError names what doesn't fit."""
     state = state_of(checkpoint)
     config = model_config(checkpoint, state, **overrides)
-    check_sizes(state, config)
+    # before a model is made, which could take all memory where model_args are damaged
+    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+    embedding = tuple(state.get('transformer.wte.weight', torch.empty(0)).shape)
+    expected = (config.vocab_size, config.n_embd)
+    if layers != config.n_layer or embedding != expected:
+        found = f'{layers} layers and an embedding of {embedding}, not {config.n_layer} and {expected}'
+        raise UserError(f"the checkpoint's tensors don't fit its model_args: {found}; {OTHER_COPY}")
     if config.tied:
         state['lm_head.weight'] = state['transformer.wte.weight']  # some files hold it once
     model = KINDS[kind_of(checkpoint)][0](config)
