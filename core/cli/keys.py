@@ -13,12 +13,10 @@ import ast
 import contextlib
 import difflib
 import glob
-import io
 import math
 import numbers
 import os
 import sys
-import tokenize
 import traceback
 import types
 import warnings
@@ -321,14 +319,10 @@ def keys_of(path: str | os.PathLike) -> dict[str, Value]:
 
 
 def comments_of(source: str) -> dict[str, str]:
-    """{key: comment} of the block of keys in a script's source."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
-    comments = {}
-    for key, node in block_of(source):
-        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        comments[key] = next((notes[line] for line in lines if line in notes), '')
-    return comments
+    """{key: comment} of the block of keys in a script's source: what stands behind two spaces and '# '."""
+    lines = source.split('\n')
+    texts = {key: '\n'.join(lines[node.lineno - 1 : node.end_lineno]) for key, node in block_of(source)}
+    return {key: text.partition('  # ')[2].split('\n')[0] for key, text in texts.items()}
 
 
 def block_of(source: str) -> list[tuple[str, ast.Assign]]:

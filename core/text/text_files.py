@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from tqdm import tqdm
 
 from core.cli.arguments import check_folder
 from core.cli.errors import UserError, notice
 from core.cli.files import copy_of_pipe, read_bytes
-from core.text.tokenizer import Tokenizer, code_points
+from core.text.tokenizer import Tokenizer
 from core.text.write_dataset import Piece, chunks, cut_point
 
 BLOCK = 1 << 20  # characters, or bytes, per read
@@ -192,15 +191,15 @@ class TextFiles:
     def __init__(self, files: list[Path], kind: type[Tokenizer] | Tokenizer, documents: str = 'file') -> None:
         self.files, self.kind, self.documents = files, kind, documents
         self.lengths: list[int] = []
-        seen = np.zeros(0x110000, dtype=bool)
+        seen: set[str] = set()
         for path in tqdm(files, desc='reading', unit='file', disable=None):
             self.lengths.append(0)
             for block in blocks(path, kind.reads_bytes):
                 self.lengths[-1] += len(block)
                 if kind.learned_from == 'characters':
-                    seen[code_points(block)] = True
+                    seen.update(block)
         self.total = sum(self.lengths)
-        self.characters = ''.join(map(chr, np.flatnonzero(seen)))
+        self.characters = ''.join(sorted(seen))
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
         """Yields the text from position `start` to `stop` as encode_stream takes it."""

@@ -55,7 +55,7 @@ class CharTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
-        codes = code_points(text)
+        codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         if len(ids) and ids.min() < 0:
             char = text[int(np.argmax(ids < 0))]
@@ -284,11 +284,3 @@ def load_tokenizer(meta: Meta) -> Tokenizer:
     if tokenizer is None:
         raise UserError(f'these tokens stand for no text (tokenizer: {NO_TEXT}), so none can be encoded or decoded')
     return tokenizer.load()
-
-
-# ---- characters and ids ----------------------------------------------------------------------------------------------
-
-
-def code_points(text: str) -> np.ndarray:
-    """The code points of a text as uint32."""
-    return np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
