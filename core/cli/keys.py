@@ -35,19 +35,10 @@ def configure(script: dict[str, object]) -> tuple[dict[str, Value], set[str]]:
     """Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}). UserError."""
     errors.install()
     check_folder(str(script.get('__file__') or ''))
-    keys = applied(script, errors.notice)
+    keys = Keys(script, errors.notice)
+    keys.read(sys.argv[1:])
     script.update(keys.values)
     return keys.values, keys.given
-
-
-def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
-    """The keys of a script after its command line. say: gets the notices."""
-    keys = Keys(script, say)
-    keys.read(sys.argv[1:])
-    for key, value in keys.values.items():
-        if found := ranges.problem(key, value):
-            raise UserError(f'{key} {found}')
-    return keys
 
 
 def begin(script: str, *others: str) -> None:
@@ -68,7 +59,7 @@ def check_early(script: str, *others: str) -> None:
     try:
         check_folder(script)
         own = {key: value for path in (*others, script) for key, value in keys_of(path).items()}
-        applied({'__file__': script, **own}, lambda text: None)
+        Keys({'__file__': script, **own}, lambda text: None).read(sys.argv[1:])
     except UserError:
         errors.install()
         raise
@@ -85,7 +76,7 @@ def check_folder(script: str) -> None:
 class Keys:
     """A script's keys while arguments are read: `defaults` fix the types, `values` are current, `given` were set."""
 
-    def __init__(self, script: dict[str, object], say: Callable[[str], None] = errors.notice):
+    def __init__(self, script: dict[str, object], say: Callable[[str], None]):
         self.say = say
         self.defaults: dict[str, Value] = {
             name: value
@@ -98,7 +89,7 @@ class Keys:
         self.names = dict(script)
 
     def read(self, arguments: list[str]) -> None:
-        """Apply the command line from left to right."""
+        """Apply the command line from left to right. UserError if it's wrong, or a value is out of bounds."""
         flags: list[str] = []
         while arguments:
             argument = arguments.pop(0)
@@ -112,6 +103,9 @@ class Keys:
                 flags = []
                 self.read_file(argument)
         self.say_flags(flags)
+        for key, value in self.values.items():
+            if found := ranges.problem(key, value):
+                raise UserError(f'{key} {found}')
 
     def say_flags(self, flags: list[str]) -> None:
         """A notice about a group of flags, given as keys."""

@@ -2,11 +2,10 @@
 
 import contextlib
 import ctypes
-import math
 import os
 import sys
 import sysconfig
-import time
+import timeit
 
 import torch
 
@@ -73,15 +72,12 @@ def cpu_has_fast_bfloat16() -> bool:
 
 def bfloat16_gain(trials: int = 5) -> float:
     """Speed of a bfloat16 product over a float32 one, at the size of a small model; takes about 50 ms."""
-    best: dict[torch.dtype, float] = {}
-    for trial in range(trials + 1):
-        for dtype in (torch.float32, torch.bfloat16):
-            a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-            began = time.perf_counter()
-            a @ b
-            if trial:  # the first one includes the library's initialization
-                best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - began)
-    return best[torch.float32] / best[torch.bfloat16]
+
+    def best(dtype: torch.dtype) -> float:
+        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=trials))
+
+    return best(torch.float32) / best(torch.bfloat16)
 
 
 def use_attention(kernel: str, device: str) -> None:
