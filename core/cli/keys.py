@@ -206,12 +206,10 @@ class Keys:
 
     def print_help(self) -> None:
         """Print the script's docstring, and a table of the keys, on stdout."""
-        comments: dict[str, str] = {}
-        if self.script_file:
-            source = source_of(self.script_file)
-            comments = comments_of(source)
-            if docstring := ast.get_docstring(ast.parse(source)):
-                print(docstring + '\n')
+        source = source_of(self.script_file)
+        comments = comments_of(source)
+        if docstring := ast.get_docstring(ast.parse(source)):
+            print(docstring + '\n')
         print('Keys with their current values. Set them with --key=value or in a config file; the last one wins.\n')
         widths = [max(map(len, column), default=0) for column in (self.values, map(repr, self.values.values()))]
         for key, value in self.values.items():

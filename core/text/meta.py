@@ -65,7 +65,7 @@ def has_tokens(folder: Path) -> bool:
 
 
 def read_meta(folder: str | os.PathLike) -> Meta:
-    """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError if invalid."""
+    """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError, or OSError."""
     folder = Path(folder)
     if not folder.is_dir():
         prepared = sorted(path.name for path in folder.parent.glob('*') if has_tokens(path))
@@ -75,11 +75,7 @@ def read_meta(folder: str | os.PathLike) -> Meta:
         raise UserError(f'there is no {folder / "train.bin"}: {prepare_hint(folder)}')
     if meta := written_meta(folder):
         return meta
-    try:
-        header = read_header(folder / 'train.bin')
-    except OSError as error:
-        raise UserError(f"{folder / 'train.bin'} can't be read ({error.strerror}): {prepare_hint(folder)}") from error
-    described = header or {'dtype': 'uint16', **GPT2Tokenizer().meta()}
+    described = read_header(folder / 'train.bin') or {'dtype': 'uint16', **GPT2Tokenizer().meta()}
     of = 'GPT-2 BPE tokens' if described['tokenizer'] == GPT2Tokenizer.name else "Llama 3's tokens"
     source = f'{of} of unknown source ({folder.name}, no meta.json)'
     return {'format': FORMAT, **described, 'tokens': {}, 'source': source}

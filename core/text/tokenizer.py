@@ -51,7 +51,7 @@ class CharTokenizer(Tokenizer):
     def problem(cls, meta: Meta) -> str | None:
         chars: Any = meta.get('chars')
         fit = isinstance(chars, str) and 0 < len(chars) == len(set(chars)) == meta.get('vocab_size', len(chars))
-        return None if fit else 'has "chars" that are not "vocab_size" different characters'
+        return None if fit else f'has "chars" that are not {meta.get("vocab_size", "all")} different characters'
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
