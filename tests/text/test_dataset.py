@@ -330,7 +330,7 @@ def test_files_of_another_dtype_are_named(dtype, meta, tmp_path):
     for name in ('train.bin', 'val.bin'):
         words(dtype).tofile(tmp_path / name)
     name = 'int64' if dtype == 'int64' else 'uint32'
-    with pytest.raises(UserError, match=f'train.bin looks like {name}, .* are 0, .*astype.np.uint16') as error:
+    with pytest.raises(UserError, match=f'train.bin looks like {name}: .* are 0, .*astype.np.uint16') as error:
         TokenData(tmp_path, 8)
     one_line(error)
     for name in ('train.bin', 'val.bin'):
