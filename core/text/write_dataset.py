@@ -133,11 +133,10 @@ def write_dataset(
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
 
     tokenizer: None for ids that stand for no text (then `vocab_size` is required). splits: {'train': ..., 'val': ...},
-    each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path of a finished token
-    file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ... if there are
-    several. source: one line that says which text this is. input_sha256: checksum of the input. details: what else
-    meta.json says about the source. row_tokens: R if every R tokens are one row. masks: like splits, 1 where a token is
-    never a target. least: tokens that the training split must have.
+    each an integer array, an iterable of arrays (written one by one) or the Path of a finished token file, which is
+    moved; for `train` also a tuple of Paths, which become train_00000.bin, ... source: one line that says which text
+    this is. details: what else meta.json says about it. row_tokens: R if every R tokens are one row. masks: like
+    splits, 1 where a token is never a target. least: tokens that the training split must have.
 
     A failed run changes nothing. One killed between two renames leaves a meta.json that says so. UserError if a split
     is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
