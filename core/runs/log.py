@@ -90,9 +90,6 @@ class RunLog:
             raise UserError(f"{self.path} can't be written ({self.error}); free some disk space and resume the run")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def rows(path: str, convert: Callable[[dict[str, str]], Result]) -> Iterator[Result]:
     """
     What `convert` makes of each row of a log.csv, {column: cell}; a kill may have cut the last one short. UserError

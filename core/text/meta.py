@@ -40,9 +40,6 @@ def token_files(split: str, count: int = 1) -> list[str]:
     return [f'{split}.bin'] if count == 1 else [f'{split}_{number:05d}.bin' for number in range(count)]
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
 def existing(folder: Path) -> Path:
     """The folder of a data set: data/NAME also where --dataset=data/NAME and --data_dir=data made it data/data/NAME."""
     shorter = folder.parent.parent / folder.name
@@ -143,9 +140,6 @@ def meta_problem(meta: Any) -> str | None:
     if not is_count(meta.get('row_tokens', 2), 2):
         return f'has row_tokens {meta["row_tokens"]!r}, which must be an integer of at least 2'
     return None
-
-
-# ---- token files and meta.pkl ----------------------------------------------------------------------------------------
 
 
 def read_header(path: Path) -> Meta | None:

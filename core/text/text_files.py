@@ -28,9 +28,6 @@ LEARN_FROM = 1 << 25  # characters of the training text from which a byte-pair e
 LEAST = 65  # tokens of the training split: one block of 64 and its targets
 
 
-# ---- what the user asks for ------------------------------------------------------------------------------------------
-
-
 def output_folder(data: Path, name: str, out_dir: str) -> Path:
     """The folder to write to: out_dir, or `name` in the folder `data`. UserError if it can't be written."""
     if not name or name != Path(name).name or name.startswith('.'):

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
-
-
 class CharTokenizer(Tokenizer):
     """One id per character. chars: the characters in the order of their ids."""
 

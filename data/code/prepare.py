@@ -72,12 +72,6 @@ class Source:
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 
-def pinned():
-    """The packages that requirements.txt pins, a list of str."""
-    lines = (Path(__file__).resolve().parents[2] / 'requirements.txt').read_text(encoding='utf-8').splitlines()
-    return [found[0] for line in lines if (found := re.match(r'[\w.-]+', line))]
-
-
 def package_files(package):
     """The version of an installed package and its files in the order of their paths. UserError if it isn't there."""
     if package == STDLIB:
@@ -159,7 +153,9 @@ if input:
     files, _, copies = text_files.input_files(input, suffixes)
     versions, found = {}, [('', path) for path in files]
 else:
-    installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned()})}
+    requirements = (Path(__file__).resolve().parents[2] / 'requirements.txt').read_text(encoding='utf-8')
+    pinned = re.findall(r'^[\w.-]+', requirements, re.MULTILINE)
+    installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned})}
     versions = {each: version for each, (version, _) in installed.items()}
     found = [(each, path) for each, (_, files) in installed.items() for path in files]
 text_files.check_not_overwritten([path for _, path in found], folder)
