@@ -108,6 +108,6 @@ def short(value: object, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 3] + '...'
 
 
-def listed(words: list[str]) -> str:
+def listed(words: list[str], last: str = 'or') -> str:
     """'a, b or c'."""
-    return ' or '.join([', '.join(words[:-1])] * (len(words) > 1) + [words[-1]])
+    return f' {last} '.join([', '.join(words[:-1])] * (len(words) > 1) + [words[-1]])

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from core.cli.arguments import names
 from core.cli.errors import UserError, notice, output
+from core.cli.ranges import listed
 from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
 from core.text.write_dataset import encode_stream, summary, write_dataset
@@ -140,7 +141,7 @@ def description(rows):
         return f'{len(sources):,} files of {text_files.named(input)}'
     each = [f'{package} {row["version"]}' for package, row in rows.items()]
     of = each if len(each) <= 3 else [*each[:2], f'{len(each) - 2} other packages']
-    return f'{len(sources):,} {suffixes} files of ' + ' and '.join([', '.join(of[:-1])] * (len(of) > 1) + of[-1:])
+    return f'{len(sources):,} {suffixes} files of {listed(of, "and")}'
 
 
 # ---- read, split and encode ------------------------------------------------------------------------------------------
