@@ -155,7 +155,6 @@ dtype = processes.agreed_dtype(machine.pick_dtype(dtype, place, n_embd))  # reco
 autocast = machine.autocast(place, dtype)
 sharded = fsdp and processes.world_size > 1
 if sharded:
-    processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     shard(raw_model, place, compiles)
 raw_model.to(place)
 model = torch.compile(raw_model) if compiles and not sharded else raw_model

@@ -59,12 +59,6 @@ class Processes:
         number = list(DTYPES).index(dtype)
         return dtype if self.min(number) == -self.min(-number) else 'float32'
 
-    def broadcast_model(self, model: torch.nn.Module) -> None:
-        """Copy rank 0's parameters to every process: conversions round differently on each, and `shard` keeps that."""
-        if self.world_size > 1:
-            for parameter in model.parameters():
-                torch.distributed.broadcast(parameter.detach(), src=0)
-
     def exit(self, code: int = 0) -> NoReturn:
         """
         End this process. Under torchrun by os._exit: tearing down torch.distributed's threads occasionally aborts a
@@ -154,6 +148,8 @@ def shard(model: torch.nn.Module, device: str, compile: bool = False) -> None:
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    for parameter in model.parameters():  # a conversion may round differently on each process, which would keep its own
+        torch.distributed.broadcast(parameter.detach(), src=0)
     mesh = torch.distributed.init_device_mesh(device.split(':')[0], (torch.distributed.get_world_size(),))
     for block in model.get_submodule('transformer.h').children():
         if compile:
