@@ -243,23 +243,18 @@ def lines(stream: Iterable[str], whole: bool) -> Iterator[Piece]:
         yield rest, whole
 
 
-def learn_from(kind: type[Tokenizer] | Tokenizer, material: Any, vocab_size: int = 0) -> Tokenizer:
-    """A tokenizer of this kind, or this one itself, loaded. material and vocab_size: see Tokenizer.learn."""
-    return (kind if isinstance(kind, Tokenizer) else kind.learn(material, vocab_size)).load()
-
-
 def learn(
     kind: type[Tokenizer] | Tokenizer, characters: str, training: Iterable[Piece], size: int, vocab_size: int = 0
 ) -> Tokenizer:
     """
     A tokenizer of this kind, loaded, and learned, if required: from the characters that occur in both splits, or from
-    LEARN_FROM characters of the pieces of the training split, which has `size`. vocab_size: 0 for the default.
+    LEARN_FROM characters of the training pieces, which have `size` (0: from all). vocab_size: 0 for the default.
     """
     material: Any = characters
     if kind.learned_from == 'text':
         sample = sample_evenly((text for text, _ in training), size, LEARN_FROM)
         material = tqdm(sample, desc='learning', unit=' texts', unit_scale=True, disable=None)
-    return learn_from(kind, material, vocab_size)
+    return (kind if isinstance(kind, Tokenizer) else kind.learn(material, vocab_size)).load()
 
 
 def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:

@@ -280,9 +280,8 @@ try:
     if progress:
         encoder = load_tokenizer(progress['encoder'])
     else:
-        text = learning_text(stream) if kind.learned_from else None
-        text = text and tqdm(text, desc='learning', unit=' texts', disable=None)
-        encoder = text_files.learn_from(kind, text, vocab_size)
+        training = ((text, True) for text in learning_text(stream))
+        encoder = text_files.learn(kind, '', training, 0, vocab_size)
     dtype = token_dtype(encoder.n_vocab)
     folder.mkdir(parents=True, exist_ok=True)
     growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}
