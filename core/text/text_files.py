@@ -48,12 +48,13 @@ def check_not_overwritten(files: list[Path], folder: Path) -> None:
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 
-def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], list[IO[bytes]]]:
+def input_files(given: str, suffixes: str) -> tuple[list[Path], list[IO[bytes]]]:
     """
-    The files that `--input` names: (files in order, a count of what else was in the folders, copies of pipes).
+    The files that `--input` names, in order, and the copies of pipes, temporary files that exist as long as their
+    objects do.
 
-    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes are
-    copied to temporary files, which exist as long as their objects do. UserError if there are no files.
+    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. UserError if
+    there are no files.
     """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and os.path.exists(given):
@@ -82,7 +83,7 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
     if ignored:
         notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
-    return files, ignored, copies
+    return files, copies
 
 
 def files_below(folder: Path, suffixes: str) -> tuple[list[Path], Counter[str]]:

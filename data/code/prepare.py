@@ -151,7 +151,7 @@ folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')
 if input:
-    files, _, copies = text_files.input_files(input, suffixes)
+    files, copies = text_files.input_files(input, suffixes)
     versions, found = {}, [('', path) for path in files]
 else:
     requirements = (Path(__file__).resolve().parents[2] / 'requirements.txt').read_text(encoding='utf-8')

@@ -267,7 +267,7 @@ if 0 < shard_tokens < text_files.LEAST:
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name or hub.split('/')[-1] or 'hub', out_dir)
 files = []
 if input:
-    files, _, copies = text_files.input_files(input, suffixes)
+    files, copies = text_files.input_files(input, suffixes)
     text_files.check_not_overwritten(files, folder)
 drawn = drawn_numbers()
 
