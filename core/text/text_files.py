@@ -50,8 +50,7 @@ def check_not_overwritten(files: list[Path], folder: Path) -> None:
 
 def input_files(given: str, suffixes: str) -> tuple[list[Path], list[IO[bytes]]]:
     """
-    The files that `--input` names, in order, and the copies of pipes, temporary files that exist as long as their
-    objects do.
+    The files that `--input` names, in order, and copies of pipes: temporary files that exist as long as their objects.
 
     suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. UserError if
     there are no files.
