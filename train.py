@@ -163,9 +163,11 @@ if processes.world_size > 1 and not sharded:
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 # matrices decay, biases and norm gains don't; the weights of keys and values may have a learning rate of their own
-slow = optimizers.kv_rows(raw_model.named_parameters(), raw_model.parts)
+rules = resuming.learning_rules(raw_model, all_keys(), resumed)
+slow = {name: slice(*rows) for name, rows in rules['slow_rows'].items()}
 groups = optimizers.param_groups(raw_model.named_parameters(), weight_decay, slow, kv_lr)
-optim = optimizers.OPTIMIZERS[optimizer](groups, learning_rate, (beta1, beta2), kind, raw_model.parts)
+parts = raw_model.parts if rules['divides'] else optimizers.no_parts
+optim = optimizers.OPTIMIZERS[optimizer](groups, learning_rate, (beta1, beta2), kind, parts)
 optimizers.slow_down(optim, raw_model.named_parameters(), slow, kv_lr)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 
@@ -230,6 +232,7 @@ def save(best=False):
         checkpoint = {
             **models.entries(raw_model),  # 'model', 'model_args' and 'attention'
             'optimizer': optim.state_dict(),
+            'learning': rules,
             'scaler': scaler.state_dict(),
             'iter_num': iter_num,
             'tokens': tokens,

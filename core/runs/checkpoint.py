@@ -21,6 +21,7 @@ OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
 # The keys of a checkpoint and their types. All but the first two may be missing or None.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(('model', 'model_args', 'optimizer', 'config', 'tokenizer', 'scaler'), dict),
+    'learning': dict,  # which rows learn slowly, and whether Muon divides fused matrices: see resume.learning_rules
     **dict.fromkeys(('iter_num', 'tokens'), int),
     **dict.fromkeys(('best_val_loss', 'val_loss'), (int, float, torch.Tensor)),  # nanoGPT's is a tensor
     **dict.fromkeys(('attention', 'corpus', 'wandb_run_id'), str),

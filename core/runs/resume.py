@@ -19,11 +19,12 @@ from core.cli.errors import UserError
 from core.convert.factorize import collect_statistics, to_mla, training_text
 from core.convert.factorize_rope import collect_inputs, to_published_mla
 from core.runs import models
+from core.runs.checkpoint import OTHER_COPY
 from core.runs.folder import RunFolder
 from core.text.dataset import TokenData, check_data, check_tokenizer
 from core.text.meta import meta_of_dataset
 from model import GPT, GPTConfig
-from ops.optimizers import is_block_matrix, moments
+from ops.optimizers import is_block_matrix, kv_rows, moments
 
 # what to do in this call, and where: never taken from a checkpoint
 OF_THIS_CALL = ('out_dir', 'init_from', 'resume', 'overwrite', 'eval_only')
@@ -215,6 +216,33 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def learning_rules(model: GPT, keys: dict, saved: dict | None) -> dict:
+    """
+    Which rows learn at kv_lr times the rate, and whether Muon divides fused matrices: an entry of each checkpoint.
+
+    {'slow_rows': {name: [first, end]}, 'divides': bool}: those of the checkpoint `saved`, so that a run keeps what it
+    began with. One without them is older: it slowed other rows of MLA and divided nothing, and a notice says so.
+    """
+    rows = kv_rows(model.named_parameters(), model.parts)
+    rules = {'slow_rows': {name: [part.start, part.stop] for name, part in rows.items()}, 'divides': True}
+    if saved is None:
+        return rules
+    if found := saved.get('learning'):
+        if not isinstance(found.get('slow_rows'), dict) or not isinstance(found.get('divides'), bool):
+            raise UserError(f"the checkpoint's 'learning' is incomplete; {OTHER_COPY}")
+        return found
+    older = {**rules, 'divides': False}
+    if keys['kv_lr'] != 1 and models.attention_of(model) == 'mla':
+        owners = ('c_kv_down', 'c_kv_up', *(('c_q_down', 'c_q') if getattr(model.config, 'n_latent_q', 0) else ()))
+        weights = {name: p for name, p in model.named_parameters() if name.endswith('.weight')}
+        older['slow_rows'] = {name: [0, p.size(0)] for name, p in weights.items() if name.split('.')[-2] in owners}
+        if older['slow_rows'] != rules['slow_rows']:
+            errors.notice('this run goes on as it began: kv_lr slows all rows of the projections of its latents')
+    if keys['optimizer'] == 'muon' and any(map(model.parts, dict(model.named_parameters()))):
+        errors.notice('this run goes on as it began: its Muon takes fused matrices, such as c_attn, as one')
+    return older
 
 
 def restore(

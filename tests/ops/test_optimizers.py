@@ -182,8 +182,9 @@ def test_the_share_holds_in_every_iteration_and_over_a_resume(script, keys, data
 
 
 def older(path, **config):
-    """Make a checkpoint what versions before this one wrote: no names in the optimizer's groups."""
+    """Make a checkpoint what versions before this one wrote: no names in the optimizer's groups, and no rules."""
     saved = torch.load(path)
+    del saved['learning']
     entries, groups, place = saved['optimizer']['state'], saved['optimizer']['param_groups'], {}
     for group in groups:
         place |= dict(zip(group.pop('param_names'), group['params'], strict=True))
@@ -211,6 +212,35 @@ def test_an_older_run_goes_on_at_the_whole_rate(script, data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [next(row['loss'] for row in log_of(folder) if row['iter'] == '19') for folder in (whole, parts)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_an_older_slowed_run_keeps_the_rows_that_it_slowed(data_dir, tmp_path):
+    """It slowed the rotated key and the factors of compressed queries too; this says so, and stays so."""
+    keys = dict(pos='rope', n_latent_q=8, kv_lr=0.125)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert run('train_mla.py', data_dir, parts, **keys, max_iters=10).returncode == 0
+    older(parts / 'ckpt.pt')
+    done = run('train_mla.py', data_dir, parts, resume='yes')
+    assert done.returncode == 0 and 'goes on as it began: kv_lr slows all rows of the projections' in done.stderr
+    rows = torch.load(parts / 'ckpt.pt')['learning']['slow_rows']
+    assert {name.split('.')[-2] for name in rows} == {'c_kv_down', 'c_kv_up', 'c_q_down', 'c_q'}
+    assert rows['transformer.h.0.attn.c_kv_down.weight'] == [0, 24]  # r = 16 and 8 rotated ones
+    assert run('train_mla.py', data_dir, whole, **keys).returncode == 0
+    again = run('train_mla.py', data_dir, parts, resume='yes', max_iters=22)
+    assert again.returncode == 0 and 'goes on as it began' not in again.stderr  # recorded by now
+    assert torch.load(whole / 'ckpt.pt')['learning']['slow_rows'] != rows
+
+
+def test_an_older_run_of_muon_goes_on_undivided(data_dir, tmp_path):
+    assert run('train.py', data_dir, tmp_path, **MUON, max_iters=10).returncode == 0
+    saved = torch.load(tmp_path / 'ckpt.pt')
+    assert saved['learning']['divides'] is True
+    del saved['learning']
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    done = run('train.py', data_dir, tmp_path, resume='yes', **MUON)
+    assert done.returncode == 0 and 'its Muon takes fused matrices, such as c_attn, as one' in done.stderr
+    assert torch.load(tmp_path / 'ckpt.pt')['learning']['divides'] is False
 
 
 @pytest.mark.slow

@@ -332,6 +332,7 @@ def test_a_resumed_run_says_at_which_rate_it_goes_on(data_dir, trained):
 
 @pytest.mark.parametrize('change, complaint', [
     (lambda saved: saved['config'].update(eval_interval=0), 'is damaged: its eval_interval is 0'),
+    (lambda saved: saved['learning'].pop('divides'), "'learning' is incomplete"),
     (lambda saved: saved['optimizer']['state'][0].pop('step'), "it lacks 'step'"),
 ])  # fmt: skip
 def test_a_checkpoint_with_an_entry_missing_or_out_of_bounds_gets_one_line(change, complaint, data_dir, tmp_path):
