@@ -105,10 +105,8 @@ if meta.get('tokenizer') == NO_TEXT:
 else:
     tokenizer = load_tokenizer(meta)
 if tokenizer.n_vocab > model.config.vocab_size:
-    raise UserError(
-        f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; '
-        "put the meta.pkl or meta.json of the model's data set into its folder under --data_dir"
-    )
+    sizes = f'the model has {model.config.vocab_size} tokens, and the tokenizer ({tokenizer.name}) {tokenizer.n_vocab}'
+    raise UserError(f"{sizes}; put the meta.pkl or meta.json of the model's data set into its folder under --data_dir")
 
 # ---- weights in few bits ---------------------------------------------------------------------------------------------
 
@@ -164,29 +162,16 @@ def show_first(tokens):
 
 
 cache_bytes = model.init_cache(1, 1, machine.DTYPES[dtype], cache).bytes_per_token
-kind, cached = models.attention_of(model).upper(), 'no cache'
-if use_cache:
-    cached = f'the cache takes {cache_bytes:,} bytes per token'
-errors.notice(f'{kind}, {size:.2f}M parameters, {device}, {precision}; {cached}')
+cached = f'the cache takes {cache_bytes:,} bytes per token' if use_cache else 'no cache'
+errors.notice(f'{models.attention_of(model).upper()}, {size:.2f}M parameters, {device}, {precision}; {cached}')
+drawing = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, num_samples=num_samples)
+drawing |= dict(stop_token=stop_token, valid_ids=tokenizer.n_vocab)
+decoding = dict(use_cache=use_cache, cache=cache, fixed=captured, compiled=compiled)
 began = time.perf_counter()
 show(prompt)
 with machine.autocast(device, dtype):
-    samples = model.generate(
-        torch.tensor([prompt], device=device),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        use_cache=use_cache,
-        cache=cache,
-        num_samples=num_samples,
-        stop_token=stop_token,
-        on_token=show_first,
-        valid_ids=tokenizer.n_vocab,
-        generator=torch.Generator(device).manual_seed(seed),
-        fixed=captured,
-        compiled=compiled,
-    )
+    ids, generator = torch.tensor([prompt], device=device), torch.Generator(device).manual_seed(seed)
+    samples = model.generate(ids, max_new_tokens, on_token=show_first, generator=generator, **drawing, **decoding)
 seconds = time.perf_counter() - began
 show([], final=True)
 print('\n---------------')

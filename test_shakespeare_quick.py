@@ -77,10 +77,8 @@ for name in models:
         earlier = OLDER | checkpoints.load(folder, mapped=True)['config']
         changed = [key for key, value in keys[name].items() if key != 'threads' and earlier.get(key) != value]
         if changed:
-            raise UserError(
-                f'{folder} holds a run with another {changed[0]}; choose another --out_dir, or discard it with '
-                '--overwrite=True'
-            )
+            hint = 'choose another --out_dir, or discard it with --overwrite=True'
+            raise UserError(f'{folder} holds a run with another {changed[0]}; {hint}')
 for name, script in models.items():
     arguments = dict(keys[name], out_dir=os.path.join(out_dir, name))
     arguments.update(overwrite=True) if overwrite else arguments.update(resume='auto')

@@ -155,7 +155,6 @@ dtype = processes.agreed_dtype(machine.pick_dtype(dtype, place, n_embd))  # reco
 autocast = machine.autocast(place, dtype)
 sharded = fsdp and processes.world_size > 1
 if sharded:
-    processes.broadcast_model(raw_model)  # a conversion may round differently on each process; DDP broadcasts by itself
     shard(raw_model, place, compiles)
 raw_model.to(place)
 model = torch.compile(raw_model) if compiles and not sharded else raw_model
@@ -255,10 +254,8 @@ def stop_unless_finite(*losses):
     if bad < max_iters or not finite:
         saver.wait()
         kept = f'the last checkpoint is of iteration {saved_iter}' if saved_iter is not None else 'nothing was saved'
-        raise UserError(
-            f'loss or gradient were not finite in iteration {bad}; {kept}. Lower --learning_rate, raise '
-            '--warmup_iters, or use --dtype=bfloat16 or float32'
-        )
+        hint = 'Lower --learning_rate, raise --warmup_iters, or use --dtype=bfloat16 or float32'
+        raise UserError(f'loss or gradient were not finite in iteration {bad}; {kept}. {hint}')
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -360,10 +357,9 @@ if processes.rank == 0 and done:
 saver.wait()
 processes.any(False)  # a barrier: torchrun ends the job when one process leaves, and the checkpoint must be on disk
 if stops:
-    notice(
-        f'stopped by {stop_request.signal or "another process"} at iteration {iter_num}; {folder.ckpt} is saved. '
-        f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
-    )
+    hint = f'Resume with: python {sys.argv[0]} --resume=yes --out_dir={out_dir}'
+    reason = stop_request.signal or 'another process'
+    notice(f'stopped by {reason} at iteration {iter_num}; {folder.ckpt} is saved. {hint}')
 if log:
     log.finish()
     folder.release()

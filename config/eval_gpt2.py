@@ -11,4 +11,3 @@ eval_only = True
 eval_iters = 500  # more than in training: the figure is the result
 batch_size = 8
 dataset = 'openwebtext'
-wandb_log = False

@@ -20,7 +20,6 @@ dataset = 'openwebtext'
 batch_size = 32
 gradient_accumulation_steps = 2 * 8
 block_size = 1024
-dropout = 0.0
 
 max_iters = 1000
 lr_decay_iters = 1000

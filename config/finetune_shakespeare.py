@@ -8,7 +8,6 @@
 # --block_size.
 
 out_dir = 'out-shakespeare'
-wandb_log = False
 wandb_project = 'shakespeare'
 wandb_run_name = 'finetune-gpt2-xl'
 

@@ -19,7 +19,6 @@ dataset = 'shakespeare_char'
 batch_size = 12  # 12 x 64 = 768 characters per iteration
 gradient_accumulation_steps = 1
 block_size = 64
-dropout = 0.0
 seed = 2337  # other batches than the training began with
 
 max_iters = 200

@@ -16,8 +16,6 @@ n_layer = 8
 n_head = 8
 n_embd = 512
 pos = 'rope'
-dropout = 0.0
-bias = False
 
 learning_rate = 1e-3
 max_iters = 10000

@@ -20,8 +20,6 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 pos = 'rope'
-dropout = 0.0
-bias = False
 init_std = 0.0884  # 1/sqrt(n_embd)
 
 learning_rate = 4e-3

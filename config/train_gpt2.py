@@ -24,14 +24,12 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0
 
 max_iters = 600000  # 315 billion tokens
 lr_decay_iters = 600000
 warmup_iters = 2000
 learning_rate = 6e-4
 min_lr = 6e-5
-weight_decay = 1e-1
 
 eval_interval = 1000
 eval_iters = 200

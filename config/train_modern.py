@@ -22,8 +22,6 @@ n_embd = 768
 norm = 'rms'
 mlp = 'swiglu'
 pos = 'rope'
-dropout = 0.0
-bias = False
 
 learning_rate = 1e-3
 max_iters = 20000

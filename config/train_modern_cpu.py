@@ -22,8 +22,6 @@ n_embd = 256
 norm = 'rms'
 mlp = 'swiglu'
 pos = 'rope'
-dropout = 0.0
-bias = False
 init_std = 0.0625  # 1/sqrt(n_embd)
 
 learning_rate = 2e-3

@@ -8,7 +8,6 @@
 
 out_dir = 'out-repeats'
 wandb_run_name = 'repeats-mha'
-attention = 'mha'
 
 dataset = 'repeats'
 gradient_accumulation_steps = 1
@@ -18,8 +17,6 @@ block_size = 64  # rows of 65 tokens: the data set allows no other
 n_layer = 2
 n_head = 4
 n_embd = 64
-dropout = 0.0
-bias = False
 
 learning_rate = 2e-3
 max_iters = 2000

@@ -19,8 +19,6 @@ n_layer = 2
 n_head = 4
 n_embd = 128
 pos = 'rope'
-dropout = 0.0
-bias = False
 
 learning_rate = 1e-3
 max_iters = 50000

@@ -122,7 +122,7 @@ MUTATIONS = [
     ('damaged checkpoints are loaded', 'core/runs/checkpoint.py', 'check_sums(file)', 'pass', 'folder'),
     ('files are written in place', 'core/cli/files.py', "temporary = f'{path}.writing'", 'temporary = path',
      'checkpoint files'),
-    ('a resumed run may read other data', 'core/runs/resume.py', "check_data(saved.get('tokenizer'), data, path)",
+    ('a resumed run may read other data', 'core/runs/resume.py', "check_data(saved.get('tokenizer'), data, source)",
      'pass', 'resume'),
     ('resuming ignores what the run was made with', 'core/runs/resume.py',
      'keys = {**keys, **{key: then[key] for key in ours - given if same_type(then.get(key), keys[key])}}',

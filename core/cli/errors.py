@@ -43,9 +43,6 @@ def output(text: str) -> None:
     print(printable(text), flush=True)
 
 
-# ---- the end of a script ---------------------------------------------------------------------------------------------
-
-
 def install() -> None:
     """What every script does first: errors in one line, signals and closed pipes without a traceback."""
     sys.excepthook = report_user_errors

@@ -1,8 +1,4 @@
-"""
-Atomic file writes, pipes as input, and checksums.
-
-A file is written under a temporary name, flushed to disk and renamed; a crash or a full disk leaves the old version.
-"""
+"""Atomic file writes (a crash or a full disk leaves the old version), pipes as input, and checksums."""
 
 import contextlib
 import errno
@@ -18,10 +14,8 @@ from typing import IO
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
     """
-    A context manager that yields an open file, which replaces `path` when the block ends.
-
-    Text is UTF-8 with '\\n' line ends. If the block or a write fails, `path` is unchanged and the new file is removed.
-    Raises OSError.
+    A context manager that yields an open file, which replaces `path` when the block ends, unless the block or a write
+    fails (OSError). Text is UTF-8 with '\\n' line ends.
     """
     temporary = f'{path}.writing'
     try:
@@ -40,11 +34,11 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
 @contextlib.contextmanager
 def replacing_in(folder: str, names: tuple[str, ...]) -> Iterator[str]:
     """
-    A context manager that yields a new folder beside the files of `folder`; when the block ends, the files in it
-    replace those of the same name, and of the other `names` none is left in `folder`. Whatever else lies there stays.
+    A context manager that yields a new folder in `folder`; when the block ends, the files in it replace those of the
+    same name, and of the other `names` none is left in `folder`. Whatever else lies there stays.
 
-    The last of `names`, by which a reader finds the others, is replaced last. If the block fails, as on a full disk,
-    `folder` is as it was. Raises OSError.
+    The last of `names`, by which a reader finds the others, is replaced last. If the block fails (OSError, as on a full
+    disk), `folder` is as it was.
     """
     existed = os.path.isdir(folder)
     beside = os.path.join(folder, '.writing')

@@ -1,26 +1,22 @@
 """
 A script's keys, the block of `name = value  # comment` lines at its top: how config files and flags set them.
 
-Notable features:
-- keys are the script's globals of type int, float, bool or str whose names have no leading '_' and no capitals only
-- config files (any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right
-- a key keeps the type of its default, and the bounds in ranges.py, in files as on the command line
-- an unknown key is an error of one line on the command line; in a file, which may have names of its own, it is let be,
-  and a notice lists such names
-- --help prints the script's docstring, and every key with its current value and its comment
+Keys are the globals of type int, float, bool or str whose names have no leading '_' and no capitals only. Config files
+(any Python that nanoGPT's exec takes) and flags (--key=value or --key value) apply from left to right. A key keeps the
+type of its default and the bounds in ranges.py. An unknown flag is an error; a file may have names of its own, which a
+notice lists.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import glob
-import io
 import math
 import numbers
 import os
 import sys
-import tokenize
 import traceback
 import types
 import warnings
@@ -39,19 +35,10 @@ def configure(script: dict[str, object]) -> tuple[dict[str, Value], set[str]]:
     """Set the keys of a script, given its globals, from sys.argv: ({key: value}, {keys that were given}). UserError."""
     errors.install()
     check_folder(str(script.get('__file__') or ''))
-    keys = applied(script, errors.notice)
+    keys = Keys(script, errors.notice)
+    keys.read(sys.argv[1:])
     script.update(keys.values)
     return keys.values, keys.given
-
-
-def applied(script: dict[str, object], say: Callable[[str], None]) -> Keys:
-    """The keys of a script after its command line. say: gets the notices."""
-    keys = Keys(script, say)
-    keys.read(sys.argv[1:])
-    for key, value in keys.values.items():
-        if found := ranges.problem(key, value):
-            raise UserError(f'{key} {found}')
-    return keys
 
 
 def begin(script: str, *others: str) -> None:
@@ -62,10 +49,8 @@ def begin(script: str, *others: str) -> None:
 
 def check_early(script: str, *others: str) -> None:
     """
-    Before a script's slow imports: print its help or refuse its flags, as `configure` does after them.
-
-    others: scripts whose keys it has too. A command line with a config file is left to `configure`, because the file
-    may use what the script imports.
+    Before a script's slow imports: print its help or refuse its flags, as `configure` does after them. It leaves config
+    files, which may use what the script imports, to `configure`. others: scripts whose keys it has too.
     """
     if any(argument.endswith('.py') for argument in sys.argv[1:]):
         return
@@ -74,7 +59,7 @@ def check_early(script: str, *others: str) -> None:
     try:
         check_folder(script)
         own = {key: value for path in (*others, script) for key, value in keys_of(path).items()}
-        applied({'__file__': script, **own}, lambda text: None)
+        Keys({'__file__': script, **own}, lambda text: None).read(sys.argv[1:])
     except UserError:
         errors.install()
         raise
@@ -91,7 +76,7 @@ def check_folder(script: str) -> None:
 class Keys:
     """A script's keys while arguments are read: `defaults` fix the types, `values` are current, `given` were set."""
 
-    def __init__(self, script: dict[str, object], say: Callable[[str], None] = errors.notice):
+    def __init__(self, script: dict[str, object], say: Callable[[str], None]):
         self.say = say
         self.defaults: dict[str, Value] = {
             name: value
@@ -104,7 +89,7 @@ class Keys:
         self.names = dict(script)
 
     def read(self, arguments: list[str]) -> None:
-        """Apply the command line from left to right."""
+        """Apply the command line from left to right. UserError if it's wrong, or a value is out of bounds."""
         flags: list[str] = []
         while arguments:
             argument = arguments.pop(0)
@@ -118,6 +103,9 @@ class Keys:
                 flags = []
                 self.read_file(argument)
         self.say_flags(flags)
+        for key, value in self.values.items():
+            if found := ranges.problem(key, value):
+                raise UserError(f'{key} {found}')
 
     def say_flags(self, flags: list[str]) -> None:
         """A notice about a group of flags, given as keys."""
@@ -148,8 +136,7 @@ class Keys:
         fitting = converted(default, value)
         if fitting is None:
             wanted = EXPECTED[type(default)] + (', True or False' if default == 'auto' else '')
-            got = repr(value)
-            raise UserError(f'{label} must be {wanted}, got {got if len(got) <= 60 else got[:57] + "..."}')
+            raise UserError(f'{label} must be {wanted}, got {ranges.short(repr(value), 60)}')
         self.values[key] = fitting
         self.given.add(key)
 
@@ -159,7 +146,7 @@ class Keys:
         return f'did you mean --{near}?' if near else '--help lists every key'
 
     def similar(self, name: str, cutoff: float) -> str | None:
-        """The key that is most similar to an unknown name; None where none is at least as similar as `cutoff`."""
+        """The key most similar to an unknown name; None where none is at least as similar as `cutoff`."""
         near = difflib.get_close_matches(name.replace('-', '_').lower(), self.values, n=1, cutoff=cutoff)
         return near[0] if near else None
 
@@ -174,11 +161,12 @@ class Keys:
                 self.set(key, self.names[key], f'{places[key]}: {key}')
         changed = [key for key, value in self.values.items() if value != before[key]]
         self.say(f'{path} sets {", ".join(changed)}' if changed else f'{path} changes nothing')
-        others = [
-            self.described_name(name)
-            for name in places
-            if name not in self.values and not name.startswith('_') and is_plain(self.names.get(name))
-        ]
+        others = []  # what the user may have meant for keys: no modules, functions and classes
+        for name in places:
+            value = self.names.get(name)
+            if not (name in self.values or name[:1] == '_' or isinstance(value, types.ModuleType) or callable(value)):
+                near = self.similar(name, 0.8)
+                others.append(f'{name} (did you mean {near}?)' if near else name)
         if others:
             self.say(f'{path} also assigns what is no key and changes nothing here: {", ".join(others)}')
 
@@ -194,11 +182,6 @@ class Keys:
         unseen = (name for name, value in namespace.items() if name not in names or names[name] is not value)
         self.names = dict(namespace)
         return dict.fromkeys(unseen, path) | namespace.places
-
-    def described_name(self, name: str) -> str:
-        """A name of a config file's own, with a question where it looks like a mistyped key."""
-        near = self.similar(name, 0.8)
-        return f'{name} (did you mean {near}?)' if near else name
 
     def file_text(self, path: str) -> str:
         """The text of a config file; UserError naming the most similar one in config/ where it doesn't exist."""
@@ -223,12 +206,10 @@ class Keys:
 
     def print_help(self) -> None:
         """Print the script's docstring, and a table of the keys, on stdout."""
-        comments: dict[str, str] = {}
-        if self.script_file:
-            source = source_of(self.script_file)
-            comments = comments_of(source)
-            if docstring := ast.get_docstring(ast.parse(source)):
-                print(docstring + '\n')
+        source = source_of(self.script_file)
+        comments = comments_of(source)
+        if docstring := ast.get_docstring(ast.parse(source)):
+            print(docstring + '\n')
         print('Keys with their current values. Set them with --key=value or in a config file; the last one wins.\n')
         widths = [max(map(len, column), default=0) for column in (self.values, map(repr, self.values.values()))]
         for key, value in self.values.items():
@@ -249,11 +230,6 @@ class Namespace(dict):
             frame = frame.f_back
         self.places[name] = f'{self.path}:{frame.f_lineno}'
         super().__setitem__(name, value)
-
-
-def is_plain(value: object) -> bool:
-    """True for a value that a user may have meant for a key: no module, function or class."""
-    return not isinstance(value, types.ModuleType) and not callable(value)
 
 
 def failure(error: Exception, path: str) -> str:
@@ -285,10 +261,8 @@ def parsed(default: Value, text: str) -> Value:
     if isinstance(default, str):
         return unquoted(text)
     for number in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return number(text)
-        except ValueError:
-            pass
     return text
 
 
@@ -337,14 +311,10 @@ def keys_of(path: str | os.PathLike) -> dict[str, Value]:
 
 
 def comments_of(source: str) -> dict[str, str]:
-    """{key: comment} of the block of keys in a script's source."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
-    comments = {}
-    for key, node in block_of(source):
-        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        comments[key] = next((notes[line] for line in lines if line in notes), '')
-    return comments
+    """{key: comment} of the block of keys in a script's source: what stands behind two spaces and '# '."""
+    lines = source.split('\n')
+    texts = {key: '\n'.join(lines[node.lineno - 1 : node.end_lineno]) for key, node in block_of(source)}
+    return {key: text.partition('  # ')[2].split('\n')[0] for key, text in texts.items()}
 
 
 def block_of(source: str) -> list[tuple[str, ast.Assign]]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import ctypes
-import math
 import os
 import sys
 import sysconfig
-import time
+import timeit
 
 import torch
 
@@ -19,8 +18,8 @@ def pick_device(device: str = 'auto') -> str:
     """
     'auto' -> the first of 'cuda', 'mps' and 'cpu' that exists. Any other is checked; UserError if it isn't available.
 
-    A GPU with an index, such as 'cuda:1', becomes the current one. The check allocates nothing on a GPU: under torchrun
-    every process would otherwise open a context on GPU 0, which takes hundreds of MB there.
+    A GPU with an index, such as 'cuda:1', becomes the current one. The check allocates nothing on a GPU: every process
+    of torchrun would open a context on GPU 0, of hundreds of MB.
     """
     if device == 'auto':
         if torch.cuda.is_available():
@@ -38,9 +37,8 @@ def pick_device(device: str = 'auto') -> str:
         else:
             raise RuntimeError('only CPUs, CUDA and MPS are supported')
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(
-            f"device '{device}' is not available; use --device=cpu, or --device=auto for the best one"
-        ) from error
+        hint = 'use --device=cpu, or --device=auto for the best one'
+        raise UserError(f"device '{device}' is not available; {hint}") from error
     return device
 
 
@@ -49,8 +47,7 @@ def pick_dtype(dtype: str, device: str, n_embd: int = 0) -> str:
     The dtype of matrix multiplications: 'float32', 'bfloat16' or 'float16'.
 
     'auto': on CUDA bfloat16 where the GPU has it (A100 and later), otherwise float16; on a CPU bfloat16 where the model
-    is wide enough (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16. Otherwise
-    float32.
+    is wide (n_embd) and the CPU multiplies it faster: always with AMX, by a trial with AVX512-BF16; otherwise float32.
     """
     if dtype == 'auto':
         if device.startswith('cuda'):
@@ -75,15 +72,12 @@ def cpu_has_fast_bfloat16() -> bool:
 
 def bfloat16_gain(trials: int = 5) -> float:
     """Speed of a bfloat16 product over a float32 one, at the size of a small model; takes about 50 ms."""
-    best: dict[torch.dtype, float] = {}
-    for trial in range(trials + 1):
-        for dtype in (torch.float32, torch.bfloat16):
-            a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-            began = time.perf_counter()
-            a @ b
-            if trial:  # the first one includes the library's initialization
-                best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - began)
-    return best[torch.float32] / best[torch.bfloat16]
+
+    def best(dtype: torch.dtype) -> float:
+        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=trials))
+
+    return best(torch.float32) / best(torch.bfloat16)
 
 
 def use_attention(kernel: str, device: str) -> None:
@@ -124,9 +118,8 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 def set_threads(threads: int = 0) -> int:
     """
-    Set the number of CPU threads and return it. 0: the cores this process may use, divided among the node's processes.
-
-    OMP_NUM_THREADS is obeyed. More threads than free cores are much slower than fewer, so container quotas count.
+    Set the number of CPU threads and return it. 0: OMP_NUM_THREADS, or the cores this process may use (more threads are
+    much slower), divided among the node's processes.
 
     Denormal numbers, below 1.2e-38 in float32, become zeros: a CPU computes with them many times more slowly, and a
     high learning rate makes many. New threads inherit that, so call this before the first computation.
@@ -142,10 +135,8 @@ def set_threads(threads: int = 0) -> int:
 
 def keep_freed_memory() -> None:
     """
-    Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere).
-
-    The activations of a training step on a CPU are large blocks. Returned to the system, they would be zeroed again on
-    each allocation, which takes up to a third of a step.
+    Make malloc reuse freed blocks instead of returning them to the system (glibc on Linux; a no-op elsewhere), which
+    would zero a training step's large activations again on each allocation: up to a third of a step on a CPU.
     """
     if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -155,8 +146,7 @@ def keep_freed_memory() -> None:
 
 def prepare_compiler(device: str) -> None:
     """
-    Before torch.compile: its cache is kept in the user's cache folder instead of /tmp, so that it survives a reboot.
-
+    Before torch.compile: keep its cache in the user's cache folder instead of /tmp, so that it survives a reboot.
     UserError where a CPU is to be compiled for, and there is no C++ compiler or no Python.h.
     """
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
@@ -165,15 +155,14 @@ def prepare_compiler(device: str) -> None:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
+        hint = 'install it, or leave compile=True out'
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            hint = 'g++ or what the environment variable CXX names; install it, or leave compile=True out'
-            raise UserError(f'compile=True needs a C++ compiler on a CPU: {hint}') from None
+            raise UserError(f'compile=True needs a C++ compiler on a CPU, g++ or what CXX names: {hint}') from None
         headers = sysconfig.get_path('include')
         if sys.platform == 'linux' and not os.path.exists(os.path.join(headers, 'Python.h')):
-            hint = 'install the package python3-dev or the like, or leave compile=True out'
-            raise UserError(f'compile=True needs Python.h on a CPU, which is not in {headers}: {hint}')
+            raise UserError(f'compile=True needs Python.h (of python3-dev) on a CPU, not found in {headers}: {hint}')
     torch._dynamo.config.recompile_limit = 64  # decode steps of so many sizes; then it would go on uncompiled
 
 

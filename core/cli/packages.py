@@ -7,9 +7,8 @@ from pathlib import Path
 
 def download(package: str, sha256: str, folder: str, seconds: float) -> Path:
     """
-    The archive of a package ('name==version'), which pip downloads into `folder` and neither unpacks nor installs.
-
-    pip checks its SHA-256. Raises OSError, SubprocessError (after `seconds`, too) or LookupError.
+    The archive of a package ('name==version'), which pip downloads into `folder`, checks and doesn't unpack. Raises
+    OSError, SubprocessError (after `seconds`, too) or LookupError.
     """
     wanted = Path(folder, 'requirements.txt')
     wanted.write_text(f'{package} --hash=sha256:{sha256}\n', encoding='ascii')

@@ -1,9 +1,8 @@
 """
-Which values a key of a script may have: one interval or list of choices per key, whatever scripts have it.
+Which values a key of a script may have: one interval or list of choices per key, the same in every script.
 
-keys.py checks every key against these tables, whether the command line or a config file sets it. A key means the same
-in every script, so it has the same bounds in all of them. Upper bounds exclude typos that would fill the memory or
-never finish; real limits depend on the machine, and those of a model's sizes on one another (GPTConfig, MLAConfig).
+Upper bounds exclude typos that would fill the memory or never finish; real limits depend on the machine, and those of a
+model's sizes on one another (GPTConfig, MLAConfig).
 """
 
 import math
@@ -15,8 +14,7 @@ KEYS = {
     '[0, 4294967296]': 'vocab_size top_k',
     '[1, 1000]': 'n_layer controls',
     '[1, 65536]': 'n_head n_embd n_latents n_kv_heads sweep',
-    '[0, 65536]': 'n_kv_head n_latent n_latent_q n_rope n_nope n_value',
-    '[0, 1048576]': 'n_hidden',
+    '[0, 1048576]': 'n_kv_head n_latent n_latent_q n_rope n_nope n_value n_hidden',
     '[1, 1000000000000]': 'rope_theta statistics_tokens',
     '[0, 1)': 'dropout beta1 beta2',
     '(0, 10]': 'init_std',
@@ -31,29 +29,23 @@ KEYS = {
     '[0, inf)': 'min_lr weight_decay grad_clip',
     '(0, 1]': 'kv_lr top_p',
     # the machine and randomness
-    '[0, 1024]': 'threads workers jobs',
+    '[0, 1024]': 'threads workers jobs seeds tuning_seeds final_seeds most_seeds',
     '[0, 9223372036854775807]': 'seed split_seed',
-    '[0, 1000]': 'seeds tuning_seeds final_seeds most_seeds',
     '(0, 100000]': 'minutes',
-    '[0, 86400]': 'follow',
     # samples and measurements
     '[1, 100000]': 'num_samples ablate_sequences few best drawn',
     '[0, 100]': 'temperature kv_rms',
     '[8, 100000]': 'sequences',
     '[4, 1000000]': 'length',
     '[100, 1000000]': 'resamples',
-    '[2, 1000000]': 'text_windows',
-    '[2, 1000000000]': 'windows',
-    '[2, 1000000000000]': 'eval_tokens',
+    '[2, 1000000000000]': 'text_windows windows eval_tokens',
     '[0, 16777216]': 'new_tokens context',
-    '[0.01, 1]': 'usable',
-    '[0.001, 1]': 'mfu',
+    '[0.001, 1]': 'usable mfu',
     # data
-    '[0, 1000000]': 'sample_tokens megabytes',
+    '[0, 1000000]': 'sample_tokens megabytes follow',
     '(0, 1)': 'val_fraction',
-    '[0, 1000000000000]': 'drawn_from',
     '[1, 1000000000000000000]': 'tokens',
-    '[0, 1000000000000000000]': 'shard_tokens',
+    '[0, 1000000000000000000]': 'shard_tokens drawn_from',
 }
 BOUNDS = {key: interval for interval, keys in KEYS.items() for key in keys.split()}
 CHOICES = {
@@ -79,8 +71,7 @@ def problem(key: str, value: object) -> str | None:
     if key in CHOICES and value not in CHOICES[key]:
         return f"is '{value}'; it must be {listed([str(choice) for choice in CHOICES[key]])}"
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool) and not inside(key, value):
-        text = str(value)
-        return f'is {text if len(text) <= 40 else text[:37] + "..."}; it must be {in_words(BOUNDS[key])}'
+        return f'is {short(value)}; it must be {in_words(BOUNDS[key])}'
     if isinstance(value, str) and '\0' in value and key not in TEXTS:
         return f'is {value!r}; a name or path cannot contain the character \\0'
     return None
@@ -110,6 +101,12 @@ def in_words(interval: str) -> str:
     return f'{lowest} and {"at most" if interval[-1] == "]" else "below"} {high:,}'
 
 
-def listed(words: list[str]) -> str:
+def short(value: object, most: int = 40) -> str:
+    """A value as an error message shows it: its first characters, at most so many."""
+    text = str(value)
+    return text if len(text) <= most else text[: most - 3] + '...'
+
+
+def listed(words: list[str], last: str = 'or') -> str:
     """'a, b or c'."""
-    return ' or '.join([', '.join(words[:-1])] * (len(words) > 1) + [words[-1]])
+    return f' {last} '.join([', '.join(words[:-1])] * (len(words) > 1) + [words[-1]])

@@ -19,10 +19,8 @@ CLOSED_PIPE = 141
 class StopRequest:
     """
     Whether a training must stop, for its loop to finish the step and save: by SIGTERM, SIGINT or SIGUSR1, or because
-    torchrun is gone. A second SIGINT exits immediately.
-
-    A torchrun that dies of kill -9, or of SIGUSR1, which it doesn't handle, would leave its trainers behind, without
-    anybody to stop them; each notices that its parent has changed.
+    its parent has changed: a torchrun that died of kill -9, or of SIGUSR1, can't stop its trainers. A second SIGINT
+    exits immediately.
     """
 
     def __init__(self) -> None:
@@ -49,9 +47,8 @@ class StopRequest:
 
 def exit_at_once() -> None:
     """
-    From now on SIGINT and SIGTERM end this process immediately, with exit code 130 or 143 and without a traceback.
-
-    For the time of the imports: nothing has been written yet, and an exception could come up anywhere in a library.
+    From now on SIGINT and SIGTERM end this process immediately, with exit code 130 or 143: for the time of the imports,
+    when nothing has been written yet, and an exception could come up anywhere in a library.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
@@ -59,9 +56,8 @@ def exit_at_once() -> None:
 
 def exit_in_order() -> None:
     """
-    From now on SIGINT and SIGTERM raise SystemExit with 130 or 143, so that temporary files are removed.
-
-    A second signal ends the process immediately. Handlers of the script's own, such as StopRequest's, stay.
+    From now on SIGINT and SIGTERM raise SystemExit with 130 or 143, so that temporary files are removed; a second one
+    ends the process immediately. Handlers of the script's own, such as StopRequest's, stay.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -34,9 +34,8 @@ def call(command: list[str], **how: Any) -> int:
 
 def run_script(script: str, arguments: list[Argument], folder: str) -> None:
     """
-    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`.
-
-    arguments: config files, and dicts of keys. folder: created if it is missing. UserError if the script fails.
+    Run `python script --key=value ...` with one CPU thread; its output is appended to log.txt in `folder`, which is
+    created. arguments: config files, and dicts of keys. UserError if the script fails.
     """
     os.makedirs(folder, exist_ok=True)
     command = [sys.executable, script]
@@ -79,10 +78,8 @@ def run_all(work: Callable[[dict], Result], runs: list[dict], jobs: int = 0) -> 
         bar.update()
         return result
 
-    with (
-        ThreadPoolExecutor(jobs or machine.available_cores()) as pool,
-        tqdm(total=len(runs), unit='run', disable=None) as bar,
-    ):
+    bar, jobs = tqdm(total=len(runs), unit='run', disable=None), jobs or machine.available_cores()
+    with ThreadPoolExecutor(jobs) as pool, bar:
         try:
             futures = [pool.submit(work_and_say, run) for run in runs]
             return [future.result() for future in futures]

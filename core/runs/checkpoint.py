@@ -6,7 +6,6 @@ The keys are nanoGPT's and more, so its sample.py reads our MHA checkpoints, and
 
 import contextlib
 import os
-import struct
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,47 +15,21 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError
-from core.text.meta import PlainDtype
+from core.text.meta import NUMPY
 
 OTHER_COPY = 'use an older copy, or another checkpoint of the same folder'
-# The keys of a checkpoint and their types. nanoGPT's best_val_loss is a tensor. All but the first two may be missing or
-# None.
+# The keys of a checkpoint and their types. All but the first two may be missing or None.
 TYPES: dict[str, Any] = {
-    'model': dict,
-    'model_args': dict,
-    'optimizer': dict,
-    'iter_num': int,
-    'tokens': int,
-    'best_val_loss': (int, float, torch.Tensor),
-    'config': dict,
-    'attention': str,
-    'tokenizer': dict,
-    'corpus': str,
-    'val_loss': (int, float, torch.Tensor),
-    'scaler': dict,
-    'wandb_run_id': str,
+    **dict.fromkeys(('model', 'model_args', 'optimizer', 'config', 'tokenizer', 'scaler'), dict),
     'learning': dict,  # which rows learn slowly, and whether Muon divides fused matrices: see resume.learning_rules
+    **dict.fromkeys(('iter_num', 'tokens'), int),
+    **dict.fromkeys(('best_val_loss', 'val_loss'), (int, float, torch.Tensor)),  # nanoGPT's is a tensor
+    **dict.fromkeys(('attention', 'corpus', 'wandb_run_id'), str),
 }
 
 
-def numpy_number(dtype: PlainDtype, data: bytes) -> int | float | bool:
-    """Stands for the function that makes numpy's scalars: a Python number. ValueError for anything else."""
-    formats = dict(i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q', f2='e', f4='f', f8='d', b1='?')
-    if not isinstance(dtype, PlainDtype) or dtype.code not in formats:
-        raise ValueError(f'a numpy value of type {getattr(dtype, "code", dtype)!r}')
-    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
-
-
-# nanoGPT's model_args and losses may be numpy's numbers, under the names of numpy 1 and 2; nothing of numpy runs
-NUMPY: list[Any] = [
-    (PlainDtype, 'numpy.dtype'),
-    (numpy_number, 'numpy.core.multiarray.scalar'),
-    (numpy_number, 'numpy._core.multiarray.scalar'),
-]
-
-
-def save(path: str, checkpoint: dict) -> None:
-    """Write the dict `checkpoint` to `path`, whole or not at all: with a UserError the old file stays."""
+def save(path: str, checkpoint: dict, others: Iterable[str] = ()) -> None:
+    """Write a checkpoint to `path`, whole or not at all: with a UserError the old file stays. others: further names."""
     try:
         with files.replacing(path, 'wb') as file:
             torch.save(checkpoint, file)
@@ -64,10 +37,10 @@ def save(path: str, checkpoint: dict) -> None:
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
             raise UserError(f"{path} can't be written: {folder} was moved or removed during the run") from error
-        raise UserError(
-            f"{path} can't be written ({error}); free some disk space or choose another --out_dir; the previous "
-            'checkpoint is as it was'
-        ) from error
+        hint = 'free some disk space or choose another --out_dir; the previous checkpoint is as it was'
+        raise UserError(f"{path} can't be written ({error}); {hint}") from error
+    for other in others:
+        link(path, other)
 
 
 def link(path: str, other: str) -> None:
@@ -86,8 +59,7 @@ def link(path: str, other: str) -> None:
 
 class Writer:
     """
-    Saves in a background thread: training waits only for the tensors to be copied. An error is raised by the next call.
-
+    Saves in a background thread: training waits only for the tensors to be copied, and the next call raises an error.
     writes: False on ranks that only take part in gathering a sharded model's tensors.
     """
 
@@ -101,12 +73,7 @@ class Writer:
         self.wait()
         snapshot = copy_tensors(checkpoint, keep=self.writes)
         if self.writes:
-            self.saving = self.thread.submit(self._write, path, snapshot, others)
-
-    def _write(self, path: str, snapshot: dict, others: Iterable[str]) -> None:
-        save(path, snapshot)
-        for other in others:
-            link(path, other)
+            self.saving = self.thread.submit(save, path, snapshot, others)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its error."""
@@ -117,10 +84,9 @@ class Writer:
 
 def copy_tensors(value: Any, copies: dict | None = None, keep: bool = True) -> Any:
     """
-    A copy of nested dicts and lists whose tensors are full CPU copies; a tensor that occurs twice is copied once.
-
-    Sharded tensors are gathered, so every process must call this; keep=False discards the result. (Local shards may be
-    empty and share an address, so sharded tensors are identified by object.)
+    A copy of nested dicts and lists with full CPU copies of their tensors, one of a tensor that occurs twice. Sharded
+    ones are gathered, so every process must call this; keep=False discards the result. (Local shards may be empty and
+    share an address, so sharded tensors are identified by object.)
     """
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
@@ -163,26 +129,22 @@ def load(path: str, device: str = 'cpu', mapped: bool = False) -> dict:
     The checkpoint at `path` (a file, or a folder with ckpt.pt) as a dict, tensors on `device`. 'config' and 'tokenizer'
     are {} where it has none; other keys may be missing or None.
 
-    mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used.
-
-    Raises UserError where the file is missing, truncated, damaged (by its CRCs) or not a checkpoint, where it holds
-    anything but tensors and plain values, and where an entry's type is not that in TYPES.
+    mapped: tensors are memory-mapped, so the optimizer's take no memory where only the model is used. UserError where
+    the file is missing, damaged or no checkpoint, holds more than tensors and plain values, or is not as TYPES says.
     """
     file = find(path)
     check_sums(file)
     try:
-        with torch.serialization.safe_globals(NUMPY):
+        with torch.serialization.safe_globals([(stands, name) for name, stands in NUMPY.items()]):
             checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # a truncated file fails in many ways, all with the same meaning for the user
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
-            raise UserError(f'{file} holds more than tensors and plain values, and opening it could run code; '
-                            'only load checkpoints saved by this project or nanoGPT') from error  # fmt: skip
+            hint = 'only load checkpoints saved by this project or nanoGPT'
+            raise UserError(f'{file} holds more than tensors and plain values: it could run code; {hint}') from error
         raise UserError(f'{file} is truncated or not a checkpoint; {OTHER_COPY}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
-        raise UserError(
-            f"{file} is not a GPT checkpoint: it lacks 'model' or 'model_args'; name a file that train.py wrote"
-        )
+        raise UserError(f"{file} is no GPT checkpoint: it lacks 'model' or 'model_args'; name one that train.py wrote")
     for name, kinds in TYPES.items():
         value = checkpoint.get(name)
         if not isinstance(value, kinds) and (value is not None or name in ('model', 'model_args')):

@@ -1,8 +1,6 @@
 """
-The loss of a model on a fixed set of windows: the one evaluation loop, for training, conversion and comparison.
-
-Windows are evenly spaced, don't overlap, and are the same for every model (see TokenData.eval_windows), so the losses
-of two models can be compared window by window.
+The loss of a model on a fixed set of windows, the same for every model (see TokenData.eval_windows), so that losses can
+be compared window by window: the one evaluation loop, for training, conversion and comparison.
 """
 
 import contextlib
@@ -28,10 +26,8 @@ def window_losses(
     processes: Processes | None = None,
 ) -> torch.Tensor:
     """
-    The loss of each window in nats per token, float64 on the CPU: of all windows, or of this process's share.
-
-    The model is measured in eval mode. count: windows at most, `batch_size` at a time on each process; autocast: a
-    context to compute in.
+    The loss of each window in nats per token, in eval mode, float64 on the CPU: of all windows, or of this process's
+    share. count: windows at most, `batch_size` at a time on each process; autocast: a context to compute in.
     """
     processes = processes or Processes()
     training, device = model.training, model.transformer.wte.weight.device

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import datetime
 import errno
+import itertools
 import os
 import re
 import socket
@@ -67,20 +68,15 @@ class RunFolder:
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
         return [os.path.join(self.path, name) for name in sorted(names) if RUN_FILES.fullmatch(name)]
 
-    def checkpoints(self) -> list[str]:
-        """Paths of the checkpoints, ckpt.pt first."""
-        found = [path for path in self.files() if path.endswith('.pt')]
-        return sorted(found, key=lambda path: path != self.ckpt)
-
     def newest(self) -> tuple[str | None, dict | None]:
         """
-        The newest whole checkpoint: (path, loaded), preferring ckpt.pt where it is whole; (None, None) without any.
-
-        A notice names those that are damaged. UserError where all are.
+        The newest whole checkpoint: (path, loaded), preferring ckpt.pt; (None, None) without any. A notice names those
+        that are damaged. UserError where all are.
         """
         best: tuple[str | None, dict | None] = (None, None)
         damaged = []
-        for path in self.checkpoints():
+        found = [path for path in self.files() if path.endswith('.pt')]
+        for path in sorted(found, key=lambda path: path != self.ckpt):
             try:
                 loaded = checkpoints.load(path)
             except UserError as error:
@@ -100,8 +96,8 @@ class RunFolder:
         """
         Create the folder, and lock it until this process ends. UserError where another trainer holds it.
 
-        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included.
-        Where the file system has none, a notice says so. Windows has none, and folders are not locked there.
+        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included. A
+        notice says where the file system has none. Windows has none.
         """
         os.makedirs(self.path, exist_ok=True)
         if self.lock is not None or fcntl is None:
@@ -133,12 +129,16 @@ class RunFolder:
         atexit.register(self.release)
 
     def begin(self, resumes: bool, overwrite: bool) -> None:
-        """Own the folder; a new run removes what the folder holds of another, or sets a lone log aside."""
+        """Own the folder; a new run that overwrites removes the files of another, and any sets a lone log aside."""
         self.acquire()
-        if not resumes and overwrite:
-            self.clear()
-        elif not resumes:
-            self.set_log_aside()
+        if overwrite and not resumes:
+            for path in self.files():
+                os.remove(path)
+        elif os.path.exists(self.log) and not resumes:
+            names = (os.path.join(self.path, f'log.{number}.csv') for number in itertools.count(1))
+            aside = next(name for name in names if not os.path.exists(name))
+            os.rename(self.log, aside)
+            notice(f'{self.log} has no checkpoint beside it; it is kept as {aside}')
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
@@ -147,18 +147,3 @@ class RunFolder:
                 os.remove(os.path.join(self.path, '.lock'))
             self.lock.close()
             self.lock = None
-
-    def clear(self) -> None:
-        """Remove every file of the run that the folder holds."""
-        for path in self.files():
-            os.remove(path)
-
-    def set_log_aside(self) -> None:
-        """Rename a log.csv that no checkpoint belongs to, so that a new run doesn't overwrite it."""
-        if os.path.exists(self.log):
-            number = next(n for n in range(1, 10**6) if not os.path.exists(self._old_log(n)))
-            os.rename(self.log, self._old_log(number))
-            notice(f'{self.log} has no checkpoint beside it; it is kept as {self._old_log(number)}')
-
-    def _old_log(self, number: int) -> str:
-        return os.path.join(self.path, f'log.{number}.csv')

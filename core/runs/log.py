@@ -1,6 +1,4 @@
-"""
-What a run reports while it trains: one row of log.csv per logged iteration, and the same to wandb where that is on.
-"""
+"""What a run reports while it trains: a row of log.csv per logged iteration, and the same to wandb where that is on."""
 
 import contextlib
 import csv
@@ -8,9 +6,8 @@ import netrc
 import os
 import sys
 import urllib.parse
-import warnings
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,21 +15,9 @@ from core.cli import errors, files
 from core.cli.errors import UserError
 
 # how the columns are written; a cell is empty where nothing was measured
-COLUMNS = {
-    'iter': 'd',
-    'tokens': 'd',
-    'lr': '.6g',
-    'loss': '.6f',
-    'train_loss': '.6f',
-    'val_loss': '.6f',
-    'val_stderr': '.6f',
-    'grad_norm': '.6f',
-    'ms_per_iter': '.2f',
-    'tokens_per_s': '.0f',
-    'mfu': '.4f',
-}
-HEADER = ','.join(COLUMNS)
-ENOUGH = 4 * 2**20  # bytes of a log of which every row is read, some 60,000 of them
+COLUMNS = dict(iter='d', tokens='d', lr='.6g', loss='.6f', train_loss='.6f', val_loss='.6f', val_stderr='.6f')
+COLUMNS |= dict(grad_norm='.6f', ms_per_iter='.2f', tokens_per_s='.0f', mfu='.4f')
+Result = TypeVar('Result')
 
 
 def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
@@ -40,9 +25,7 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            'wandb_log is on and wandb is not installed; pip install wandb, or --wandb_log=False'
-        ) from error
+        raise UserError('wandb_log is on, but wandb is missing; pip install wandb, or --wandb_log=False') from error
     mode: Any = os.environ.get('WANDB_MODE')
     if not (mode or os.environ.get('WANDB_API_KEY') or key_in_netrc()):
         mode = 'offline'
@@ -78,9 +61,10 @@ class RunLog:
         self.error: OSError | None = None
         try:
             with files.replacing(path) as file:
-                file.write(HEADER + '\r\n')
-                if iter_num and os.path.exists(path):
-                    file.writelines(lines_before(path, iter_num))
+                writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
+                writer.writeheader()
+                earlier = rows(path, lambda row: (int(row['iter']), row)) if iter_num and os.path.exists(path) else ()
+                writer.writerows(row for number, row in earlier if number < iter_num)
             self.file = open(path, 'a', encoding='utf-8', newline='', buffering=1)
         except OSError as error:
             raise UserError(f"{path} can't be written ({error}); move it away, or choose another --out_dir") from error
@@ -106,59 +90,22 @@ class RunLog:
             raise UserError(f"{self.path} can't be written ({self.error}); free some disk space and resume the run")
 
 
-# ---- reading: line by line, because a long run has millions of rows --------------------------------------------------
-
-
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[tuple[list[str], TextIO]]:
+def rows(path: str, convert: Callable[[dict[str, str]], Result]) -> Iterator[Result]:
     """
-    The names of a log.csv's columns and the file, to be read from there on; a kill may have cut its last line short.
-
-    UserError where the file can't be read, or where the block finds that it is no log (ValueError).
+    What `convert` makes of each row of a log.csv, {column: cell}; a kill may have cut the last one short. UserError
+    where the file can't be read, or where a ValueError says that it is no log.
     """
     try:
-        with open(path, encoding='utf-8', newline='\n') as file:
-            header = file.readline().strip().split(',')
-            if 'iter' not in header:
+        with open(path, encoding='utf-8', newline='') as file:
+            reader = csv.DictReader(line for line in file if line.endswith('\n'))
+            if 'iter' not in (reader.fieldnames or ()):
                 raise ValueError("it has no column 'iter'")
-            yield header, file
-    except (OSError, ValueError) as error:
+            yield from map(convert, reader)
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a run's log ({error}); move it away") from error
 
 
-def lines_before(path: str, iter_num: int) -> Iterator[str]:
-    """The lines of a log.csv before iteration iter_num, with the columns of COLUMNS. UserError as in `opened`."""
-    with opened(path) as (header, file):
-        place = header.index('iter')
-        for line in file:
-            if line.endswith('\n') and int(line.split(',', place + 1)[place]) < iter_num:
-                yield line if header == list(COLUMNS) else in_order(line, header)
-
-
-def in_order(line: str, header: list[str]) -> str:
-    """A line of another version's log, whose columns are `header`, with those of COLUMNS."""
-    row = dict(zip(header, line.rstrip('\r\n').split(','), strict=True))
-    return ','.join(row.get(name, '') for name in COLUMNS) + '\r\n'
-
-
 def read(path: str, columns: list[str]) -> dict[str, np.ndarray]:
-    """
-    Some columns of a log.csv by name, each a float64 array over its rows, NaN where nothing was measured.
-
-    A picture has some 60,000 rows to draw: of a log that is n times as long, these are every n-th row and all in which
-    the model was evaluated. UserError where the file can't be read, or where a cell isn't a number.
-    """
-    step = 1 + os.path.getsize(path) // ENOUGH
-    with opened(path) as (header, file), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'loadtxt: input contained no data')
-        known = [name for name in columns if name in header]
-        places = [header.index(name) for name in known]
-        evaluated = header.index('val_loss') if 'val_loss' in header else 0
-        chosen = (
-            ','.join(cell or 'nan' for cell in line.rstrip().split(','))
-            for number, line in enumerate(file)
-            if (number % step == 0 or line.split(',', evaluated + 1)[evaluated]) and line.endswith('\n')
-        )
-        cells = np.loadtxt(chosen, delimiter=',', comments=None, usecols=places, ndmin=2)
-        found = dict(zip(known, cells.T, strict=True))
-        return {name: found.get(name, np.full(len(cells), np.nan)) for name in columns}
+    """Some columns of a log.csv by name, each a float64 array over its rows, NaN where nothing was measured."""
+    cells = [*rows(path, lambda row: [float(row.get(name) or 'nan') for name in columns])]
+    return dict(zip(columns, np.array(cells).reshape(-1, len(columns)).T, strict=True))

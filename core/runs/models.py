@@ -5,16 +5,18 @@ A checkpoint of nanoGPT, of any age, and of every earlier version of this projec
 """
 
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 
 from core.cli import ranges
 from core.cli.errors import UserError
+from core.cli.ranges import short
 from core.convert import hf_tokenizer, published
 from core.convert.gpt2 import GPT2_SIZES
 from core.runs import checkpoint as checkpoints
+from core.runs.checkpoint import OTHER_COPY
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 from ops.checks import not_finite
@@ -48,16 +50,13 @@ def label_of(config: GPTConfig) -> str:
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """
     What a checkpoint stores of a config: nanoGPT's seven keys, and of the others those that nanoGPT can't express.
-
     Whoever doesn't know such a key refuses the checkpoint instead of misreading it.
     """
-    args = {field.name: getattr(config, field.name) for field in fields(config)}
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(config)}
     always = ALWAYS_WRITTEN if isinstance(config, MLAConfig) else NANOGPT_ARGS
     return {
         name: value
-        for name, value in args.items()
-        if name in always or (name not in NOT_THE_MODEL and value != defaults[name])
+        for name, value in asdict(config).items()
+        if name in always or (name not in NOT_THE_MODEL and value != getattr(type(config), name))
     }
 
 
@@ -71,14 +70,7 @@ def entries(model: GPT) -> dict[str, Any]:
 
 def contents(model: GPT, config: dict, **more: Any) -> dict[str, Any]:
     """The dict of a checkpoint that no training wrote, with what readers of nanoGPT's expect; more: further entries."""
-    plain: dict[str, Any] = {
-        'optimizer': None,
-        'iter_num': 0,
-        'tokens': 0,
-        'best_val_loss': 1e9,
-        'tokenizer': {},
-        'corpus': '',
-    }
+    plain: dict[str, Any] = dict(optimizer=None, iter_num=0, tokens=0, best_val_loss=1e9, tokenizer={}, corpus='')
     return {**entries(model), **plain, 'config': config, **more}
 
 
@@ -101,7 +93,7 @@ def state_of(checkpoint: dict) -> dict[str, torch.Tensor]:
         while name.startswith(('module.', '_orig_mod.')):
             name = name.removeprefix('module.').removeprefix('_orig_mod.')
         if name in state:
-            raise UserError(f'the checkpoint holds {name} twice; {checkpoints.OTHER_COPY}')
+            raise UserError(f'the checkpoint holds {name} twice; {OTHER_COPY}')
         if not name.endswith(('.attn.bias', '.attn.masked_bias')):
             state[name] = tensor
     return state
@@ -121,8 +113,7 @@ def all_args(checkpoint: dict, state: dict[str, torch.Tensor]) -> dict[str, Any]
     if head is not None and embedding is not None:
         same = head is embedding or torch.equal(head, embedding)
         if not same and args.get('tied'):
-            raise UserError(f"the checkpoint's output head differs from the embedding that it is tied to; "
-                            f'{checkpoints.OTHER_COPY}')  # fmt: skip
+            raise UserError(f'the output head differs from the embedding that it is tied to; {OTHER_COPY}')
         args.setdefault('tied', same)
     sizes = [args.get(key) for key in ('n_embd', 'n_head', 'n_rope')]
     if kind_of(checkpoint) == 'mla' and 'n_nope' not in args and all(type(n) is int for n in sizes[:2]) and sizes[1]:
@@ -143,23 +134,7 @@ def model_config(checkpoint: dict, state: dict[str, torch.Tensor] | None = None,
                 raise ValueError(f'{field.name} {found}')
         return config_class(**args)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {checkpoints.OTHER_COPY}") from error
-
-
-def check_sizes(state: dict[str, torch.Tensor], config: GPTConfig) -> None:
-    """
-    UserError unless tensors, {name: tensor}, have the layers and the embedding of a config.
-
-    Before a model of these sizes is made, which could take all memory where model_args are damaged.
-    """
-    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
-    embedding = state.get('transformer.wte.weight', torch.empty(0)).shape
-    expected = torch.Size((config.vocab_size, config.n_embd))
-    if layers != config.n_layer or embedding != expected:
-        raise UserError(
-            f"the checkpoint's tensors don't fit its model_args: {layers} layers and an embedding of "
-            f'{tuple(embedding)}, expected {config.n_layer} and {tuple(expected)}; {checkpoints.OTHER_COPY}'
-        )
+        raise UserError(f"the checkpoint's model_args don't make a model: {error}; {OTHER_COPY}") from error
 
 
 def changed(config: GPTConfig, key: str, value: Any) -> bool:
@@ -174,20 +149,23 @@ def build_model(checkpoint: dict, **overrides: Any) -> GPT:
     """The model of a loaded checkpoint, on the CPU. overrides: other model_args. UserError names what doesn't fit."""
     state = state_of(checkpoint)
     config = model_config(checkpoint, state, **overrides)
-    check_sizes(state, config)
+    # before a model is made, which could take all memory where model_args are damaged
+    layers = len({name.split('.')[2] for name in state if name.startswith('transformer.h.')})
+    embedding = tuple(state.get('transformer.wte.weight', torch.empty(0)).shape)
+    expected = (config.vocab_size, config.n_embd)
+    if layers != config.n_layer or embedding != expected:
+        found = f'{layers} layers and an embedding of {embedding}, not {config.n_layer} and {expected}'
+        raise UserError(f"the checkpoint's tensors don't fit its model_args: {found}; {OTHER_COPY}")
     if config.tied:
         state['lm_head.weight'] = state['transformer.wte.weight']  # some files hold it once
     model = KINDS[kind_of(checkpoint)][0](config)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        first = ' '.join(' '.join(str(error).split('\n')[1:3]).split())
-        first = first if len(first) <= 200 else f'{first[:200]}...'
-        raise UserError(
-            f"the checkpoint's tensors don't fit its model_args: {first}; {checkpoints.OTHER_COPY}"
-        ) from error
+        first = short(' '.join(' '.join(str(error).split('\n')[1:3]).split()), 200)
+        raise UserError(f"the checkpoint's tensors don't fit its model_args: {first}; {OTHER_COPY}") from error
     if name := not_finite(model.state_dict()):
-        raise UserError(f'the checkpoint holds weights that are not finite: {name}; {checkpoints.OTHER_COPY}')
+        raise UserError(f'the checkpoint holds weights that are not finite: {name}; {OTHER_COPY}')
     return model
 
 
@@ -202,11 +180,12 @@ def is_published(source: str) -> bool:
 
 def pretrained(source: str, dropout: float = 0.0, **overrides: Any) -> tuple[GPT, dict]:
     """
-    The trained model that `source` names, and what else its checkpoint holds: (GPT or MLAGPT, dict).
+    The trained model that `source` names, and what else its checkpoint holds (of a published model `tokenizer` and
+    `corpus`).
 
-    source: a checkpoint file, a folder with one, one of GPT-2's names, a Hugging Face folder with a GPT-2, a Llama or
-    a dense DeepSeek-V3, or a GGUF file with a Llama (for all but the first two the dict holds only `tokenizer` and
-    `corpus`). overrides: as for `build_model`. UserError where nothing can be loaded.
+    source: a checkpoint file, a folder with one, one of GPT-2's names, a Hugging Face folder with a GPT-2, a Llama or a
+    dense DeepSeek-V3, or a GGUF file with a Llama. overrides: as for `build_model`. UserError where nothing can be
+    loaded.
     """
     if not is_published(source):
         if not os.path.exists(source):

@@ -1,7 +1,5 @@
 """
 The processes of a training run: joining those that torchrun started, what they agree on, sharding, and their seeds.
-
-One process and torchrun take the same path.
 """
 
 import datetime
@@ -42,10 +40,7 @@ class Processes:
     def share_of(self, number: int, key: str) -> int:
         """What each process has of a number that a key gives for all. UserError where it can't be divided equally."""
         if number % self.world_size:
-            raise UserError(
-                f'{key}={number} cannot be divided equally among {self.world_size} processes; make it a multiple of '
-                'their number'
-            )
+            raise UserError(f'{key}={number} cannot be divided equally among {self.count()}; choose a multiple')
         return number // self.world_size
 
     def any(self, flag: object) -> bool:
@@ -63,17 +58,6 @@ class Processes:
         """`dtype` where all processes picked it, otherwise 'float32': GPUs and CPUs may differ between nodes."""
         number = list(DTYPES).index(dtype)
         return dtype if self.min(number) == -self.min(-number) else 'float32'
-
-    def broadcast_model(self, model: torch.nn.Module) -> None:
-        """
-        Copy rank 0's parameters to the model of every process, in place.
-
-        A conversion from MHA rounds differently on different GPUs, and `shard` takes each process's own values: call
-        this between the two. (DistributedDataParallel broadcasts by itself.)
-        """
-        if self.world_size > 1:
-            for parameter in model.parameters():
-                torch.distributed.broadcast(parameter.detach(), src=0)
 
     def exit(self, code: int = 0) -> NoReturn:
         """
@@ -97,44 +81,34 @@ def place_in_environment() -> Processes:
     if 'RANK' not in os.environ:
         tasks = max(int(os.environ.get(name) or 1) for name in TASKS)
         if tasks > 1:
-            errors.notice(
-                f'{tasks} tasks were started without torchrun, and each trains by itself; to train together, start '
-                'one task per node that runs torchrun (see slurm_scripts/), and for runs of their own ignore this'
-            )
+            hint = 'to train together, start one task per node that runs torchrun (see slurm_scripts/)'
+            errors.notice(f'{tasks} tasks were started without torchrun, and each trains by itself; {hint}')
         return Processes()
     turn = int(os.environ['RANK']) % max(1, torch.cuda.device_count()) if os.environ['RANK'].isdigit() else 0
     local_rank = os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or str(turn)
     numbers = (os.environ['RANK'], local_rank, os.environ.get('WORLD_SIZE', ''))
     missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if not all(number.isdigit() for number in numbers) or (missing and numbers[2] != '1'):
-        raise UserError(
-            f'RANK={numbers[0]} is set, and WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not; use torchrun, which sets '
-            'them all, or unset RANK for a single process'
-        )
+        hint = 'use torchrun, which sets them all, or unset RANK for a single process'
+        raise UserError(f'RANK={numbers[0]} is set, and WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not; {hint}')
     return Processes(*map(int, numbers))
 
 
 def join_processes(device: str, backend: str = 'nccl') -> tuple[Processes, str]:
     """
-    Join the process group that torchrun describes in the environment, if any. Returns (Processes, device).
-
-    Each process gets its own GPU. `backend` is for GPU tensors; CPU tensors always use gloo. UserError where there are
-    fewer GPUs than processes, or `device` names one GPU for all of them.
+    Join the process group that torchrun describes, if any: (Processes, device), a GPU for each process. `backend` is
+    for GPU tensors; CPU tensors always use gloo. UserError where a process can't have a GPU of its own.
     """
     ranks = place_in_environment()
     if 'RANK' not in os.environ:
         return ranks, device
     if device.startswith('cuda:') and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
-        raise UserError(
-            f'{device} cannot be shared by the processes of this node; use --device=cuda, with which each has a GPU of '
-            'its own, or CUDA_VISIBLE_DEVICES to choose among them'
-        )
+        hint = 'use --device=cuda, with which each has its own, or CUDA_VISIBLE_DEVICES to choose among them'
+        raise UserError(f'{device} cannot be shared by the processes of this node; {hint}')
     if device == 'cuda':
         if ranks.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f'process {ranks.local_rank} of this node has no GPU, as there are only {torch.cuda.device_count()}; '
-                'lower --nproc_per_node, or use --device=cpu'
-            )
+            there = f'process {ranks.local_rank} of this node has no GPU, as there are only {torch.cuda.device_count()}'
+            raise UserError(f'{there}; lower --nproc_per_node, or use --device=cpu')
         device = f'cuda:{ranks.local_rank}'
         torch.cuda.set_device(device)
     if ranks.world_size > 1:
@@ -169,12 +143,13 @@ def shard(model: torch.nn.Module, device: str, compile: bool = False) -> None:
     """
     Shard a model's parameters over all processes, and with them gradients and optimizer state (FSDP2, ZeRO-3).
 
-    Each block of model.transformer.h is gathered on `device` while it is needed. The model may exceed one device's
-    memory: it moves there from the CPU block by block. Parameters stay float32; autocast's copies, 2 bytes per
-    parameter, are whole on each device. Source: arXiv:1910.02054 (ZeRO).
+    Each block is gathered on `device` while it is needed, and moves there from the CPU by itself: the model may exceed
+    one device's memory. Parameters stay float32; autocast's copies are whole on each device. Source: arXiv:1910.02054.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    for parameter in model.parameters():  # a conversion may round differently on each process, which would keep its own
+        torch.distributed.broadcast(parameter.detach(), src=0)
     mesh = torch.distributed.init_device_mesh(device.split(':')[0], (torch.distributed.get_world_size(),))
     for block in model.get_submodule('transformer.h').children():
         if compile:

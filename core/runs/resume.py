@@ -2,8 +2,8 @@
 What a training run starts from: its keys, its model and its optimizer's state, from a checkpoint or a trained model.
 
 A resumed run takes from its checkpoint every key that it wasn't given. A given key that may change is applied, and said
-in one line. One that would make it another run (the model's shape, the seed, the data) is an error. The same holds for
-the shape of a pretrained model.
+in one line; one that would make it another run (the model's shape, the seed, the data) is an error, for a pretrained
+model too.
 """
 
 import math
@@ -31,22 +31,22 @@ OF_THIS_CALL = ('out_dir', 'init_from', 'resume', 'overwrite', 'eval_only')
 # describe the machine: not taken from nanoGPT's checkpoints, whose defaults ask for a GPU and for wandb
 OF_THE_MACHINE = ('device', 'dtype', 'compile', 'backend', 'threads', 'fsdp', 'wandb_log')
 OLDER = {'optimizer': 'adamw', 'kv_lr': 1.0}  # what runs had whose checkpoints don't name a key
+ADJUSTABLE = ('dropout', *models.NOT_THE_MODEL)  # what a trained model's config may still change
 
 
 def shape_keys(config_class: type[GPTConfig], keys: dict) -> list[str]:
-    """Names of the keys that decide a model's shape: config fields without dropout and without how to compute it."""
-    other = ('dropout', *models.NOT_THE_MODEL)
-    return [field.name for field in fields(config_class) if field.name in keys and field.name not in other]
+    """Names of the keys that decide a model's shape."""
+    return [field.name for field in fields(config_class) if field.name in keys and field.name not in ADJUSTABLE]
 
 
 def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str | None, dict | None]:
     """
-    The keys that a run really has, and what it resumes: (keys, path of the checkpoint, loaded checkpoint).
+    The keys that a run really has, and what it resumes: (keys, path of the checkpoint, loaded checkpoint), or None
+    twice.
 
-    keys: {key: value} as configured; given: the keys that a file or flag set; folder: the RunFolder of out_dir. Path
-    and checkpoint are None for a run that isn't resumed. `init_from` 'resume' and 'auto' mean `resume` 'yes' and
-    'auto'. UserError where there is nothing to resume, the folder holds a run that was not asked for, or MHA is given
-    keys of MLA.
+    keys: {key: value} as configured; given: the keys that a file or flag set; folder: of out_dir. `init_from` 'resume'
+    and 'auto' mean `resume` 'yes' and 'auto'. UserError where there is nothing to resume, the folder holds a run that
+    was not asked for, or MHA is given keys of MLA.
     """
     misplaced = [key for key, default in models.MLA_KEYS.items() if keys.get(key, default) != default]
     if keys['attention'] == 'mha' and misplaced:
@@ -61,8 +61,8 @@ def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str |
         if keys['resume'] == 'yes':
             raise UserError(f'there is no checkpoint in {folder.path} to resume; start the run without resume=yes')
         if folder.files() and keys['resume'] == 'no' and not keys['overwrite'] and not keys['eval_only']:
-            raise UserError(f'{folder.path} holds another run; resume it with --resume=yes, choose another --out_dir, '
-                            'or discard it with --overwrite=True')  # fmt: skip
+            hint = 'resume it with --resume=yes, choose another --out_dir, or discard it with --overwrite=True'
+            raise UserError(f'{folder.path} holds another run; {hint}')
         return keys, None, None
     return resumed_keys(keys, given, saved, path), path, saved
 
@@ -78,12 +78,9 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> 
     keys['init_from'] = then.get('init_from', 'scratch')  # where the run once came from
     kind = models.kind_of(saved)
     if keys['attention'] != kind:
-        script = 'train_mla.py' if kind == 'mla' else 'train.py'
-        raise UserError(f'{path} holds a model with the other attention; resume it with python {script} --resume=yes '
-                        f'--out_dir={keys["out_dir"]}')  # fmt: skip
-    config_class = models.KINDS[kind][1]
+        raise UserError(f'{path} holds a model with the other attention; resume it with {command(kind, keys)}')
     shape = models.model_config(saved)
-    for key in shape_keys(config_class, keys):
+    for key in shape_keys(type(shape), keys):
         if key == 'block_size' and key in given and keys['eval_only'] and shape.pos != 'learned':
             continue  # without learned positions a model can be evaluated on longer windows
         if key in given and models.changed(shape, key, keys[key]):
@@ -94,10 +91,10 @@ def resumed_keys(keys: dict, given: Set[str], saved: dict, path: str | None) -> 
         if key in given and keys[key] != found:
             raise unchangeable(key, keys[key], found, path, keys)
         keys[key] = found
-    changes = [f'{key} {then[key]} -> {keys[key]}' for key in keys
-               if key in given & ours and key in then and then[key] != keys[key]]  # fmt: skip
-    errors.notice(f'resuming {path} at iteration {saved.get("iter_num", 0)}'
-                   + (f'; changed from now on: {", ".join(changes)}' if changes else ''))  # fmt: skip
+    differ = [key for key in keys if key in given & ours and key in then and then[key] != keys[key]]
+    changes = ', '.join(f'{key} {then[key]} -> {keys[key]}' for key in differ)
+    said = f'; changed from now on: {changes}' if changes else ''
+    errors.notice(f'resuming {path} at iteration {saved.get("iter_num", 0)}{said}')
     return keys
 
 
@@ -110,18 +107,20 @@ def same_type(value: Any, default: Any) -> bool:
 
 def unchangeable(key: str, value: Any, found: Any, path: str | None, keys: dict) -> UserError:
     """The error for a given key that would make the resumed run another run."""
-    script = 'train_mla.py' if keys['attention'] == 'mla' else 'train.py'
-    return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; leave out what '
-                     f'sets it: python {script} --resume=yes --out_dir={keys["out_dir"]}')  # fmt: skip
+    hint = f'leave out what sets it: {command(keys["attention"], keys)}'
+    return UserError(f'{key}={value} cannot be applied to the run in {path}, which has {key}={found}; {hint}')
+
+
+def command(kind: str, keys: dict) -> str:
+    """The command that resumes a run as it is."""
+    return f'python {"train_mla.py" if kind == "mla" else "train.py"} --resume=yes --out_dir={keys["out_dir"]}'
 
 
 def keys_to_record(keys: dict, saved: dict | None) -> dict:
     """The keys that checkpoints record: the run's, or those that a finished run, `saved`, was made with."""
     if keys['min_lr'] > keys['learning_rate'] and keys['decay_lr']:
-        errors.notice(
-            f'note: min_lr={keys["min_lr"]:g} is above learning_rate={keys["learning_rate"]:g}, so the learning rate '
-            'will rise as it decays; lower --min_lr too'
-        )
+        rates = f'min_lr={keys["min_lr"]:g} is above learning_rate={keys["learning_rate"]:g}'
+        errors.notice(f'note: {rates}, so the learning rate will rise as it decays; lower --min_lr too')
     if saved is None or progress(saved)[0] < keys['max_iters']:
         return keys
     errors.notice(f'the run has reached max_iters={keys["max_iters"]}; to train on, give a higher --max_iters')
@@ -153,39 +152,30 @@ def trained_model(
     checkpoint to resume, loaded from `path`, or None. The model is on the CPU or `device`. UserError, or ValueError
     from a conversion, where keys, source and data don't fit together.
     """
+    shape: dict[str, Any] = {}
     if saved:
-        data = open_data(keys)
-        check_data(saved.get('tokenizer'), data, path)
-        if meta := tokenizer_meta(saved, keys):
-            check_tokenizer(meta, data, path)
-        model = models.build_model(saved, **how(keys))
-        shape: dict[str, Any] = {}
+        data = data_for(keys, saved, path, resumes=True)
+        model = models.build_model(saved, **{name: keys[name] for name in ADJUSTABLE})
     else:
         model, data, shape = pretrained_model(keys, given, device)
     if (keys | shape)['block_size'] != model.config.block_size:
         model.set_context((keys | shape)['block_size'])
     if data.n_vocab > model.config.vocab_size:
-        raise UserError(
-            f'{data.folder} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}; use the '
-            'data set that the model was made for'
-        )
+        sizes = f'{data.folder} has {data.n_vocab} different tokens, and the model only {model.config.vocab_size}'
+        raise UserError(f'{sizes}; use the data set that the model was made for')
     return model, data, shape
 
 
-def tokenizer_meta(saved: dict, keys: dict) -> dict | None:
-    """The tokenizer of a checkpoint; where none is recorded, as by nanoGPT, that of the data set its config names."""
-    recorded = saved.get('tokenizer')
-    return recorded or meta_of_dataset(keys['data_dir'], (saved.get('config') or {}).get('dataset'))
-
-
-def open_data(keys: dict) -> TokenData:
-    """The TokenData of a run's keys."""
-    return TokenData(os.path.join(keys['data_dir'], keys['dataset']), keys['block_size'])
-
-
-def how(keys: dict) -> dict:
-    """The keys that a trained model's config may still change."""
-    return {name: keys[name] for name in ('dropout', *models.NOT_THE_MODEL)}
+def data_for(keys: dict, saved: dict, source: str, resumes: bool = False) -> TokenData:
+    """The data set of a run's keys. UserError where the model in `source` (its checkpoint: `saved`) reads others."""
+    data = TokenData(os.path.join(keys['data_dir'], keys['dataset']), keys['block_size'])
+    if resumes:
+        check_data(saved.get('tokenizer'), data, source)
+    # nanoGPT's checkpoints record no tokenizer: it is that of the data set that their config names
+    named = (saved.get('config') or {}).get('dataset')
+    if meta := saved.get('tokenizer') or meta_of_dataset(keys['data_dir'], named):
+        check_tokenizer(meta, data, source)
+    return data
 
 
 def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, TokenData, dict]:
@@ -196,18 +186,14 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
     keys that are rotated whole, or, given n_rope, to a shared rotated key. UserError, or ValueError from a conversion.
     """
     source = keys['init_from']
-    model, saved = models.pretrained(source, **how(keys))
+    model, saved = models.pretrained(source, **{name: keys[name] for name in ADJUSTABLE})
     keys = dict(keys)
     if 'block_size' not in given:
         keys['block_size'] = model.config.block_size
     elif keys['block_size'] > model.config.block_size:
-        raise UserError(
-            f'block_size={keys["block_size"]} is more than the {model.config.block_size} of the model in {source}; '
-            'lower it'
-        )
-    data = open_data(keys)
-    if meta := tokenizer_meta(saved, keys):
-        check_tokenizer(meta, data, source)
+        most = f'the {model.config.block_size} of the model in {source}'
+        raise UserError(f'block_size={keys["block_size"]} is more than {most}; lower it')
+    data = data_for(keys, saved, source)
     kind = models.attention_of(model)
     if (kind, keys['attention']) == ('mla', 'mha'):
         raise UserError(f'{source} holds a model with MLA, which cannot be converted back to MHA; use train_mla.py')
@@ -224,10 +210,8 @@ def pretrained_model(keys: dict, given: Set[str], device: str) -> tuple[GPT, Tok
     for key in set(shape_keys(type(model.config), keys)) - {'block_size'}:
         shape[key] = getattr(model.config, key)
         if key in given and models.changed(model.config, key, keys[key]):
-            raise UserError(
-                f'{key}={keys[key]} cannot be applied to {source}, which has {key}={shape[key]}; remove it from the '
-                'command line or the config file'
-            )
+            hint = 'remove it from the command line or the config file'
+            raise UserError(f'{key}={keys[key]} cannot be applied to {source}, which has {key}={shape[key]}; {hint}')
     return model, data, shape
 
 
@@ -277,9 +261,8 @@ def restore(
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict, path: str | None) -> None:
     """
     Load the optimizer state of the checkpoint `saved`, by the parameters' names; rates, decay and betas stay as made.
-
-    Older checkpoints and nanoGPT's hold no names: theirs are in the order that those versions had. UserError where the
-    state doesn't fit the parameters.
+    Older checkpoints and nanoGPT's hold no names but have an order. UserError where the state doesn't fit the
+    parameters.
     """
     groups = optimizer.param_groups
     try:
@@ -287,7 +270,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict,
         if all('param_names' in group for group in then):
             names = [name for group in then for name in group['param_names']]
         else:
-            names = plain_order(model, muon='momentum' in groups[0])
+            # the order of nanoGPT's two groups, behind Muon's one where that is used
+            named, muon = list(model.named_parameters()), 'momentum' in groups[0]
+            names = [n for n, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
         if len(names) != sum(len(group['params']) for group in then):
             raise ValueError('it is of another number of parameters')
         place, entries = {name: number for number, name in enumerate(names)}, []
@@ -303,16 +288,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: GPT, saved: dict,
         optimizer.load_state_dict({'state': dict(enumerate(entries)), 'param_groups': made})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{path} can't be resumed, since its 'optimizer' doesn't fit its model: {reason} (nanoGPT before May 2023 "
-            f'had another order); start a new run from its weights with --init_from={path}'
-        ) from error
-
-
-def plain_order(model: GPT, muon: bool) -> list[str]:
-    """The parameters' names in the order of nanoGPT's two groups, behind Muon's one where that is used."""
-    named = list(model.named_parameters())
-    return [name for name, p in sorted(named, key=lambda n: (not (muon and is_block_matrix(*n)), n[1].dim() < 2))]
+        hint = f'nanoGPT before May 2023 had another order; start a new run from its weights with --init_from={path}'
+        raise UserError(f"{path} can't be resumed: its 'optimizer' doesn't fit its model ({reason}); {hint}") from error
 
 
 def part_like(parameter: Any, tensor: Any) -> Any:

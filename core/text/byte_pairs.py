@@ -26,10 +26,8 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
     Learn a byte-pair encoding (arXiv:1508.07909) from some text; returns the pieces of a BPETokenizer.
 
     vocab_size: number of ids, <|endoftext|> included; the result has fewer if the text has no more pairs, and at least
-    257. The 256 bytes come first, so any text can be encoded. UserError if the library is missing.
-
-    Time and memory grow with the words that differ. In text without spaces nearly all do, so an even part of it is used
-    (see with_distinct_words).
+    257: the 256 bytes come first, so any text can be encoded. UserError if the library is missing. Time and memory grow
+    with the words that differ: of text without spaces an even part is used (see with_distinct_words).
     """
     try:
         import tokenizers
@@ -49,9 +47,8 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
 
 def with_distinct_words(texts: list[str], most: int = DISTINCT) -> list[str]:
     """
-    The texts, or so many evenly spaced parts of it that their different words have at most `most` bytes.
-
-    A word is what white space surrounds, or LONGEST_WORD characters of it.
+    The texts, or so many evenly spaced parts of it that their different words have at most `most` bytes. A word is what
+    white space surrounds, or LONGEST_WORD characters of it.
     """
     if more_distinct_words(texts, most):
         texts = [text[i : i + (1 << 14)] for text in texts for i in range(0, len(text), 1 << 14)]
@@ -142,10 +139,8 @@ def gpt2_encoding(seconds: float = 60) -> 'tiktoken.Encoding':
     try:
         return within(seconds, lambda: get_encoding('gpt2'))
     except Exception as error:  # whatever the network, a proxy or a broken cache raises
-        raise UserError(
-            f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): it downloads two files once; without a "
-            'network, copy its cache from another machine and set TIKTOKEN_CACHE_DIR to that folder'
-        ) from error
+        hint = 'without a network, copy its cache from another machine and set TIKTOKEN_CACHE_DIR to that folder'
+        raise UserError(f"tiktoken can't get GPT-2's vocabulary ({type(error).__name__}): {hint}") from error
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:

@@ -1,15 +1,9 @@
 """
-Read a data set, and decide which windows of it make batch n.
+Read a data set, a folder as data/README.md describes it, and decide which windows of it make batch n.
 
-Notable features:
-- a data set is a folder: `train.bin` and `val.bin` contain token ids (little-endian uint16 or uint32), `meta.json` the
-  tokenizer, vocabulary size, tokens per split, source and checksums. nanoGPT's folders (`meta.pkl` or no meta) and
-  files with the header of llm.c work too
-- a large training split may lie in several files, `train_00000.bin`, ...: batches and windows are those of one file,
-  since a window that begins in one file goes on in the next
-- a counter-based generator computes the windows of batch n directly, so the model, evaluation, world size and resuming
-  can't change it
-- files of any size: a batch reads its own rows only, and no memory map, which would end the process where a file is cut
+A counter-based generator computes the windows of batch n directly, so the model, evaluation, world size and resuming
+can't change it. Of a training split in several files they are those of one file: a window goes on in the next. A batch
+reads its own rows only, and no memory map, which would end the process where a file is cut.
 """
 
 import bisect
@@ -24,6 +18,7 @@ import torch
 
 from core.cli import files
 from core.cli.errors import UserError, printable
+from core.cli.ranges import short
 from core.text.meta import HEADER_BYTES, SPLITS, existing, flat, prepare_hint, read_header, read_meta, token_files
 from core.text.tokenizer import Meta, Tokenizer, tokenizer_of
 
@@ -33,12 +28,10 @@ MOST_OPEN = 100  # files at a time
 
 class TokenData:
     """
-    A data set, read in windows of `block_size` tokens.
+    A data set, read in windows of `block_size` tokens. UserError if it is missing, damaged, or shorter than a window.
 
     Attributes: `meta` (see data/README.md), `tokens` {'train': n, 'val': n}, `n_vocab` (number of ids),
-    `padded_vocab_size` (the vocabulary size of a new model), `corpus` (one line: which text this is). UserError if the
-    folder is missing, empty, truncated, of another dtype, shorter than a window, if an id is beyond the vocabulary, or
-    if a file's SHA-256 isn't that in meta.json.
+    `padded_vocab_size` (the vocabulary size of a new model), `corpus` (one line: which text this is).
     """
 
     def __init__(self, folder: str | os.PathLike, block_size: int) -> None:
@@ -47,8 +40,7 @@ class TokenData:
         self.block_size = block_size
         self.meta = read_meta(self.folder)
         self.n_vocab = self.meta['vocab_size']
-        tokenizer = tokenizer_of(self.meta)
-        self.padded_vocab_size = tokenizer.padded_vocab_size if tokenizer else self.n_vocab
+        self.padded_vocab_size = getattr(tokenizer_of(self.meta), 'padded_vocab_size', self.n_vocab)
         self.corpus = printable(self.meta['source'])
         self.dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.row_tokens = self.meta.get('row_tokens')
@@ -106,17 +98,15 @@ class TokenData:
         if len(starts) and not 0 <= starts.min() <= starts.max() < self.tokens[split] - self.block_size:
             raise ValueError(f'windows from {starts.min()} to {starts.max()} exceed {split}.bin')
         window = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
-        if len(self._files[split]) == 1:
-            self._read_rows(self._files[split][0], starts.tolist(), window)
-        else:
-            for row, start in zip(window, starts.tolist(), strict=True):
-                self._read(split, start, row)
+        for row, start in zip(window, starts.tolist(), strict=True):
+            self._read(split, start, row)
         if window.size and int(window.max()) >= self.n_vocab:
             raise self._bad_ids(self._files[split][0].replace('_00000', '_*'), int(window.max()))
         x, y = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         if self.meta.get('masked'):
             mask: np.ndarray = np.empty(window.shape, dtype=np.uint8)
-            self._read_rows(f'{split}.mask.bin', starts.tolist(), mask)
+            for row, start in zip(mask, starts.tolist(), strict=True):
+                self._read_file(f'{split}.mask.bin', start, row)
             y[mask[:, 1:] != 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
 
@@ -132,27 +122,20 @@ class TokenData:
         number = bisect.bisect_right(bounds, start) - 1
         while len(out):
             count = min(len(out), bounds[number + 1] - start)
-            self._read_rows(self._files[split][number], [start - bounds[number]], out[None, :count])
+            self._read_file(self._files[split][number], start - bounds[number], out[:count])
             out, start, number = out[count:], start + count, number + 1
 
-    def _read_rows(self, name: str, starts: list[int], out: np.ndarray) -> None:
-        """Fill the rows of an array with the items of a file from each start on. UserError if its size has changed."""
-        view, header = out.view(np.uint8).reshape(-1).data, self._headers.get(name, 0)
-        width = out.shape[1] * out.itemsize
+    def _read_file(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill an array (n,) with the items of a file from `start` on. UserError if its size has changed."""
         try:
             file = self._opened(name)
-            is_whole = os.fstat(file.fileno()).st_size == self._sizes[name]
-            for number, start in enumerate(starts):
-                row = view[number * width : (number + 1) * width]
-                file.seek(header + start * out.itemsize)
-                is_whole = is_whole and file.readinto(row) == width
+            file.seek(self._headers.get(name, 0) + start * out.itemsize)
+            is_whole = os.fstat(file.fileno()).st_size == self._sizes[name] and file.readinto(out.data) == out.nbytes
         except OSError as error:
             raise UserError(f"{self.folder / name} can't be read any more ({error.strerror or error})") from error
         if not is_whole:
-            raise UserError(
-                f'{self.folder / name} was replaced by another file while it was read: it had {self._sizes[name]:,} '
-                'bytes; put it back, and go on from the last checkpoint with --resume=yes'
-            )
+            hint = f'it had {self._sizes[name]:,} bytes; put it back, and go on from the last checkpoint: --resume=yes'
+            raise UserError(f'{self.folder / name} was replaced by another file while it was read: {hint}')
 
     def _opened(self, name: str) -> BufferedReader:
         """A file of the data set, open for reading; the one opened first is closed where there are too many."""
@@ -176,36 +159,28 @@ class TokenData:
             size -= HEADER_BYTES
         if not size:
             raise UserError(f'{path} is empty: {prepare_hint(self.folder)}')
-        if size % dtype.itemsize:
-            raise UserError(
-                f'{path} has {size:,} bytes, not a whole number of {dtype.name} tokens: it is truncated or not a token '
-                f'file; {prepare_hint(self.folder)}'
-            )
-        if expected is not None and size // dtype.itemsize != expected:
-            says = 'its header' if header else 'meta.json'
-            raise UserError(
-                f'{path} has {size // dtype.itemsize:,} {dtype.name} tokens, and {says} says {expected:,}: they '
-                f'belong to different data sets; {prepare_hint(self.folder)}'
-            )
-        return size // dtype.itemsize
+        count, rest = divmod(size, dtype.itemsize)
+        if rest:
+            found = f'{path} has {size:,} bytes, not a whole number of {dtype.name} tokens'
+            raise UserError(f'{found}: it is truncated or not a token file; {prepare_hint(self.folder)}')
+        if expected not in (None, count):
+            found = f'{path} has {count:,} {dtype.name} tokens, and {"its header" if header else "meta.json"} says'
+            raise UserError(f'{found} {expected:,}: they belong to different data sets; {prepare_hint(self.folder)}')
+        return count
 
     def _check_block_size(self) -> None:
-        if self.row_tokens and self.block_size != self.row_tokens - 1:
-            raise UserError(
-                f'{self.folder} consists of rows of {self.row_tokens} tokens: use --block_size={self.row_tokens - 1}'
-            )
+        rows, size = self.row_tokens, self.block_size
+        if rows and size != rows - 1:
+            raise UserError(f'{self.folder} consists of rows of {rows} tokens: use --block_size={rows - 1}')
         for split in SPLITS:
-            if self.tokens[split] <= self.block_size:
-                raise UserError(
-                    f'{self.folder / split}.bin has {self.tokens[split]:,} tokens, but a window of block_size '
-                    f'{self.block_size:,} requires {self.block_size + 1:,}: use a smaller --block_size or more text'
-                )
+            if self.tokens[split] <= size:
+                why = f'a window of block_size {size:,} requires {size + 1:,}: use a smaller --block_size or more text'
+                raise UserError(f'{self.folder / split}.bin has {self.tokens[split]:,} tokens, but {why}')
 
     def _check_ids(self, split: str, is_recorded: bool) -> None:
         """
-        UserError if an id exceeds the vocabulary, or all look like those of another dtype, which no meta.json denies.
-
-        Reads every id of a short split, an even sample of a long one.
+        UserError if an id exceeds the vocabulary, or all look like those of another dtype, which no meta.json denies:
+        of every id in a short split, of an even sample in a long one.
         """
         whole = self.tokens[split] * self.dtype.itemsize <= CHECKED_WHOLE
         piece = 1 << 22 if whole else 1 << 12
@@ -218,12 +193,11 @@ class TokenData:
                     raise self._bad_ids(name, highest)
                 dtypes.add(None if is_recorded else other_dtype(ids))
             if len(dtypes) == 1 and (found := dtypes.pop()):
-                path = self.folder / name
+                path, zeros = self.folder / name, 'three of four' if found == 'int64' else 'every second one'
+                again = f"write it again with np.fromfile('{path}', np.{found}).astype(np.uint16).tofile('{path}')"
                 raise UserError(
-                    f'{path} looks like {found}, because {"three of four" if found == "int64" else "every second one"} '
-                    f'of its 16-bit numbers are 0, and token files are uint16: write it again with '
-                    f"np.fromfile('{path}', np.{found}).astype(np.uint16).tofile('{path}'), or add a meta.json "
-                    '(data/README.md) that says that it is uint16'
+                    f'{path} looks like {found}: {zeros} of its 16-bit numbers are 0, and tokens are uint16; {again}, '
+                    'or add a meta.json (data/README.md) that says that it is uint16'
                 )
 
     def _check_sums(self, split: str) -> None:
@@ -233,16 +207,12 @@ class TokenData:
         for name in (*self._files[split], f'{split}.mask.bin'):
             path, recorded = self.folder / name, self.meta.get('sha256', {}).get(name)
             if recorded and (found := files.sha256(path)) != recorded:
-                raise UserError(
-                    f'{path} was changed or is damaged: its SHA-256 is {found[:16]}..., and meta.json recorded '
-                    f'{recorded[:16]}...; {prepare_hint(self.folder)}'
-                )
+                sums = f'its SHA-256 is {found[:16]}..., and meta.json recorded {recorded[:16]}...'
+                raise UserError(f'{path} was changed or is damaged: {sums}; {prepare_hint(self.folder)}')
 
     def _bad_ids(self, name: str, highest: int) -> UserError:
-        return UserError(
-            f'{self.folder / name} has the id {highest}, beyond the vocabulary of {self.n_vocab:,}: it belongs to '
-            f'another meta.json or has another dtype; {prepare_hint(self.folder)}'
-        )
+        found = f'{self.folder / name} has the id {highest}, beyond the vocabulary of {self.n_vocab:,}'
+        return UserError(f'{found}: it belongs to another meta.json or has another dtype; {prepare_hint(self.folder)}')
 
 
 def other_dtype(ids: np.ndarray) -> str | None:
@@ -262,28 +232,19 @@ def check_data(then: Meta | None, data: TokenData, path: str) -> None:
     before, now = flat(then or {}), flat(data.meta)
     for name in before.keys() & now.keys():
         if before[name] != now[name]:
-            raise UserError(
-                f'{data.folder} is not the data set that the run in {path} began with ({name}: {short(now[name])}, '
-                f'recorded {short(before[name])}); restore it, or start a new run in another --out_dir'
-            )
+            differs = f'{name}: {short(now[name])}, recorded {short(before[name])}'
+            hint = 'restore it, or start a new run in another --out_dir'
+            raise UserError(f'{data.folder} is not the data set that the run in {path} began with ({differs}); {hint}')
 
 
 def check_tokenizer(meta: Meta, data: TokenData, source: str) -> None:
     """UserError where the model of `source`, whose tokenizer `meta` describes, would read other tokens."""
     then, now = tokenizer_of(meta), tokenizer_of(data.meta)
     if (then and then.meta()) != (now and now.meta()):
-        raise UserError(
-            f'{source} was trained on {describe(then)}, and {data.folder} has {describe(now)}; use a data set with the '
-            'same tokenizer'
-        )
+        which = f'{source} was trained on {describe(then)}, and {data.folder} has {describe(now)}'
+        raise UserError(f'{which}; use a data set with the same tokenizer')
 
 
 def describe(tokenizer: Tokenizer | None) -> str:
     """A tokenizer and the size of its vocabulary, in a few words."""
     return f'{tokenizer.name} tokens ({tokenizer.n_vocab:,} ids)' if tokenizer else 'ids that stand for no text'
-
-
-def short(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + '...'

@@ -40,9 +40,6 @@ def token_files(split: str, count: int = 1) -> list[str]:
     return [f'{split}.bin'] if count == 1 else [f'{split}_{number:05d}.bin' for number in range(count)]
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
 def existing(folder: Path) -> Path:
     """The folder of a data set: data/NAME also where --dataset=data/NAME and --data_dir=data made it data/data/NAME."""
     shorter = folder.parent.parent / folder.name
@@ -54,13 +51,9 @@ def prepare_hint(folder: Path) -> str:
     """The command that creates the data set in a folder, as the end of an error message."""
     if (folder / 'prepare.py').exists():
         return f'run python {folder / "prepare.py"}'
-    if any(folder.glob('train_?????.bin')):  # only this script writes several files
-        again = f'python data/hub/prepare.py --name={folder.name}'
-        return f'create it again with {again}, or check --dataset and --data_dir'
-    return (
-        f'create it with python data/text/prepare.py --input=FILE --name={folder.name}, or check --dataset and '
-        '--data_dir'
-    )
+    # only data/hub/prepare.py writes several files
+    script = 'hub/prepare.py' if any(folder.glob('train_?????.bin')) else 'text/prepare.py --input=FILE'
+    return f'create it with python data/{script} --name={folder.name}, or check --dataset and --data_dir'
 
 
 def has_tokens(folder: Path) -> bool:
@@ -69,7 +62,7 @@ def has_tokens(folder: Path) -> bool:
 
 
 def read_meta(folder: str | os.PathLike) -> Meta:
-    """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError if invalid."""
+    """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError, or OSError."""
     folder = Path(folder)
     if not folder.is_dir():
         prepared = sorted(path.name for path in folder.parent.glob('*') if has_tokens(path))
@@ -79,11 +72,7 @@ def read_meta(folder: str | os.PathLike) -> Meta:
         raise UserError(f'there is no {folder / "train.bin"}: {prepare_hint(folder)}')
     if meta := written_meta(folder):
         return meta
-    try:
-        header = read_header(folder / 'train.bin')
-    except OSError as error:
-        raise UserError(f"{folder / 'train.bin'} can't be read ({error.strerror}): {prepare_hint(folder)}") from error
-    described = header or {'dtype': 'uint16', **GPT2Tokenizer().meta()}
+    described = read_header(folder / 'train.bin') or {'dtype': 'uint16', **GPT2Tokenizer().meta()}
     of = 'GPT-2 BPE tokens' if described['tokenizer'] == GPT2Tokenizer.name else "Llama 3's tokens"
     source = f'{of} of unknown source ({folder.name}, no meta.json)'
     return {'format': FORMAT, **described, 'tokens': {}, 'source': source}
@@ -91,10 +80,8 @@ def read_meta(folder: str | os.PathLike) -> Meta:
 
 def meta_of_dataset(data_dir: str | os.PathLike, dataset: Any) -> Meta | None:
     """
-    The meta of the data set that a checkpoint's config names, or None if its folder isn't there and tells nothing.
-
-    nanoGPT's checkpoints don't record their tokenizer, so that this is the only source. A folder with a meta file needs
-    no tokens; one without a meta file holds GPT-2's. UserError if a meta file is invalid.
+    The meta of the data set that a checkpoint's config names, or None if its folder tells nothing: for nanoGPT's, which
+    record no tokenizer. Of a folder with a meta file no tokens are needed. UserError if a meta file is invalid.
     """
     folder = existing(Path(data_dir, str(dataset)))
     if not dataset or not folder.is_dir():
@@ -155,15 +142,8 @@ def meta_problem(meta: Any) -> str | None:
     return None
 
 
-# ---- token files and meta.pkl ----------------------------------------------------------------------------------------
-
-
 def read_header(path: Path) -> Meta | None:
-    """
-    What the header of a token file says, in the form of HEADERS and with its `count` of tokens; None if it has none.
-
-    UserError for a version that isn't known. Raises OSError.
-    """
+    """What a token file's header says, as in HEADERS, and its `count` of tokens; None without one. Raises OSError."""
     with open(path, 'rb') as file:
         head = np.frombuffer(file.read(12), dtype='<i4') if path.stat().st_size >= HEADER_BYTES else np.zeros(3)
     magic, version, count = map(int, head)
@@ -174,52 +154,44 @@ def read_header(path: Path) -> Meta | None:
     return {**HEADERS[magic, version], 'count': count}
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """
-    Reads dicts, lists, strings and numbers, also numpy's integers and strings, as plain Python values.
-
-    Refuses all other classes and functions, which could run code: what it finds are its own methods.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == 'scalar' and module in ('numpy._core.multiarray', 'numpy.core.multiarray'):
-            return self.scalar
-        if (module, name) == ('numpy', 'dtype'):
-            return self.dtype
-        raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
-
-    def dtype(self, spec: Any, *_: Any) -> 'PlainDtype':
-        """What stands for a numpy.dtype: that of an integer or a string."""
-        if not isinstance(spec, str) or not re.fullmatch(r'[iu][1248]|U\d{1,9}', spec):
-            raise pickle.UnpicklingError(f"it contains numpy's {spec!r}; only integers and strings are read")
-        return PlainDtype(spec)
-
-    def scalar(self, dtype: Any, data: Any) -> int | str:
-        """What stands for one of numpy's scalars: the int or str that its bytes are."""
-        if type(dtype) is not PlainDtype or type(data) is not bytes:
-            raise pickle.UnpicklingError("it contains one of numpy's objects; only integers and strings are read")
-        little = dtype.order == '<'
-        if dtype.code[0] == 'U':
-            return data.decode('utf-32-le' if little else 'utf-32-be').rstrip('\0')
-        return int.from_bytes(data, 'little' if little else 'big', signed=dtype.code[0] == 'i')
-
-
 class PlainDtype:
     """Stands for numpy.dtype while a pickle is read: the type, such as 'i8', and byte order of one number or string."""
 
     def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r'b1|[iu][1248]|f[248]|U\d{1,9}', code):
+            raise ValueError(f"it contains numpy's {code!r}; only numbers and strings are read")
         self.code, self.order = code, '<'
 
     def __setstate__(self, state: Any) -> None:
         self.order = '>' if state[1] == '>' else '<'
 
 
-def read_meta_pickle(folder: Path) -> Meta:
-    """
-    The meta of a nanoGPT folder with a meta.pkl, as a dict: its vocab_size, and the strings of its ids if it has any.
+def plain_scalar(dtype: PlainDtype, data: bytes) -> bool | int | float | str:
+    """Stands for the function that makes numpy's scalars: a Python value. ValueError for anything else."""
+    if type(dtype) is not PlainDtype or type(data) is not bytes:
+        raise ValueError("it contains one of numpy's objects; only numbers and strings are read")
+    return np.frombuffer(data, dtype.order + dtype.code)[0].item()
 
-    UserError if it can't be read or has no valid vocab_size; what else it contains is not checked.
-    """
+
+# nanoGPT's files may hold numpy's numbers, under the names of numpy 1 and 2; no function of these names runs
+NUMPY: dict[str, Any] = {
+    'numpy.dtype': PlainDtype,
+    'numpy.core.multiarray.scalar': plain_scalar,
+    'numpy._core.multiarray.scalar': plain_scalar,
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers, also numpy's, as plain values; refuses others, which could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f'{module}.{name}' not in NUMPY:
+            raise pickle.UnpicklingError(f'it contains {module}.{name}; only plain dicts, strings and numbers are read')
+        return NUMPY[f'{module}.{name}']
+
+
+def read_meta_pickle(folder: Path) -> Meta:
+    """The meta of a nanoGPT folder: its vocab_size, and strings of its ids if there are any. UserError if invalid."""
     path = folder / 'meta.pkl'
     try:
         if path.stat().st_size > 1 << 26:

@@ -18,34 +18,21 @@ if TYPE_CHECKING:
 
 class PublishedTokenizer(Tokenizer):
     """
-    The tokenizer of a published model, by Hugging Face's library tokenizers; never learned.
-
-    whole: the text of its tokenizer.json. end_of_text: the id of the token that ends a document, or None.
+    The tokenizer of a published model, by Hugging Face's library tokenizers; never learned. whole: the text of its
+    tokenizer.json. end_of_text: the id of the token that ends a document, or None.
     """
 
-    name, byte_pair = 'published', True
+    name, byte_pair, entries = 'published', True, ('json', 'vocab_size', 'end_of_text')
 
     def __init__(self, whole: str, n_vocab: int, end_of_text: int | None) -> None:
-        self.whole, self.n_vocab, self.end_of_text = whole, n_vocab, end_of_text
-
-    @classmethod
-    def from_meta(cls, meta: Meta) -> 'PublishedTokenizer':
-        return cls(meta['json'], meta['vocab_size'], meta['end_of_text'])
+        self.json, self.n_vocab, self.vocab_size, self.end_of_text = whole, n_vocab, n_vocab, end_of_text
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        size, end = meta.get('vocab_size'), meta.get('end_of_text', -1)
-        if not isinstance(size, int) or size < 1 or not isinstance(meta.get('json'), str):
-            return 'has no valid "json" or "vocab_size"'
-        is_id = end is None or (isinstance(end, int) and 0 <= end < size)
-        return None if is_id else f'has "end_of_text" {end!r}, which must be an id or null'
-
-    def meta(self) -> Meta:
-        return {**super().meta(), 'json': self.whole, 'end_of_text': self.end_of_text}
-
-    def load(self) -> 'PublishedTokenizer':
-        self.plain  # noqa: B018  (a cached property)
-        return self
+        size, end = meta.get('vocab_size', 0), meta.get('end_of_text', -1)
+        fit = isinstance(size, int) and size >= 1 and isinstance(meta.get('json'), str)
+        fit = fit and (end is None or (isinstance(end, int) and 0 <= end < size))
+        return None if fit else 'has no valid "json", "vocab_size" or "end_of_text"'
 
     @functools.cached_property
     def plain(self) -> 'tokenizers.Tokenizer':
@@ -58,7 +45,7 @@ class PublishedTokenizer(Tokenizer):
     def pieces(self) -> list[bytes]:
         """The bytes of each id: spelled in GPT-2's letters, or SentencePiece's way."""
         byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-        in_letters = 'ByteLevel' in json.dumps(json.loads(self.whole).get('decoder'))
+        in_letters = 'ByteLevel' in json.dumps(json.loads(self.json).get('decoder'))
         found = [b''] * self.n_vocab
         for piece, i in self.plain.get_vocab().items():
             if in_letters and all(letter in byte_of for letter in piece):
@@ -75,17 +62,15 @@ class PublishedTokenizer(Tokenizer):
         return self.plain.id_to_token(self.end_of_text or 0) or ''
 
     def text_ids(self) -> np.ndarray:
-        special = {token['id'] for token in json.loads(self.whole)['added_tokens'] if token['special']}
+        special = {token['id'] for token in json.loads(self.json)['added_tokens'] if token['special']}
         return np.setdiff1d(np.arange(self.n_vocab), [*special, *({self.end_of_text} - {None})])
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode_with(self.plain, text), dtype=np.int32)
+        return np.array(self.encode(text), dtype=np.int32)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        return self.encode_with(self.fast_tokenizer() if special else self.plain, text)
-
-    def encode_with(self, fast: 'tokenizers.Tokenizer', text: str) -> list[int]:
-        """The ids of a text; half a surrogate pair becomes '?'."""
+        fast = self.fast_tokenizer() if special else self.plain
+        # half a surrogate pair becomes '?'
         return fast.encode(text.encode('utf-8', errors='replace').decode(), add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -95,7 +80,7 @@ class PublishedTokenizer(Tokenizer):
         try:
             import tokenizers
 
-            return tokenizers.Tokenizer.from_str(self.whole)
+            return tokenizers.Tokenizer.from_str(self.json)
         except ImportError:
             raise UserError("a published model's tokenizer requires tokenizers: pip install tokenizers") from None
         except Exception as error:  # the library raises nothing more specific

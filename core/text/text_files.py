@@ -1,36 +1,31 @@
 """
 Text files as streams: which files there are, their text in blocks, and the pieces of it that a tokenizer encodes.
 
-Files may have any size: text is read, surveyed and cut in blocks, in bounded memory. One rule is for all text, prompts
-too: see `as_text`. Tokenizers that read bytes get the bytes of the files unchanged.
+Files may have any size, in bounded memory. One rule is for all text, prompts too: see `as_text`. Tokenizers that read
+bytes get the bytes of the files unchanged.
 """
 
 import gzip
 import hashlib
 import io
 import os
-import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from tqdm import tqdm
 
 from core.cli.arguments import check_folder
 from core.cli.errors import UserError, notice
 from core.cli.files import copy_of_pipe, read_bytes
-from core.text.tokenizer import Tokenizer, code_points
+from core.text.tokenizer import Tokenizer
 from core.text.write_dataset import Piece, chunks, cut_point
 
 BLOCK = 1 << 20  # characters, or bytes, per read
 LEARN_FROM = 1 << 25  # characters of the training text from which a byte-pair encoding is learned
 LEAST = 65  # tokens of the training split: one block of 64 and its targets
-
-
-# ---- what the user asks for ------------------------------------------------------------------------------------------
 
 
 def output_folder(data: Path, name: str, out_dir: str) -> Path:
@@ -44,8 +39,7 @@ def output_folder(data: Path, name: str, out_dir: str) -> Path:
 
 def check_not_overwritten(files: list[Path], folder: Path) -> None:
     """UserError if one of the input files is a file of the data set that is to be written to `folder`."""
-    made = [folder / name for name in ('train.bin', 'val.bin', 'meta.json')]
-    made = [target for target in made if target.exists()]
+    made = [folder / name for name in ('train.bin', 'val.bin', 'meta.json') if (folder / name).exists()]
     for path in files:
         if any(target.samefile(path) for target in made):
             raise UserError(f'{path} would be overwritten by the data set; choose another --name or --out_dir')
@@ -54,13 +48,12 @@ def check_not_overwritten(files: list[Path], folder: Path) -> None:
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 
-def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], list[IO[bytes]]]:
+def input_files(given: str, suffixes: str) -> tuple[list[Path], list[IO[bytes]]]:
     """
-    The files that `--input` names: (files in order, a count of what else was in the folders, copies of pipes).
+    The files that `--input` names, in order, and copies of pipes: temporary files that exist as long as their objects.
 
-    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. Pipes, as of
-    the shell's <(command), are copied to temporary files, which exist as long as their objects do. UserError if there
-    are no files.
+    suffixes: of the files of a folder that count, separated by commas; a notice says what else is there. UserError if
+    there are no files.
     """
     paths = [Path(part.strip()) for part in given.split(',') if part.strip()]
     if paths and os.path.exists(given):
@@ -73,24 +66,23 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], Counter[str], li
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f'there is no file or folder {path}; check --input')
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             found, others = files_below(path, suffixes)
             if not found:
                 there = f' (only {in_words(others)})' if others else ''
                 raise UserError(f'there are no {suffixes} files in {path}{there}; set other suffixes with --suffixes')
             files, ignored = files + found, ignored + others
-        elif stat.S_ISFIFO(mode):
+        elif path.is_fifo():
             notice(f'reading the pipe {path}')
             copies.append(copy_of_pipe(path))
             files.append(Path(copies[-1].name))
-        elif stat.S_ISREG(mode):
+        elif path.is_file():
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
     if ignored:
         notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
-    return files, ignored, copies
+    return files, copies
 
 
 def files_below(folder: Path, suffixes: str) -> tuple[list[Path], Counter[str]]:
@@ -145,10 +137,8 @@ def plain_text(data: bytes) -> str:
 
 def read_text(path: str, most: int, kind: type[Tokenizer] | Tokenizer | None = None) -> str:
     """
-    The text of a file with at most so many bytes, read as the prepare scripts read it for a kind of tokenizer.
-
-    For one that reads bytes the file is unchanged; bytes that aren't UTF-8 become surrogates, which it encodes to
-    themselves. UserError if the file can't be read, is larger or not UTF-8.
+    The text of a file with at most so many bytes, as the prepare scripts read it for a kind of tokenizer: of one that
+    reads bytes, those that aren't UTF-8 become surrogates, which it encodes to themselves. UserError if it can't be.
     """
     try:
         data = read_bytes(path, most)
@@ -158,9 +148,8 @@ def read_text(path: str, most: int, kind: type[Tokenizer] | Tokenizer | None = N
     except UnicodeDecodeError as error:
         raise UserError(f'{path} is not UTF-8 text ({bad_place(io.BytesIO(data))}): save it as UTF-8') from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(
-            f"{path} can't be read ({getattr(error, 'strerror', None) or error}); name a text file"
-        ) from error
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f"{path} can't be read ({reason}); name a text file") from error
 
 
 def blocks(path: Path, as_bytes: bool) -> Iterator[Any]:
@@ -190,9 +179,8 @@ def bad_place(file: IO[bytes]) -> str:
 
 class TextFiles:
     """
-    The text of some files, one after the other, for a kind of tokenizer.
+    The text of some files, one after the other, for a kind of tokenizer. documents: 'file' or 'line'.
 
-    documents: 'file', or 'line' if each line is a document.
     Attributes: `lengths`, the characters in each file (bytes if the tokenizer reads bytes), `total`, their sum, and
     `characters`, all that occur if the tokenizer learns from those. UserError if a file can't be read.
     """
@@ -200,15 +188,15 @@ class TextFiles:
     def __init__(self, files: list[Path], kind: type[Tokenizer] | Tokenizer, documents: str = 'file') -> None:
         self.files, self.kind, self.documents = files, kind, documents
         self.lengths: list[int] = []
-        seen = np.zeros(0x110000, dtype=bool)
+        seen: set[str] = set()
         for path in tqdm(files, desc='reading', unit='file', disable=None):
             self.lengths.append(0)
             for block in blocks(path, kind.reads_bytes):
                 self.lengths[-1] += len(block)
                 if kind.learned_from == 'characters':
-                    seen[code_points(block)] = True
+                    seen.update(block)
         self.total = sum(self.lengths)
-        self.characters = ''.join(map(chr, np.flatnonzero(seen)))
+        self.characters = ''.join(sorted(seen))
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
         """Yields the text from position `start` to `stop` as encode_stream takes it."""
@@ -255,25 +243,18 @@ def lines(stream: Iterable[str], whole: bool) -> Iterator[Piece]:
         yield rest, whole
 
 
-def learn_from(kind: type[Tokenizer] | Tokenizer, material: Any, vocab_size: int = 0) -> Tokenizer:
-    """A tokenizer of this kind, or this one itself, loaded. material and vocab_size: see Tokenizer.learn."""
-    return (kind if isinstance(kind, Tokenizer) else kind.learn(material, vocab_size)).load()
-
-
 def learn(
     kind: type[Tokenizer] | Tokenizer, characters: str, training: Iterable[Piece], size: int, vocab_size: int = 0
 ) -> Tokenizer:
     """
-    A tokenizer of this kind, loaded; learned, if required, from what the data set holds.
-
-    characters: all that occur in both splits. training: the pieces of the training split, which has `size` characters;
-    a byte-pair encoding is learned from LEARN_FROM of them. vocab_size: 0 for the default.
+    A tokenizer of this kind, loaded, and learned, if required: from the characters that occur in both splits, or from
+    LEARN_FROM characters of the training pieces, which have `size` (0: from all). vocab_size: 0 for the default.
     """
     material: Any = characters
     if kind.learned_from == 'text':
         sample = sample_evenly((text for text, _ in training), size, LEARN_FROM)
         material = tqdm(sample, desc='learning', unit=' texts', unit_scale=True, disable=None)
-    return learn_from(kind, material, vocab_size)
+    return (kind if isinstance(kind, Tokenizer) else kind.learn(material, vocab_size)).load()
 
 
 def sample_evenly(texts: Iterable[str], total: int, most: int) -> Iterator[str]:

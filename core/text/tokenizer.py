@@ -1,8 +1,6 @@
 """
-The tokenizers: text to token ids and back.
-
-Each is one subclass of Tokenizer. Data sets, checkpoints, the prepare scripts, export and analysis read its name, sizes
-and special ids from there, without tiktoken and without a network; vocabularies are loaded on first use.
+The tokenizers: text to token ids and back, each a subclass of Tokenizer. Their names, sizes and special ids need
+neither tiktoken nor a network; vocabularies are loaded on first use.
 """
 
 import abc
@@ -16,15 +14,7 @@ import numpy as np
 
 from core.cli.errors import UserError
 from core.cli.ranges import listed
-from core.text.byte_pairs import (
-    WORDS,
-    are_pieces,
-    byte_level_bpe,
-    gpt2_encoding,
-    import_tiktoken,
-    learn_bpe,
-    word_level,
-)
+from core.text import byte_pairs
 from core.text.published_tokenizer import PublishedTokenizer
 from core.text.tokenizer_base import END_OF_TEXT, NO_TEXT, Meta, Tokenizer, checked_ids
 
@@ -33,17 +23,13 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
-
-
 class CharTokenizer(Tokenizer):
     """One id per character. chars: the characters in the order of their ids."""
 
     name, learned_from, entries = 'char', 'characters', ('chars',)
 
     def __init__(self, chars: str) -> None:
-        self.chars = chars
-        self.n_vocab = len(chars)
+        self.chars, self.n_vocab = chars, len(chars)
         self.ids = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.ids[[ord(char) for char in chars]] = range(len(chars))
 
@@ -60,14 +46,13 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        chars, size = meta.get('chars'), meta.get('vocab_size')
-        if isinstance(chars, str) and 0 < len(chars) == len(set(chars)) and size in (None, len(chars)):
-            return None
-        return 'has no valid "chars"' if size is None else f'has "chars" that are not {size} different characters'
+        chars: Any = meta.get('chars')
+        fit = isinstance(chars, str) and 0 < len(chars) == len(set(chars)) == meta.get('vocab_size', len(chars))
+        return None if fit else f'has "chars" that are not {meta.get("vocab_size", "all")} different characters'
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as int32. UserError for the first character outside the vocabulary."""
-        codes = code_points(text)
+        codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         if len(ids) and ids.min() < 0:
             char = text[int(np.argmax(ids < 0))]
@@ -79,15 +64,15 @@ class CharTokenizer(Tokenizer):
         return ''.join(self.chars[i] for i in checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
-        return word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
+        return byte_pairs.word_level({char: i for i, char in enumerate(self.chars)}, r'[\s\S]', self.special_token)
 
 
 class TableTokenizer(Tokenizer):
     """
     One id per string of a list, as nanoGPT's meta.pkl may have them: words, or characters and special tokens.
 
-    strings: in the order of their ids, None where an id has no text. vocab_size: the model's, which may be larger.
-    Text is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
+    strings: in the order of their ids, None where an id has no text. vocab_size: the model's, which may be larger. Text
+    is cut into the longest strings that fit, from its start on. Data sets with it are read and never prepared.
     """
 
     name, entries = 'table', ('strings', 'vocab_size')
@@ -108,12 +93,10 @@ class TableTokenizer(Tokenizer):
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        strings: Any = meta.get('strings')
-        size = meta.get('vocab_size')
-        is_list = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
-        if not is_list or not any(strings):
-            return 'has no valid "strings"'
-        return None if isinstance(size, int) and size >= len(strings) else f'has {len(strings)} "strings", not {size}'
+        strings, size = meta.get('strings') or [], meta.get('vocab_size')
+        fit = isinstance(strings, list) and all(each is None or isinstance(each, str) for each in strings)
+        fit = fit and any(strings) and isinstance(size, int) and size >= len(strings)
+        return None if fit else 'has "strings" that are no strings, or more than "vocab_size"'
 
     def text_ids(self) -> np.ndarray:
         return np.array(sorted(self.ids.values()))
@@ -137,7 +120,7 @@ class TableTokenizer(Tokenizer):
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         longest_first = sorted(self.ids, key=len, reverse=True)
-        return word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
+        return byte_pairs.word_level(self.ids, '|'.join(map(re.escape, longest_first)), self.special_token)
 
 
 class IdTokenizer(Tokenizer):
@@ -177,7 +160,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(checked_ids(ids, self.n_vocab))
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
-        return byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
+        return byte_pairs.byte_level_bpe({bytes([byte]): byte for byte in range(1, 256)}, '\0', 0, split_words=False)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -190,10 +173,6 @@ class BytePairTokenizer(Tokenizer):
     @abc.abstractmethod
     def encoding(self) -> 'tiktoken.Encoding':
         """The encoding itself. UserError if tiktoken is missing or can't get the vocabulary."""
-
-    def load(self) -> 'BytePairTokenizer':
-        self.encoding  # noqa: B018  (a cached property)
-        return self
 
     def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -208,7 +187,7 @@ class BytePairTokenizer(Tokenizer):
 
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         ranks = {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
-        return byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
+        return byte_pairs.byte_level_bpe(ranks, END_OF_TEXT, self.end_of_text, split_words=True)
 
 
 class BPETokenizer(BytePairTokenizer):
@@ -223,22 +202,19 @@ class BPETokenizer(BytePairTokenizer):
     @classmethod
     def learn(cls, material: Any = (), vocab_size: int = 0) -> 'BPETokenizer':
         """The encoding learned from an iterable of str. vocab_size: number of ids, 4096 by default."""
-        return cls(learn_bpe(material, vocab_size or 4096))
+        return cls(byte_pairs.learn_bpe(material, vocab_size or 4096))
 
     @classmethod
     def problem(cls, meta: Meta) -> str | None:
-        pieces, size = meta.get('pieces') or [], meta.get('vocab_size')
-        if are_pieces(pieces) and size in (None, len(pieces) + 1):
-            return None
-        if not isinstance(size, int):
-            return 'has no valid "pieces"'
-        return f'has "pieces" that are not {size - 1} different strings that include every single byte'
+        pieces: Any = meta.get('pieces')
+        fit = byte_pairs.are_pieces(pieces) and len(pieces) + 1 == meta.get('vocab_size', len(pieces) + 1)
+        return None if fit else 'has "pieces" that are not "vocab_size" - 1 different strings with every single byte'
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
         ranks = {piece.encode('latin-1'): i for i, piece in enumerate(self.pieces)}
-        special = {END_OF_TEXT: self.end_of_text}
-        return import_tiktoken().Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+        how: dict = dict(pat_str=byte_pairs.WORDS, special_tokens={END_OF_TEXT: self.end_of_text})
+        return byte_pairs.import_tiktoken().Encoding('bpe', mergeable_ranks=ranks, **how)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -249,7 +225,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     @functools.cached_property
     def encoding(self) -> 'tiktoken.Encoding':
-        return gpt2_encoding()
+        return byte_pairs.gpt2_encoding()
 
 
 # those that text can be prepared with
@@ -260,9 +236,8 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 def kind_named(name: object) -> type[Tokenizer] | None:
     """The class whose name the meta of a data set or a checkpoint has, or None."""
-    read_only: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (TableTokenizer, PublishedTokenizer)}
-    kinds = TOKENIZERS | read_only
-    return kinds.get(name) if isinstance(name, str) else None
+    kinds: list[type[Tokenizer]] = [*TOKENIZERS.values(), TableTokenizer, PublishedTokenizer]
+    return next((kind for kind in kinds if kind.name == name), None)
 
 
 def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer]:
@@ -273,9 +248,8 @@ def kind_to_prepare(tokenizer: str, vocab_size: int = 0) -> type[Tokenizer]:
     if vocab_size and not kind.vocab_sizes:
         sized = [each.name for each in TOKENIZERS.values() if each.vocab_sizes]
         raise UserError(f'--vocab_size requires --tokenizer={listed(sized)}: the other vocabularies have fixed sizes')
-    if kind.vocab_sizes and vocab_size and vocab_size not in kind.vocab_sizes:
-        low, high = kind.vocab_sizes[0], kind.vocab_sizes[-1]
-        raise UserError(f'vocab_size={vocab_size} must be from {low} (the 256 bytes are included) to {high}')
+    if vocab_size and (sizes := kind.vocab_sizes) and vocab_size not in sizes:
+        raise UserError(f'vocab_size={vocab_size} must be from {sizes[0]} (the 256 bytes are included) to {sizes[-1]}')
     return kind
 
 
@@ -283,8 +257,8 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
     """
     The tokenizer that the meta of a data set or a checkpoint describes, not loaded; None if its ids stand for no text.
 
-    vocab_size: the model's. nanoGPT's checkpoints have no meta; with GPT-2's vocabulary size they have its tokenizer.
-    Requires neither tiktoken nor a network. UserError for an unknown tokenizer or invalid entries.
+    vocab_size: of a model without a meta, such as nanoGPT's: GPT-2's size means GPT-2's tokenizer. UserError for an
+    unknown tokenizer or invalid entries.
     """
     if not meta and vocab_size is not None:
         sizes = (GPT2Tokenizer.n_vocab, GPT2Tokenizer.padded_vocab_size)
@@ -296,10 +270,8 @@ def tokenizer_of(meta: Meta, vocab_size: int | None = None) -> Tokenizer | None:
     if kind is None:
         raise UserError(f'unknown tokenizer {name!r}; it must be {listed([*TOKENIZERS])}')
     if problem := kind.problem(meta):
-        raise UserError(
-            f"the tokenizer {name} {problem}: prepare the data set's meta.json again, or use an older copy of the "
-            'checkpoint'
-        )
+        hint = "prepare the data set's meta.json again, or use an older copy of the checkpoint"
+        raise UserError(f'the tokenizer {name} {problem}: {hint}')
     return kind.from_meta(meta)
 
 
@@ -309,11 +281,3 @@ def load_tokenizer(meta: Meta) -> Tokenizer:
     if tokenizer is None:
         raise UserError(f'these tokens stand for no text (tokenizer: {NO_TEXT}), so none can be encoded or decoded')
     return tokenizer.load()
-
-
-# ---- characters and ids ----------------------------------------------------------------------------------------------
-
-
-def code_points(text: str) -> np.ndarray:
-    """The code points of a text as uint32."""
-    return np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')

@@ -57,6 +57,7 @@ class Tokenizer(abc.ABC):
 
     def load(self) -> 'Tokenizer':
         """Load the vocabulary; returns self. UserError if it's not available."""
+        self.encode_array('')
         return self
 
     def text_ids(self) -> np.ndarray:
@@ -83,9 +84,8 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def fast_tokenizer(self) -> 'tokenizers.Tokenizer':
         """
-        The same tokenizer in the class that Hugging Face's transformers builds on.
-
-        Text is encoded to the same ids, except that special_token is recognized in it. It has an id of the vocabulary.
+        The same tokenizer in the class that Hugging Face's transformers builds on: text is encoded to the same ids,
+        except that special_token is recognized in it. It has an id of the vocabulary.
         """
 
 

@@ -49,9 +49,8 @@ def cut_point(text: str, longest: int = LONGEST_RUN) -> int:
     The last index > 0 at which `text` can be cut without a change of its byte-pair encoding, or 0 if there is none.
 
     That is in front of a space between two visible characters, or else of such a newline: there the patterns of GPT-2
-    and of later models start a new word, the text in front of it splits as if it ended there, and merges never cross
-    words. (Some put newlines behind punctuation into one word with it.) A text of more than `longest` characters
-    without such a place is cut at its end, which can change the encoding of one word.
+    and of later models start a new word, and merges never cross words. (Some put newlines behind punctuation into one
+    word with it.) A text of more than `longest` characters without such a place is cut at its end.
     """
     for space in ' \n':
         at = text.rfind(space, 1, len(text) - 1)
@@ -66,10 +65,10 @@ def encode_stream(
     tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int = 0, bar: Any = None, chunk: int = CHUNK
 ) -> Iterator[np.ndarray]:
     """
-    Encode a stream of pieces on all cores: yields arrays of ids, in order, the same for any number of workers.
+    Encode a stream of pieces on all cores: yields arrays of ids, in order, with the end-of-text token, if there is one,
+    where a document ends.
 
-    Where a document ends, the tokenizer's end-of-text token follows, if it has one. workers: see `in_order`; threads
-    suffice because tiktoken and numpy release the GIL. bar: with update(characters). chunk: characters per task.
+    workers: see `in_order`; threads suffice because tiktoken and numpy release the GIL. bar: has update(characters).
     """
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
@@ -134,13 +133,12 @@ def write_dataset(
     Write train.bin, val.bin and meta.json into a folder; returns the meta.
 
     tokenizer: None for ids that stand for no text (then `vocab_size` is required). splits: {'train': ..., 'val': ...},
-    each an integer array, an iterable of arrays (written one by one, in bounded memory) or the Path of a finished token
-    file, which is moved; for `train` also a tuple of such Paths, which become train_00000.bin, ... if there are
-    several. source: one line that says which text this is. input_sha256: checksum of the input. details: what else
-    meta.json says about the source. row_tokens: R if every R tokens are one row. masks: like splits, 1 where a token is
-    never a target. least: tokens that the training split must have.
+    each an integer array, an iterable of arrays (written one by one) or the Path of a finished token file, which is
+    moved; for `train` also a tuple of Paths, which become train_00000.bin, ... source: one line that says which text
+    this is. details: what else meta.json says about it. row_tokens: R if every R tokens are one row. masks: like
+    splits, 1 where a token is never a target. least: tokens that the training split must have.
 
-    A failed run changes nothing. A run killed between two renames leaves a meta.json that says so. UserError if a split
+    A failed run changes nothing. One killed between two renames leaves a meta.json that says so. UserError if a split
     is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
     """
     folder = Path(folder)
@@ -170,9 +168,8 @@ def write_dataset(
                 if not total:
                     raise UserError(f'{split}.bin would be empty: the input has no text or is too short to be split')
                 if split == 'train' and total < least:
-                    raise UserError(
-                        f'train.bin would have {total} tokens, too few for a block of {least - 1}: prepare more text'
-                    )
+                    why = f'too few for a block of {least - 1}: prepare more text'
+                    raise UserError(f'train.bin would have {total} tokens, {why}')
                 if masks:
                     name = f'{split}.mask.bin'
                     new[name] = Path(beside, name)
@@ -197,13 +194,13 @@ class GrowingSplit:
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int = 0) -> None:
-        self.folder, self.split, self.dtype, self.size = folder, split, dtype, size
+        self.folder, self.split, self.dtype, self.size = folder, split, dtype, size or 1 << 62
         self.count, self.number = 0, -1
         self.file: IO[bytes] | None = None
 
     @property
     def last(self) -> int:
-        return max(self.count - 1, 0) // self.size if self.size else 0
+        return max(self.count - 1, 0) // self.size
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -216,40 +213,36 @@ class GrowingSplit:
         """Keep the first `count` tokens of what is there. ValueError if there are fewer."""
         self.count = count
         for number, path in enumerate(self.files):
-            wanted = min(count - number * self.size, self.size or count) * self.dtype.itemsize
+            wanted = min(count - number * self.size, self.size) * self.dtype.itemsize
             if wanted and (not path.exists() or path.stat().st_size < wanted):
                 raise ValueError(f'{path.name} is missing or too short')
             with open(path, 'ab') as file:
                 file.truncate(wanted)
-        for path in [*self.folder.glob(f'{self.split}_?????.bin.part'), self.folder / f'{self.split}.bin.part']:
-            if path not in self.files:
-                path.unlink(missing_ok=True)
+        for path in {*self.folder.glob(f'{self.split}*.bin.part')} - {*self.files}:
+            path.unlink()
 
     def append(self, ids: np.ndarray) -> None:
         """Write ids behind what is there. Raises OSError."""
         while len(ids):
-            number, used = divmod(self.count, self.size) if self.size else (0, self.count)
-            piece = ids[: self.size - used] if self.size else ids
-            self._opened(number).write(piece.astype(self.dtype).tobytes())
+            number, used = divmod(self.count, self.size)
+            if self.file is None or number != self.number:
+                self.close()
+                self.file, self.number = open(self._path(number), 'ab'), number
+            piece = ids[: self.size - used]
+            self.file.write(piece.astype(self.dtype).tobytes())
             self.count += len(piece)
             ids = ids[len(piece) :]
 
-    def _opened(self, number: int) -> IO[bytes]:
-        if self.file is None or number != self.number:
-            self.sync()
-            self.close()
-            self.file, self.number = open(self._path(number), 'ab'), number
-        return self.file
-
     def sync(self) -> None:
         """Flush what was written to disk. Raises OSError."""
-        if self.file:
+        if self.file and not self.file.closed:
             files.sync(self.file)
 
     def close(self) -> None:
+        """The same, and close the file."""
+        self.sync()
         if self.file:
             self.file.close()
-            self.file = None
 
 
 def write_tokens(path: Path, arrays: Any, dtype: np.dtype, vocab_size: int) -> tuple[int, str]:

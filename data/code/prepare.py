@@ -11,16 +11,9 @@ $ python data/code/prepare.py --megabytes=20 --name=code20
 The C files of a folder:
 $ python data/code/prepare.py --input=linux --suffixes=.c,.h --name=linux
 
-Notable features:
-- nothing is downloaded: packages are found through the records of their installation, so the text depends on what is
-  installed; meta.json has each package's version, files and bytes
-- a file with the content of an earlier one is left out; so are empty files and those that aren't UTF-8, whatever the
-  tokenizer, and the script says how many
-- a file is in the split that its content and split_seed decide, whatever other files there are: none is in both splits,
-  and adding a package moves no file from one to the other
-- files are read in the order of package and path, not of the file system; any number of any size, in bounded memory
-- byte is the natural small vocabulary: 256 ids. Code has a thousand characters or more, nearly all of them in a few
-  tables; char makes an id of each, so that nothing is lost, and says how many they are
+Nothing is downloaded; meta.json says what was read. Files that are empty, repeated or not UTF-8 are left out. A file is
+in the split that its content and split_seed decide, whatever other files there are. Code has a thousand characters or
+more, nearly all of them in a few tables: char makes an id of each, byte has 256.
 """
 
 import sys
@@ -44,6 +37,7 @@ from tqdm import tqdm
 
 from core.cli.arguments import names
 from core.cli.errors import UserError, notice, output
+from core.cli.ranges import listed
 from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
 from core.text.write_dataset import encode_stream, summary, write_dataset
@@ -79,12 +73,6 @@ class Source:
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 
-def pinned():
-    """The packages that requirements.txt pins, a list of str."""
-    lines = (Path(__file__).resolve().parents[2] / 'requirements.txt').read_text(encoding='utf-8').splitlines()
-    return [found[0] for line in lines if (found := re.match(r'[\w.-]+', line))]
-
-
 def package_files(package):
     """The version of an installed package and its files in the order of their paths. UserError if it isn't there."""
     if package == STDLIB:
@@ -95,38 +83,32 @@ def package_files(package):
     try:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise UserError(
-            f'the package {package} is not installed: run pip install -r requirements.txt, or choose with --packages'
-        ) from error
+        hint = 'run pip install -r requirements.txt, or choose with --packages'
+        raise UserError(f'the package {package} is not installed: {hint}') from error
     wanted = text_files.suffix_list(suffixes)
     listed = sorted((path for path in distribution.files or [] if path.name.endswith(wanted)), key=str)
     return distribution.version, [path for path in map(Path, map(distribution.locate_file, listed)) if path.is_file()]
-
-
-def examined(path):
-    """The size of a file's content in bytes, its SHA-256, and whether it is UTF-8."""
-    size, checksum = 0, hashlib.sha256()
-    for block in text_files.blocks(path, as_bytes=True):
-        size += len(block)
-        checksum.update(block)
-    try:
-        collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
-    except UserError:
-        return size, checksum.hexdigest(), False
-    return size, checksum.hexdigest(), True
 
 
 def distinct(found):
     """The Sources of (package, path) pairs, without those that are left out, and how many of each kind those are."""
     sources, seen, left_out = [], set(), {'duplicate': 0, 'empty': 0, 'not UTF-8': 0}
     for package, path in tqdm(found, desc='comparing', unit='file', disable=None):
-        size, checksum, valid = examined(path)
-        reason = 'empty' if not size else 'duplicate' if checksum in seen else '' if valid else 'not UTF-8'
-        seen.add(checksum)
+        size, checksum, valid = 0, hashlib.sha256(), True
+        for block in text_files.blocks(path, as_bytes=True):
+            size += len(block)
+            checksum.update(block)
+        try:
+            collections.deque(text_files.blocks(path, as_bytes=False), maxlen=0)
+        except UserError:
+            valid = False
+        source = Source(path, package, size, checksum.hexdigest())
+        reason = 'empty' if not size else 'duplicate' if source.sha256 in seen else '' if valid else 'not UTF-8'
+        seen.add(source.sha256)
         if reason:
             left_out[reason] += 1
         else:
-            sources.append(Source(path, package, size, checksum))
+            sources.append(source)
     return sources, left_out
 
 
@@ -153,20 +135,13 @@ def counted(sources):
     return {'files': len(sources), 'bytes': sum(source.size for source in sources)}
 
 
-def by_package(sources):
-    """{package: {'version': v, 'files': n, 'bytes': n}} of some Sources, the one with the most bytes first."""
-    rows = {each: counted([source for source in sources if source.package == each]) for each in versions}
-    largest_first = sorted(rows, key=lambda each: -rows[each]['bytes'])
-    return {each: {'version': versions[each], **rows[each]} for each in largest_first}
-
-
 def description(rows):
-    """One line that says which text this is. rows: of by_package."""
+    """One line that says which text this is. rows: {package: {'version': v, 'files': n, 'bytes': n}}."""
     if input:
         return f'{len(sources):,} files of {text_files.named(input)}'
     each = [f'{package} {row["version"]}' for package, row in rows.items()]
     of = each if len(each) <= 3 else [*each[:2], f'{len(each) - 2} other packages']
-    return f'{len(sources):,} {suffixes} files of ' + ' and '.join([', '.join(of[:-1])] * (len(of) > 1) + of[-1:])
+    return f'{len(sources):,} {suffixes} files of {listed(of, "and")}'
 
 
 # ---- read, split and encode ------------------------------------------------------------------------------------------
@@ -176,10 +151,12 @@ folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out
 if input and packages:
     raise UserError('--input and --packages were both given; choose one of them')
 if input:
-    files, _, copies = text_files.input_files(input, suffixes)
+    files, copies = text_files.input_files(input, suffixes)
     versions, found = {}, [('', path) for path in files]
 else:
-    installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned()})}
+    requirements = (Path(__file__).resolve().parents[2] / 'requirements.txt').read_text(encoding='utf-8')
+    pinned = re.findall(r'^[\w.-]+', requirements, re.MULTILINE)
+    installed = {each: package_files(each) for each in sorted({*names(packages, 'packages')} or {STDLIB, *pinned})}
     versions = {each: version for each, (version, _) in installed.items()}
     found = [(each, path) for each, (_, files) in installed.items() for path in files]
 text_files.check_not_overwritten([path for _, path in found], folder)
@@ -198,17 +175,17 @@ for source in sources:
     parts['val' if drawn(source, 'split') < val_fraction else 'train'].append(source)
 for split, part in parts.items():
     if not part:
-        raise UserError(
-            f'none of {len(sources):,} files is in the {split} split: choose another --split_seed or --val_fraction, '
-            'or more files'
-        )
+        hint = 'choose another --split_seed or --val_fraction, or more files'
+        raise UserError(f'none of {len(sources):,} files is in the {split} split: {hint}')
 
 texts = {split: text_files.TextFiles([source.path for source in part], kind) for split, part in parts.items()}
 characters = ''.join(text.characters for text in texts.values())
 encoder = text_files.learn(kind, characters, texts['train'].pieces(), texts['train'].total, vocab_size)
 if kind.learned_from == 'characters' and encoder.n_vocab > 256:
     notice(f'note: each of {encoder.n_vocab:,} different characters becomes an id; --tokenizer=byte has 256')
-rows = by_package(sources)
+counts = {each: counted([source for source in sources if source.package == each]) for each in versions}
+largest_first = sorted(versions, key=lambda each: -counts[each]['bytes'])
+rows = {each: {'version': versions[each], **counts[each]} for each in largest_first}
 details = {'packages': rows} if rows else {}
 details |= {'splits': {split: counted(part) for split, part in parts.items()}, 'left_out': left_out}
 details |= {'suffixes': suffixes, 'val_fraction': val_fraction, 'split_seed': split_seed}
@@ -221,8 +198,6 @@ with text_files.encoding_bar(kind, sum(text.total for text in texts.values())) a
     meta = write_dataset(folder, encoder, splits, **about, least=text_files.LEAST)
 share = meta['tokens']['val'] / sum(meta['tokens'].values())
 if not val_fraction / 2 < share < 2 * val_fraction:
-    notice(
-        f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: files are kept whole, and there '
-        f'are {len(sources):,}; another --split_seed splits otherwise'
-    )
+    why = f'files are kept whole, and there are {len(sources):,}; another --split_seed splits otherwise'
+    notice(f'note: {share:.1%} of the tokens are for validation, not {val_fraction:.0%}: {why}')
 output(summary(folder, meta, time.perf_counter() - start))

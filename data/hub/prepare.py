@@ -8,16 +8,10 @@ $ python train.py config/train_gpt2.py --dataset=fineweb
 Local files with a column `content`:
 $ python data/hub/prepare.py --input=FOLDER --suffixes=.parquet --column=content --name=mine
 
-The same command resumes a stopped run.
-
-Notable features:
-- the data set is streamed: nothing is kept but tokens, two bytes each in GPT-2's vocabulary; memory is bounded
-- a stopped run goes on where it last wrote progress.json: after each finished file, and at least every minute. It ends
-  with the same bytes as a run that was never stopped, and reads the same commit of the Hub
-- a document is in the split that its text and split_seed decide, whatever other documents there are, so that equal ones
-  are in the same split; the order stays, since training draws windows at random anyway. drawn_from decides by number
-- gpt2 and bpe insert <|endoftext|> after each document; byte has no such token; empty documents are left out
-- bpe is learned from the first 32 million characters of the training documents: the size of a stream is not known
+The same command resumes a stopped run, and ends with the same bytes as a run that was never stopped: progress.json says
+how far it is, after each finished file and at least every minute. Documents are streamed in bounded memory, and only
+their tokens are kept, in their order. One is in the split that its text and split_seed decide (drawn_from: its number).
+gpt2 and bpe insert <|endoftext|> after each; bpe is learned from the first 32 million characters for training.
 """
 
 import sys
@@ -71,6 +65,7 @@ exec(open(Path(__file__).resolve().parents[2] / 'configurator.py', encoding='utf
 READ = 256  # documents per read
 SAVE_SECONDS = 60  # progress is recorded at least so often, and whenever a file of shard_tokens is finished
 MOST_FILES = 500  # more than anyone wants in a folder
+origin = input or hub
 
 
 # ---- where the documents are -----------------------------------------------------------------------------------------
@@ -80,9 +75,7 @@ def format_of(files):
     """The loader of `datasets` for some local files: 'parquet' or 'json'. UserError if they need several or others."""
     formats = {'parquet' if path.suffix == '.parquet' else 'json' if '.json' in path.name else None for path in files}
     if len(formats) > 1 or None in formats:
-        raise UserError(
-            f'{input} must be Parquet (.parquet) or JSON Lines files (.jsonl), not both; choose some with --suffixes'
-        )
+        raise UserError(f'{input} must be Parquet (.parquet) or JSON Lines (.jsonl), not both; choose by --suffixes')
     return formats.pop()
 
 
@@ -90,7 +83,7 @@ def failure(error):
     """The UserError for what `datasets` raised: the network, the Hub, a broken or an unknown file."""
     cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     hint = 'check the file' if input else 'check --hub, --subset, --split and the network'
-    return UserError(f"can't read {input or hub}: {cause}; {hint}, and run the command again to go on")
+    return UserError(f"can't read {origin}: {cause}; {hint}, and run the command again to go on")
 
 
 def commit_of(revision):
@@ -126,12 +119,10 @@ def opened(files, commit):
     except Exception as error:
         raise failure(error) from error
     if not columns:
-        raise UserError(f'there are no documents in {input or hub}; choose others')
+        raise UserError(f'there are no documents in {origin}; choose others')
     if column not in columns:
         known = ', '.join(columns)
-        raise UserError(
-            f"the documents of {input or hub} have no column '{column}', only {known}; choose one with --column"
-        )
+        raise UserError(f"the documents of {origin} have no column '{column}', only {known}; choose one with --column")
     return stream.select_columns([column])
 
 
@@ -165,9 +156,8 @@ def documents_of(stream, rows=0):
             documents = [(text, number) for number, text in enumerate(found[column], rows) if text]
             rows += len(found[column])
             if not all(isinstance(text, str) for text, _ in documents):
-                raise UserError(
-                    f"the column '{column}' of {input or hub} has other values than text; choose another --column"
-                )
+                hint = 'choose another --column'
+                raise UserError(f"the column '{column}' of {origin} has other values than text; {hint}")
             parts, place = list(batches(documents, CHUNK)), (stream.state_dict(), rows)
             for number, part in enumerate(parts, 1):
                 yield part, place if number == len(parts) else None
@@ -178,9 +168,8 @@ def documents_of(stream, rows=0):
 
 def drawn_numbers():
     """
-    True for each number of a document that is for validation, an array; None if their texts decide.
-
-    These are the documents of nanoGPT's script: of `datasets`' train_test_split with shuffle=True and this seed.
+    True for each number of a document that is for validation, an array; None if their texts decide. These are the
+    documents of nanoGPT's script: of `datasets`' train_test_split with shuffle=True and this seed.
     """
     if not drawn_from:
         return None
@@ -245,10 +234,6 @@ def earlier():
     try:
         progress = json.loads(journal.read_text(encoding='utf-8'))
         if progress['of'] == identity():
-            parts = {'commit': str, 'encoder': dict, 'documents': int, 'tokens': dict}
-            counts = [progress['tokens'][each] for each in SPLITS]
-            if any(type(progress[key]) is not form for key, form in parts.items()) or min(counts) < 0:
-                raise ValueError('an entry of another type')
             return progress
         notice(f'note: discarding what a stopped run left in {folder}: it has other documents or settings')
     except FileNotFoundError:
@@ -282,7 +267,7 @@ if 0 < shard_tokens < text_files.LEAST:
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name or hub.split('/')[-1] or 'hub', out_dir)
 files = []
 if input:
-    files, _, copies = text_files.input_files(input, suffixes)
+    files, copies = text_files.input_files(input, suffixes)
     text_files.check_not_overwritten(files, folder)
 drawn = drawn_numbers()
 
@@ -295,10 +280,8 @@ try:
     if progress:
         encoder = load_tokenizer(progress['encoder'])
     else:
-        text = learning_text(stream) if kind.learned_from else None
-        encoder = text_files.learn_from(
-            kind, text and tqdm(text, desc='learning', unit=' texts', disable=None), vocab_size
-        )
+        training = ((text, True) for text in learning_text(stream))
+        encoder = text_files.learn(kind, '', training, 0, vocab_size)
     dtype = token_dtype(encoder.n_vocab)
     folder.mkdir(parents=True, exist_ok=True)
     growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}
@@ -320,10 +303,7 @@ rows = progress.get('rows', 0)
 work = in_order(encoded, () if is_complete else documents_of(stream, rows), workers)
 start, saved, recorded = time.perf_counter(), time.monotonic(), train.last
 try:
-    with (
-        contextlib.closing(work),
-        tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar,
-    ):
+    with contextlib.closing(work), tqdm(initial=already, unit='tokens', unit_scale=True, disable=None) as bar:
         for (_, place), found in work:
             for each, ids in found:
                 if train.count < tokens:
@@ -341,15 +321,12 @@ try:
     for each in growing.values():
         each.close()
 except OSError as error:
-    raise UserError(
-        f"can't write to {folder}: {error.strerror or error}; fix this and run the command again"
-    ) from error
+    hint = 'fix this and run the command again'
+    raise UserError(f"can't write to {folder}: {error.strerror or error}; {hint}") from error
 
 if not growing['val'].count:
-    raise UserError(
-        f'none of {documents:,} documents is in the validation split: choose a larger --val_fraction, another '
-        '--split_seed or more documents'
-    )
+    hint = 'choose a larger --val_fraction, another --split_seed or more documents'
+    raise UserError(f'none of {documents:,} documents is in the validation split: {hint}')
 if drawn is not None and not input and documents != len(drawn) and train.count < tokens:
     notice(f'note: {hub} has {documents:,} documents, not {len(drawn):,}: is it complete?')
 where = f'{hub}{f" ({subset})" if subset else ""}' if hub else text_files.named(input)

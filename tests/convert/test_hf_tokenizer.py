@@ -157,7 +157,7 @@ def test_text_can_be_prepared_with_the_tokenizer_in_a_folder(tmp_path):
     data = TokenData(tmp_path / 'out', 8)
     ids = np.concatenate([data.ids('train'), data.ids('val')]).tolist()
     whole = found.encode(TEXT * 60)
-    assert data.meta['json'] == found.whole and ids == [*whole, found.end_of_text] * 2
+    assert data.meta['json'] == found.json and ids == [*whole, found.end_of_text] * 2
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def test_any_file_of_a_run_makes_the_folder_taken_and_others_do_not(tmp_path):
     for name in run:
         (tmp_path / name).touch()
     assert [os.path.basename(path) for path in folder.files()] == run
-    folder.clear()
+    folder.begin(resumes=False, overwrite=True)
+    folder.release()
     assert folder.files() == [] and len(os.listdir(tmp_path)) == 6
 
 
@@ -144,7 +145,8 @@ def test_a_log_without_a_checkpoint_is_kept(tmp_path):
     folder = RunFolder(str(tmp_path))
     for text in ('first', 'second'):
         (tmp_path / 'log.csv').write_text(text)
-        folder.set_log_aside()
+        folder.begin(resumes=False, overwrite=False)
+    folder.release()
     assert (tmp_path / 'log.1.csv').read_text() == 'first' and (tmp_path / 'log.2.csv').read_text() == 'second'
 
 

@@ -74,9 +74,7 @@ def sources(tmp_path):
 
 
 def test_a_folder_of_other_files_is_no_data_set_of_three_tokens(prepare, sources, tmp_path):
-    with pytest.raises(
-        UserError, match=r'train.bin would have 6 tokens, too few for a block of 64.*30 \.py.*--suffixes'
-    ):
+    with pytest.raises(UserError, match='train.bin would have 6 tokens, too few for a block of 64'):
         prepare(TEXT, input=sources, out_dir=tmp_path / 'out')
     assert not list((tmp_path / 'out').glob('*'))
     with pytest.raises(UserError, match=r'no \.tex files in .* \(only 30 \.py, 1 \.md, 1 without suffix\).*--suffixes'):

@@ -339,7 +339,7 @@ def test_gpt2_tokens_that_the_model_does_not_know(sample, tmp_path, monkeypatch)
     """A nanoGPT checkpoint of characters whose meta.pkl is not at hand is not taken for a GPT-2."""
     nanogpt_checkpoint(tmp_path)
 
-    monkeypatch.setattr('core.text.tokenizer.GPT2Tokenizer.encoding', None)  # no download
+    monkeypatch.setattr('core.text.tokenizer.GPT2Tokenizer.encode_array', lambda self, text: [])  # no download
     with pytest.raises(UserError, match='meta.pkl'):
         sample(f'--out_dir={tmp_path}', f'--data_dir={tmp_path}')
 

@@ -290,7 +290,7 @@ def test_invalid_pieces(tmp_path):
     meta = TokenData(tmp_path, 4).meta
     for broken in (pieces[:-1], pieces[1:], pieces[:-1] + pieces[:1], [*pieces[:-1], 'a\u0100'], 7, None):
         (tmp_path / 'meta.json').write_text(json.dumps({**meta, 'pieces': broken}))
-        with pytest.raises(UserError, match=f'"pieces" that are not {len(pieces)} different strings') as error:
+        with pytest.raises(UserError, match='"pieces" that are not "vocab_size" - 1 different strings') as error:
             TokenData(tmp_path, 4)
         one_line(error)
 
@@ -330,7 +330,7 @@ def test_files_of_another_dtype_are_named(dtype, meta, tmp_path):
     for name in ('train.bin', 'val.bin'):
         words(dtype).tofile(tmp_path / name)
     name = 'int64' if dtype == 'int64' else 'uint32'
-    with pytest.raises(UserError, match=f'train.bin looks like {name}, .* are 0, .*astype.np.uint16') as error:
+    with pytest.raises(UserError, match=f'train.bin looks like {name}: .* are 0, .*astype.np.uint16') as error:
         TokenData(tmp_path, 8)
     one_line(error)
     for name in ('train.bin', 'val.bin'):
