@@ -58,7 +58,7 @@ def test_every_part_runs_once(tmp_path):
 
 
 def test_a_part_without_time_is_run_again_by_the_next_call(tmp_path):
-    done = rehearse(tmp_path, '--parts=shakespeare,train_350m', '--iterations=1000000', '--minutes=0.15', code=2)
+    done = rehearse(tmp_path, '--parts=shakespeare,train_350m', '--iterations=1000000', '--minutes=0.1', code=2)
     assert done.stderr.splitlines()[-1].startswith('error: shakespeare')
     assert 'shakespeare: out of time' in done.stderr and 'train_350m: no time left' in done.stderr
     rehearse(tmp_path, '--parts=shakespeare,train_350m', '--iterations=1')
@@ -68,7 +68,7 @@ def test_a_part_without_time_is_run_again_by_the_next_call(tmp_path):
 
 def test_trainings_of_the_last_part_share_its_time(tmp_path):
     """Both are stopped before their last iteration, save, and are compared."""
-    rehearse(tmp_path, '--parts=pair', '--iterations=100000', '--minutes=0.9')
+    rehearse(tmp_path, '--parts=pair', '--iterations=100000', '--minutes=0.6')
     logs = [(tmp_path / f'code-{arm}' / 'log.csv').read_text().splitlines() for arm in ('mha', 'mla')]
     assert all(2 < len(log) < 100_000 for log in logs)
     assert all((tmp_path / f'code-{arm}' / 'ckpt.pt').exists() for arm in ('mha', 'mla'))
