@@ -77,7 +77,7 @@ def run(script, data_dir, out_dir, launcher=(), fresh=False, processes=1, **chan
 def started(script, data_dir, out_dir, launcher=(), errors=subprocess.DEVNULL, fresh=False, **changes):
     """The process of a training run that has just begun; its stdout is a pipe. fresh: as for `run`."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
-    if not (fresh or launcher):
+    if not fresh:
         arguments[0] = forking.interpreter()
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
 
