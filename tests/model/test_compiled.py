@@ -8,6 +8,8 @@ from core.cli.errors import UserError
 from core.convert.int8 import quantize
 from ops import packed
 
+pytestmark = pytest.mark.slow
+
 compiler = torch.compile
 
 
