@@ -144,7 +144,10 @@ def test_a_job_preempted_by_its_time_limit_is_requeued_and_ends_with_an_unbroken
     assert first > 0
     last = first + 20
     end.write_text(f'max_iters = {last}\n')
-    state = wait_for(ended, 60, number, checkout, cluster)
+    torchrun = [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc_per_node=2']
+    command = [*torchrun, 'train_mla.py', 'config/train_gpt2_mla.py', *arguments[:-1], '--out_dir=out-unbroken']
+    unbroken = subprocess.Popen(command, cwd=checkout, env=clean_environment())  # while the job waits in the queue
+    state = wait_for(ended, 90, number, checkout, cluster)
     written = log(checkout)
     assert (state['JobState'], state['Restarts'], state['ExitCode']) == ('COMPLETED', '1', '0:0'), written
     assert 'start 1, on n[1-2]' in written and 'start 2, on n[1-2]' in written
@@ -153,9 +156,7 @@ def test_a_job_preempted_by_its_time_limit_is_requeued_and_ends_with_an_unbroken
     with open(checkout / 'out-job' / 'log.csv', newline='') as file:
         assert [int(row['iter']) for row in csv.DictReader(file)] == list(range(last + 1))
 
-    torchrun = [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc_per_node=2']
-    command = [*torchrun, 'train_mla.py', 'config/train_gpt2_mla.py', *arguments[:-1], '--out_dir=out-unbroken']
-    subprocess.run(command, cwd=checkout, env=clean_environment(), check=True, timeout=120)
+    assert unbroken.wait(timeout=120) == 0
     ours, theirs = (
         torch.load(checkout / out / 'ckpt.pt', weights_only=True, map_location='cpu')
         for out in ('out-job', 'out-unbroken')
