@@ -23,6 +23,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     assert ((low < 1) & (high > 1)).mean() == pytest.approx(0.9, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [4, 5, 10])
 def test_t_interval_covers_the_mean_in_95_of_100_experiments(n):
     draws = np.random.default_rng(n).normal(5.0, 3.0, (4000, n))

@@ -49,6 +49,7 @@ def runs(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training(runs):
     for name in ('mha', 'mla', 'converted'):
         rows = log_of(runs / name)
@@ -60,17 +61,20 @@ def test_compiling_is_refused(tmp_path):
     assert done.returncode == 2 and 'compile=True is for a CPU or an NVIDIA GPU' in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mha', 'mla'])
 def test_sampling(runs, name):
     text = on_mps('sample.py', out_dir=runs / name, start='abc', num_samples=2, max_new_tokens=20)
     assert text.startswith('abc') and len(text) > 40
 
 
+@pytest.mark.slow
 def test_conversion(runs, data_dir, tmp_path):
     table = on_mps('convert_mla.py', source=runs / 'mha', out_dir=tmp_path, data_dir=data_dir, n_latent=20)
     assert 'MHA' in table and (tmp_path / 'ckpt.pt').exists()
 
 
+@pytest.mark.slow
 def test_induction_heads(runs, data_dir, tmp_path):
     keys = dict(models=f'{runs / "mha"},{runs / "mla"}', out_dir=tmp_path, data_dir=data_dir)
     on_mps('find_induction_heads.py', **keys, sequences=8, resamples=100, controls=1, length=4)

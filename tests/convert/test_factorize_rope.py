@@ -267,6 +267,7 @@ def test_text_says_which_directions_matter(trained):
         assert 0 < rise(model, to_mla(model, n_latent, statistics), windows) < 0.9 * weights
 
 
+@pytest.mark.slow
 def test_text_says_which_errors_matter(trained):
     """Errors of keys by the queries' energies and of values by W_O, and not all alike."""
     model, text, windows = trained

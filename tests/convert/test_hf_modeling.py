@@ -202,6 +202,7 @@ def test_left_padded_prompts_continue_as_each_does_alone(name, way):
     check_left_padded_prompts(name, WAYS[way])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['learned', 'rope'])
 def test_decoding_compiles_without_graph_breaks(name):
     check_left_padded_prompts(name, dict(cache_implementation='static', compile_config=COMPILED))

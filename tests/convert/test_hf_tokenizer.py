@@ -27,6 +27,7 @@ def test_our_tokenizers_are_read_back(tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(hf_tokenizer.FILES)
 
 
+@pytest.mark.slow
 def test_gpt2s_is_known_by_its_merges_in_both_forms(tmp_path, shared_data, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken_cache'))
     hf_tokenizer.write(str(tmp_path), GPT2Tokenizer(), 24)
@@ -139,6 +140,7 @@ def test_text_is_cut_only_where_a_published_tokenizer_encodes_the_parts_alike(tm
         assert [i for piece in pieces for i in found.encode(piece)] == found.encode(text)
 
 
+@pytest.mark.slow
 def test_text_can_be_prepared_with_the_tokenizer_in_a_folder(tmp_path):
     own, ours = tmp_path / 'own', tmp_path / 'ours'
     for folder in (own, ours):

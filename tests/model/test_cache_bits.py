@@ -31,6 +31,7 @@ def test_cached_in_bits_is_the_full_pass_rounded_alike(variant, kind):
     assert 1e-4 < change < (0.1 if kind == 'int8' else 0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', PACKED)
 @pytest.mark.parametrize('variant', ['mha', 'gqa', 'mqa-rope', 'mla', 'mla-rope', 'mla-norm', 'mla-whole-keys'])
 def test_several_samples_refill_and_steps_of_fixed_shape(variant, kind):

@@ -12,6 +12,8 @@ from ops import packed
 from ops.decoding import FixedStep
 from ops.kernels import Linear
 
+pytestmark = pytest.mark.slow
+
 compiler = torch.compile
 
 

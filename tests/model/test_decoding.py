@@ -40,20 +40,21 @@ def test_generate_within_block_size(variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('prompt', [3, BLOCK, BLOCK + 9])
+@pytest.mark.parametrize('prompt', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (BLOCK, BLOCK + 9))])
 def test_generate_past_block_size(variant, prompt):
     """A full cache is refilled with the most recent half; without a cache the window slides, as nanoGPT's does."""
     model, idx = make(variant), tokens(2, prompt)
     full = max(prompt, BLOCK)  # the length at which the cache is first full
+    refills, slides = full - prompt + 40, full - prompt + 10  # how many tokens are drawn: two refills, a few slides
 
     def refilled(end):
         if end <= full:
             return max(0, end - BLOCK)
         return full + 1 - BLOCK // 2 + (end - full - 1) // (BLOCK // 2 + 1) * (BLOCK // 2 + 1)
 
-    assert torch.equal(generated(model, idx, 70), reference(model, idx, 70, refilled))
-    sliding = reference(model, idx, 40, lambda end: max(0, end - BLOCK))
-    assert torch.equal(generated(model, idx, 40, use_cache=False), sliding)
+    assert torch.equal(generated(model, idx, refills), reference(model, idx, refills, refilled))
+    sliding = reference(model, idx, slides, lambda end: max(0, end - BLOCK))
+    assert torch.equal(generated(model, idx, slides, use_cache=False), sliding)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -72,6 +73,7 @@ def test_fixed_step(variant):
     assert torch.equal(generated(model, idx, 70, fixed=True, **settings), generated(model, idx, 70, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('as_on_cuda', [False, True])
 @torch.no_grad()

@@ -15,6 +15,11 @@ TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vocab_size=300', '--round
 TWIN = (ROOT / 'tests/support/nanogpt_twin.py').read_text(encoding='utf-8')
 
 
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch):
+    monkeypatch.setenv('FORKS_BEGIN_WITH', forking.TIMED_ONCE)
+
+
 def bench(*arguments):
     done = forking.run('bench.py', [*TINY, *arguments])
     assert done.returncode == 0, done.stderr

@@ -177,6 +177,7 @@ def test_mistakes_get_a_line_and_write_nothing(monkeypatch, tmp_path, flags, com
     assert not (tmp_path / 'mla').exists()
 
 
+@pytest.mark.slow
 def test_rope_stays_whole_or_becomes_one_shared_key(monkeypatch, tmp_path):
     save_model(tmp_path / 'mha', pos='rope', norm='rms', bias=False)
     report = tmp_path / 'out.json'

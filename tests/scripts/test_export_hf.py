@@ -199,6 +199,7 @@ def test_special_token_of_characters_is_one_that_text_can_do_without(chars, spec
     assert tokenizer.fast_tokenizer().encode(chars[::-1]).ids == tokenizer.encode(chars[::-1])
 
 
+@pytest.mark.slow
 def test_gpt2_tokenizer(monkeypatch, tmp_path, shared_data):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken_cache'))
     meta = {'tokenizer': 'gpt2'}
@@ -298,6 +299,7 @@ class Stop(StoppingCriteria):
         return all(self.done)
 
 
+@pytest.mark.slow
 @exports
 @torch.no_grad()
 def test_a_harness_generates_and_scores_as_lm_eval_does(monkeypatch, tmp_path, name):
@@ -436,6 +438,7 @@ def test_an_export_over_another_removes_what_no_longer_applies_and_nothing_else(
 # ---- an exported folder as a source ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_trained_on_its_own_tokens_alone(monkeypatch, data_dir, tmp_path):
     """It used to count as one of GPT-2's 50,257 tokens."""
     assert run('train.py', data_dir, tmp_path / 'out', max_iters=1).returncode == 0

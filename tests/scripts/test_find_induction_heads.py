@@ -61,6 +61,7 @@ def test_planted_heads_are_found_in_both_models(tmp_path):
     assert packed[1, 1, (n - 1) * n // 2 + n // 2] == 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['mha', 'mla'])
 def test_what_is_attended_to_is_rounded_as_a_cache_would(kind, tmp_path):
     """The score of a planted head changes and stays high."""
@@ -114,6 +115,7 @@ def test_sequences_begin_with_the_end_token_of_a_learned_encoding(tmp_path):
     assert shown[0] == '<bos>' and '<bos>' not in shown[1:] and len(shown) > 20
 
 
+@pytest.mark.slow
 def test_gpt2s_padding_is_not_drawn_and_its_end_token_comes_first(tmp_path):
     """As nanoGPT saves it: no tokenizer, GPT-2's ids padded to 50304. Without its vocabulary, ids are shown."""
     folder, out = save(tmp_path / 'nanogpt', trained(50304), tokenizer=None), tmp_path / 'found'
@@ -123,6 +125,7 @@ def test_gpt2s_padding_is_not_drawn_and_its_end_token_comes_first(tmp_path):
     assert shown[0] == '<bos>' and all(int(token.removeprefix('#')) < 50256 for token in shown[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('present', [True, False])
 def test_only_bytes_of_the_validation_text_are_drawn(tmp_path, present):
     """The other ids were never trained. Without the data, any byte can be drawn."""
@@ -153,6 +156,7 @@ def test_published_weights_are_read_from_a_hugging_face_folder(tmp_path):
     assert not (tmp_path / 'found' / 'patterns.html').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'sort, first, called', [('previous', '0.0', 'previous-token'), ('copying', '1.1', 'copying'), ('duplicate', '', '')]
 )

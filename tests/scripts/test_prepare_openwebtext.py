@@ -2,8 +2,10 @@
 
 import json
 import signal
+import sys
 
 import pytest
+from support import forking
 from support.preparing import ROOT, files_of, ids_of, start
 
 from core.cli.errors import UserError
@@ -62,11 +64,13 @@ runpy.run_path({script!r}, run_name='__main__')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='there is no kill -9 here')
-def test_web_pages_resume_after_kill_9(prepare, pages, gpt2_cache, tmp_path):
+def test_web_pages_resume_after_kill_9(prepare, pages, gpt2_cache, tmp_path, monkeypatch):
     keys = dict(input=pages, val_fraction=0.1, shard_tokens=4000)
     out_dir = tmp_path / 'killed'
     arguments = [f'--{key}={value}' for key, value in {**keys, 'out_dir': out_dir}.items()]
+    monkeypatch.setattr(sys, 'executable', forking.interpreter())
     done = start('-c', KILLED.format(script=str(ROOT / WEB)), *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = json.loads((out_dir / 'progress.json').read_text())

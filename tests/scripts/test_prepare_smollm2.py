@@ -90,6 +90,7 @@ def test_it_is_exported_again_with_its_tokenizer(from_gguf, tmp_path):
         assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_it_is_measured_and_converted_on_text_in_its_own_tokens(from_gguf, tmp_path):
     folder, _ = from_gguf
     few = ('--sequences=8', '--controls=1', '--resamples=100', '--ablate=False', '--html=False', '--length=8')

@@ -163,6 +163,7 @@ def test_bad_arguments_change_nothing(case, prepare, texts, char_data, tmp_path,
     assert '\n' not in str(error.value) and files_of(char_data) == before
 
 
+@pytest.mark.slow
 def test_the_name_decides_the_folder(tmp_path):
     """In a copy of the repository, because the script writes into its own."""
     shutil.copytree(ROOT / 'core', tmp_path / 'core')

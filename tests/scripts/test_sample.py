@@ -352,7 +352,7 @@ def test_from_the_shell(tmp_path):
     wrong = subprocess.run([forking.interpreter(), 'sample.py', f'--out_dir={tmp_path}', '--start=h?'], **run)
     assert wrong.returncode == 2 and wrong.stdout == '' and 'Traceback' not in wrong.stderr
     assert wrong.stderr.splitlines()[-1].startswith("error: the character '?'")
-    head = f'"{sys.executable}" sample.py --out_dir="{tmp_path}" --max_new_tokens=300 | head -c 5'
+    head = f'"{forking.interpreter()}" sample.py --out_dir="{tmp_path}" --max_new_tokens=300 | head -c 5'
     early = subprocess.run(head, shell=True, **run)
     assert len(early.stdout) == 5 and 'Traceback' not in early.stderr and 'BrokenPipe' not in early.stderr
 

@@ -9,14 +9,14 @@ import time
 
 import pytest
 import torch
-from support.training import ROOT, SCRIPTS, assert_same_run, log_of, run, started
+from support.training import ROOT, SCRIPTS, assert_same_run, killed, log_of, run, started
 
 
 @pytest.mark.parametrize('curve', ['mha', 'mla', 'mla-0.1.0'])
 def test_the_golden_curve_holds(curve, data_dir, tmp_path):
     kind = curve[:3]
     keys = {'mha': {}, 'mla': dict(kv_lr=1 / 8), 'mla-0.1.0': dict(latent_init='gpt2')}[curve]
-    done = run(SCRIPTS[kind], data_dir, tmp_path, fresh=kind == 'mha', **keys)
+    done = run(SCRIPTS[kind], data_dir, tmp_path, **keys)
     assert done.returncode == 0, done.stderr
     rows = log_of(tmp_path)
     with open(ROOT / 'tests' / 'golden' / f'{curve}.csv', newline='') as file:
@@ -51,16 +51,13 @@ def test_a_run_killed_and_resumed_is_the_run(data_dir, tmp_path):
     assert run('train.py', data_dir, tmp_path / 'whole', **extra).returncode == 0
     broken = tmp_path / 'broken'
     for kills in range(2):
-        # not a fork: the one who is waited for must be the one who holds the folder
-        process = started('train.py', data_dir, broken, fresh=True, init_from='auto', **extra)
+        process = started('train.py', data_dir, broken, init_from='auto', **extra)
         seen = 0
         for line in process.stdout:
             seen += line.startswith('iter ')
             if seen == 9 + 7 * kills:
-                process.kill()
                 break
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        assert killed(process, broken) == -signal.SIGKILL
     done = run('train.py', data_dir, broken, init_from='auto', **extra)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / 'whole', broken)
@@ -127,12 +124,12 @@ def test_wandb_without_a_key_logs_offline_and_a_resumed_run_keeps_its_id(data_di
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
-    done = run('train.py', data_dir, tmp_path / 'out', max_iters=4, wandb_log=True, fresh=True)
+    done = run('train.py', data_dir, tmp_path / 'out', max_iters=4, wandb_log=True)
     assert done.returncode == 0, done.stderr
     assert 'logged offline' in done.stderr
     run_id = torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id']
     assert len(list((tmp_path / 'wandb').glob(f'offline-run-*-{run_id}'))) == 1
-    again = dict(max_iters=6, wandb_log=True, init_from='resume', fresh=True)
+    again = dict(max_iters=6, wandb_log=True, init_from='resume')
     assert run('train.py', data_dir, tmp_path / 'out', **again).returncode == 0
     assert torch.load(tmp_path / 'out' / 'ckpt.pt')['wandb_run_id'] == run_id
 

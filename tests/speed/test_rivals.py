@@ -1,11 +1,12 @@
 """core/speed/rivals.py: other models give our logits, and train here and in a separate process."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, forking
 
 from core.cli.errors import UserError
 from core.speed import rivals
@@ -113,7 +114,13 @@ def test_nanogpts_steps_start_from_our_weights_and_train(nanogpt, setting):
     assert before != after
 
 
-def test_steps_in_a_separate_process(nanogpt, setting, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def quickly_started(monkeypatch):
+    """A process of one's own takes no seconds to import everything."""
+    monkeypatch.setattr(sys, 'executable', forking.interpreter())
+
+
+def test_steps_in_a_separate_process(nanogpt, setting, quickly_started, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)  # any folder will do, and a relative --nanogpt means this one
     monkeypatch.setenv('PYTHONPATH', '')
     for options in (dict(nanogpt='.'), dict(leave_out='loss')):
@@ -126,7 +133,7 @@ def test_steps_in_a_separate_process(nanogpt, setting, tmp_path, monkeypatch, ca
     assert capfd.readouterr().out == '', 'only the parent prints'
 
 
-def test_a_separate_process_that_fails_says_why_in_one_line(setting, tmp_path, nanogpt, capfd):
+def test_a_separate_process_that_fails_says_why_in_one_line(setting, quickly_started, tmp_path, nanogpt, capfd):
     with (
         pytest.raises(UserError, match=f"^nanoGPT can't be measured: {tmp_path}/none/model.py is missing"),
         SeparateTraining('nanoGPT', setting, GPTConfig(**SIZES), nanogpt=str(tmp_path / 'none')),

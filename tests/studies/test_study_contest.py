@@ -9,6 +9,8 @@ import pytest
 from support import forking
 from support.training import write_characters
 
+pytestmark = pytest.mark.slow
+
 ITERS = 4
 RATES = (1.41e-3, 2e-3, 2.83e-3, 4e-3, 5.66e-3, 8e-3, 1.13e-2, 1.6e-2, 2.26e-2)
 HALF, MLA = 'MHA, half rotated', 'MLA, cache of MQA'

@@ -14,6 +14,8 @@ from core.runs.models import build_model
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 
+pytestmark = pytest.mark.slow
+
 STUDY = 'studies/heads.py'
 SMALL = dict(vocab_size=40, block_size=32, n_layer=2, n_head=2, n_embd=16, pos='rope', bias=False)
 

@@ -10,6 +10,8 @@ from support.native import our_llama
 from core.convert import gguf_file
 from core.text.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.slow
+
 LETTERS = CharTokenizer(sorted('\n abcdefghijklmnopqrstuvwxyz.,;:!?-'))
 STUDY = 'studies/llama_cpp.py'
 

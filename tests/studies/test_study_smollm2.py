@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from support import forking
 from support.native import byte_pairs_of_digits, their_llama
+
+pytestmark = pytest.mark.slow
 
 STUDY = 'studies/smollm2.py'
 

@@ -99,6 +99,7 @@ def with_a_head(folder):
     (folder / 'measured.json').write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_the_grid_grows_and_the_best_rate_is_reported(tmp_path):
     for slug in STEPS:
         best = 8e-3 if slug.startswith('s0') else 2e-3

@@ -199,6 +199,14 @@ def limit_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 
+# for FORKS_BEGIN_WITH: what is timed is called once a round, not for half a second
+TIMED_ONCE = """
+from core.speed import timing
+alternate = timing.alternate
+timing.alternate = lambda *given, **keys: alternate(*given, **keys | {'turn': 0.0})
+"""
+
+
 def only_traced(script):
     """Python code for `run` that runs a script whose torch.compile traces its functions and compiles nothing."""
     traced = "torch.compile = lambda function, **keys: compiler(function, **(keys | {'backend': 'eager'}))"
@@ -206,7 +214,8 @@ def only_traced(script):
 
 
 def run_program(arguments):
-    """Run a file, a module or code as Python would; returns the exit code."""
+    """Run a file, a module or code as Python would, after the code in FORKS_BEGIN_WITH; returns the exit code."""
+    exec(os.environ.get('FORKS_BEGIN_WITH', ''), {})
     if arguments[0] == '-u':
         sys.stdout.reconfigure(write_through=True)
         del arguments[0]

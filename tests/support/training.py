@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 
@@ -76,9 +77,16 @@ def run(script, data_dir, out_dir, launcher=(), fresh=False, processes=1, **chan
 def started(script, data_dir, out_dir, launcher=(), errors=subprocess.DEVNULL, fresh=False, **changes):
     """The process of a training run that has just begun; its stdout is a pipe. fresh: as for `run`."""
     arguments = command(script, data_dir, out_dir, launcher, **changes)
-    if not (fresh or launcher):
+    if not fresh:
         arguments[0] = forking.interpreter()
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
+
+
+def killed(process, out_dir):
+    """The exit code of a `started` run that is killed; out_dir: its folder, for a run that holds it and isn't fresh."""
+    os.kill(int((out_dir / '.lock').read_text().split()[1]) if out_dir else process.pid, signal.SIGKILL)
+    process.stdout.close()
+    return process.wait()
 
 
 def log_of(out_dir):

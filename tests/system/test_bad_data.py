@@ -21,7 +21,7 @@ from support.bad_input import (
     write,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')]
 
 TRAIN_BIN, META_JSON = 'data/tiny/train.bin', 'data/tiny/meta.json'
 DATA = [

@@ -11,22 +11,18 @@ import time
 
 import pytest
 import torch
-from support.training import SCRIPTS, assert_same_run, run, started
+from support.training import SCRIPTS, assert_same_run, killed, run, started
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get('FAULT_KILLS', '5'))
 
 
-def killed(process, iterations, seconds):
-    """Kill a run so many iterations after it began (none: while it starts) and so many seconds later; its exit code."""
+def wait_for(process, iterations):
+    """Wait until a run has begun and done so many iterations."""
     seen = 0
     while seen < iterations and (line := process.stdout.readline()):
         seen += line.startswith('iter ')
-    time.sleep(seconds)
-    process.kill()
-    process.stdout.close()
-    return process.wait()
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no SIGKILL')
@@ -37,9 +33,12 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(data_dir, tmp_path):
     assert run(SCRIPTS[kind], data_dir, tmp_path / 'whole', **keys).returncode == 0
     broken, moments, in_saves, best = tmp_path / 'broken', random.Random(1), 0, []
     for number in range(KILLS):
-        process = started(SCRIPTS[kind], data_dir, broken, fresh=True, init_from='auto', **keys)
         starting = number % 10 == 4
-        code = killed(process, 0 if starting else moments.randint(1, 14), moments.random() * (4 if starting else 0.03))
+        process = started(SCRIPTS[kind], data_dir, broken, fresh=starting, init_from='auto', **keys)
+        if not starting:
+            wait_for(process, moments.randint(1, 14))
+        time.sleep(moments.random() * (4 if starting else 0.03))
+        code = killed(process, None if starting else broken)
         assert code == -signal.SIGKILL, 'the run came to its end before it was killed'
         in_saves += (broken / 'ckpt.pt.writing').exists()
         if (broken / 'ckpt.pt').exists():

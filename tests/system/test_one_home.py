@@ -11,6 +11,8 @@ from support.training import COMMON
 
 pytestmark = pytest.mark.slow
 
+# what these scripts import, which starts faster than all
+MODULES = tuple(name for name in forking.MODULES if name.startswith(('torch._dynamo', 'core.', 'ops.')))
 EDITS = {
     'model.py': [
         ('    kv_rms: float', '    embd_scale: float = 1.0  # factor on the token embeddings\n    kv_rms: float'),
@@ -41,7 +43,7 @@ def copy(tmp_path_factory):
 
 def script(copy, name, **keys):
     """The finished process of a script of the copy."""
-    return forking.run(name, [f'--{key}={value}' for key, value in keys.items()], root=copy)
+    return forking.run(name, [f'--{key}={value}' for key, value in keys.items()], root=copy, modules=MODULES)
 
 
 @pytest.mark.skipif(shutil.which('git') is None or not (ROOT / '.git').exists(), reason='not a checkout')
@@ -66,7 +68,7 @@ def test_a_key_of_three_edits_trains_resumes_and_is_exported(name, copy, data_di
 
 
 def test_help_and_ranges_know_the_key(copy):
-    shown = forking.run('train.py', ['--help'], root=copy).stdout
+    shown = forking.run('train.py', ['--help'], root=copy, modules=MODULES).stdout
     assert 'embd_scale' in shown and 'factor on the token embeddings' in shown
     wrong = script(copy, 'train.py', embd_scale=0)
     assert wrong.returncode == 2 and 'embd_scale is 0.0; it must be above 0' in wrong.stderr

@@ -1,9 +1,12 @@
 """Several processes, under torchrun on CPUs: the same curve, sharded or not, and what becomes of a process's death."""
 
+import contextlib
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,18 +82,20 @@ def test_a_sharded_model_learns_the_same_and_saves_the_same_checkpoint(one, data
     assert abs(size[0] - size[1]) < 1000  # the tied embedding is not written twice
 
 
-def worker(launcher, rank):
-    """The process id of a rank that a torchrun process has started."""
-    for child in Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split():
-        if f'\0RANK={rank}\0' in Path(f'/proc/{child}/environ').read_text():
-            return int(child)
+def worker(out_dir, rank):
+    """The process id of a rank that torchrun has started to train in this folder."""
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            trains = f'--out_dir={out_dir}\0'.encode() in (process / 'cmdline').read_bytes()
+            if trains and f'\0RANK={rank}\0'.encode() in (process / 'environ').read_bytes():
+                return int(process.name)
     raise AssertionError(f'there is no rank {rank}')
 
 
-def kill_rank(launcher, rank):
+def kill_rank(job, out_dir, rank):
     """SIGKILL a rank of a job after its first iterations."""
-    next(line for line in launcher.stdout if line.startswith('iter 12:'))
-    subprocess.run(['kill', '-KILL', str(worker(launcher, rank))], check=True)
+    next(line for line in job.stdout if line.startswith('iter 12:'))
+    os.kill(worker(out_dir, rank), signal.SIGKILL)
 
 
 linux = pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='there is no /proc')
@@ -99,7 +104,7 @@ linux = pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='ther
 @linux
 def test_a_process_that_dies_ends_the_job(data_dir, tmp_path):
     job = started('train.py', data_dir, tmp_path, torchrun(2), gradient_accumulation_steps=2, max_iters=10**6)
-    kill_rank(job, 1)
+    kill_rank(job, tmp_path, 1)
     began = time.monotonic()
     job.stdout.close()
     assert job.wait(timeout=60) not in (0, -signal.SIGKILL)
@@ -108,12 +113,14 @@ def test_a_process_that_dies_ends_the_job(data_dir, tmp_path):
 
 @linux
 @pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGKILL])
-def test_trainers_save_and_leave_when_their_torchrun_is_gone(number, data_dir, tmp_path):
+def test_trainers_save_and_leave_when_their_torchrun_is_gone(number, data_dir, tmp_path, monkeypatch):
     """torchrun dies of both and passes neither on."""
+    monkeypatch.setenv('PYTHON_EXEC', sys.executable)  # it starts no forks: a trainer sees that its parent has changed
     job = started('train.py', data_dir, tmp_path, torchrun(2), gradient_accumulation_steps=2, max_iters=10**6)
     last = next(line for line in job.stdout if line.startswith('iter 12:'))
-    trainers = [worker(job, rank) for rank in (0, 1)]
-    job.send_signal(number)
+    trainers = [worker(tmp_path, rank) for rank in (0, 1)]
+    parent = Path(f'/proc/{trainers[0]}/stat').read_text().rpartition(')')[2].split()[1]
+    os.kill(int(parent), number)
     assert job.wait(timeout=60) == -number
     for line in job.stdout:  # ends when the trainers have left, at once or some iterations later
         last = line if line.startswith('iter ') else last
@@ -188,7 +195,7 @@ def test_torchrun_picks_a_job_up_from_its_checkpoint(data_dir, tmp_path):
     keys = dict(gradient_accumulation_steps=2, max_iters=60, lr_decay_iters=60, checkpoint_interval=5, dropout=0.1)
     assert run('train.py', data_dir, tmp_path / 'whole', torchrun(2), **keys).returncode == 0
     job = started('train.py', data_dir, tmp_path / 'broken', torchrun(2, '--max-restarts=1'), init_from='auto', **keys)
-    kill_rank(job, 0)
+    kill_rank(job, tmp_path / 'broken', 0)
     again = next(line for line in job.stdout if line.startswith('iter ') and 'iter 12:' not in line)
     rest = [again, *job.stdout]
     assert job.wait(timeout=120) == 0

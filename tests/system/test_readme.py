@@ -23,6 +23,7 @@ SHORT = {
     'find_induction_heads.py': '--sequences=8 --controls=1 --resamples=100 --ablate_sequences=1 --device=cpu',
     'data/code/prepare.py': '--megabytes=1 --vocab_size=300 --packages=tqdm',
     'data/repeats/prepare.py': '--rows=64 --val_rows=16',
+    'sizing.py': '--n_kv_heads=12 --n_latents=384',
 }
 NOT_HERE = ('make ', 'python3 -m venv', 'pip ', 'transformers serve')  # install, serve, or run these very tests
 

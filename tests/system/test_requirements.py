@@ -56,6 +56,7 @@ def test_the_oldest_versions_are_those_of_the_ranges():
     assert all(one.specifier.contains(version(one)) and '==' in str(one) for one in oldest.values())
 
 
+@pytest.mark.slow
 def test_pip_installs_no_module(tmp_path):
     """Of the repository a wheel holds nothing that could be imported: no `core`, no `model` in site-packages."""
     pytest.importorskip('setuptools', minversion='77')
@@ -70,6 +71,7 @@ def test_pip_installs_no_module(tmp_path):
         assert {name.split('/')[0] for name in wheel.namelist()} == {f'nanogpt_mla-{PROJECT["version"]}.dist-info'}
 
 
+@pytest.mark.slow
 def test_the_models_work_elsewhere_with_the_folder_on_the_path(tmp_path):
     program = (
         'from model import GPT, GPTConfig; from model_mla import MLAGPT, MLAConfig; '

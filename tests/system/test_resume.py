@@ -122,10 +122,11 @@ def test_overwriting_removes_all_of_the_old_run(data_dir, tmp_path):
 
 
 def test_a_second_trainer_is_refused_and_the_first_goes_on(data_dir, tmp_path):
-    first = started('train.py', data_dir, tmp_path, fresh=True, max_iters=100000, eval_interval=100000)
+    first = started('train.py', data_dir, tmp_path, max_iters=100000, eval_interval=100000)
     next(line for line in first.stdout if line.startswith('iter 3:'))
+    owner = ' '.join((tmp_path / '.lock').read_text().split()[:2])
     for flags in (dict(resume='auto'), dict(overwrite=True), {}):
-        refused(run('train.py', data_dir, tmp_path, **SHORT, **flags), f'in use by process {first.pid}')
+        refused(run('train.py', data_dir, tmp_path, **SHORT, **flags), f'in use by {owner}')
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == 85 and len(log_of(tmp_path)) >= 3

@@ -102,6 +102,11 @@ def job(number, cluster):
     return dict(word.split('=', 1) for word in words if '=' in word)
 
 
+def limit(minutes, number, cluster):
+    """Give a job another time limit."""
+    subprocess.run(['scontrol', 'update', f'JobId={number}', f'TimeLimit={minutes}'], env=cluster, check=True)
+
+
 def wait_for(condition, seconds, number, checkout, cluster):
     """Wait until `condition` holds of a job; the test fails with the job's log if it ends before, or takes too long."""
     deadline = time.monotonic() + seconds
@@ -124,19 +129,25 @@ def log(checkout):
 @needs_slurm
 @needs_torchrun
 def test_a_job_preempted_by_its_time_limit_is_requeued_and_ends_with_an_unbroken_run_s_bits(checkout, cluster):
-    # A minute is SLURM's shortest time limit; it looks for due signals every 30 s, and counts those of the next 30 s as
-    # due: this one comes 25 to 55 s after the start. How many steps that is, nobody knows, so the job's first start has
-    # no end, and a few more steps are ordered once it is back in the queue.
+    # Once it trains, its time limit becomes one of which the two minutes of the script's --signal are the whole: SLURM,
+    # which looks every 30 s, sends the signal at once. How many steps that is, nobody knows, so the job's first start
+    # has no end, and a few more steps are ordered once it is back in the queue. A save after every step keeps them few.
     end = checkout / 'end.py'
     end.write_text('max_iters = 1000000\n')
     arguments = ['end.py', *TINY, '--n_latent=32', '--out_dir=out-job']
-    number = submit('train_mla_multinode.sh', arguments, checkout, cluster, '--time=1', '--signal=B:USR1@5')
-    wait_for(lambda state: state['Restarts'] == '1', 80, number, checkout, cluster)
+    number = submit('train_mla_multinode.sh', [*arguments, '--checkpoint_interval=1'], checkout, cluster)
+    wait_for(lambda _: (checkout / 'out-job' / 'ckpt.pt').exists(), 60, number, checkout, cluster)
+    limit(2, number, cluster)
+    wait_for(lambda state: state['Restarts'] == '1', 60, number, checkout, cluster)
+    limit(60, number, cluster)
     first = torch.load(checkout / 'out-job' / 'ckpt.pt', weights_only=True)['iter_num']
     assert first > 0
     last = first + 20
     end.write_text(f'max_iters = {last}\n')
-    state = wait_for(ended, 60, number, checkout, cluster)
+    torchrun = [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc_per_node=2']
+    command = [*torchrun, 'train_mla.py', 'config/train_gpt2_mla.py', *arguments[:-1], '--out_dir=out-unbroken']
+    unbroken = subprocess.Popen(command, cwd=checkout, env=clean_environment())  # while the job waits in the queue
+    state = wait_for(ended, 90, number, checkout, cluster)
     written = log(checkout)
     assert (state['JobState'], state['Restarts'], state['ExitCode']) == ('COMPLETED', '1', '0:0'), written
     assert 'start 1, on n[1-2]' in written and 'start 2, on n[1-2]' in written
@@ -145,9 +156,7 @@ def test_a_job_preempted_by_its_time_limit_is_requeued_and_ends_with_an_unbroken
     with open(checkout / 'out-job' / 'log.csv', newline='') as file:
         assert [int(row['iter']) for row in csv.DictReader(file)] == list(range(last + 1))
 
-    torchrun = [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc_per_node=2']
-    command = [*torchrun, 'train_mla.py', 'config/train_gpt2_mla.py', *arguments[:-1], '--out_dir=out-unbroken']
-    subprocess.run(command, cwd=checkout, env=clean_environment(), check=True, timeout=120)
+    assert unbroken.wait(timeout=120) == 0
     ours, theirs = (
         torch.load(checkout / out / 'ckpt.pt', weights_only=True, map_location='cpu')
         for out in ('out-job', 'out-unbroken')
