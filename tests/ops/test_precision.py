@@ -25,7 +25,6 @@ def test_bfloat16_learns_as_float32_does(attention, data_dir, tmp_path):
 def test_a_compiled_model_learns_as_an_eager_one_does(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.setenv('TORCHINDUCTOR_COMPILE_THREADS', '1')  # no process of its own, which would import everything
-    monkeypatch.setenv('TORCHINDUCTOR_VEC_ISA_OK', '1')  # no compiling of a trial for each of the CPU's vector units
     keys = dict(KEYS['mla'], n_layer=1, max_iters=4, eval_interval=2)
     assert run('train_mla.py', data_dir, tmp_path / 'eager', **keys).returncode == 0
     done = run('train_mla.py', data_dir, tmp_path / 'compiled', compile=True, fresh=True, **keys)
