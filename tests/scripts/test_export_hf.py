@@ -25,7 +25,8 @@ from core.cli.errors import UserError
 from core.convert import hf_tokenizer
 from core.runs import checkpoint as checkpoints
 from core.runs import models
-from core.text.tokenizer import learn_bpe, load_tokenizer
+from core.text.byte_pairs import learn_bpe
+from core.text.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 from model_mla import MLAGPT, MLAConfig
 

@@ -12,7 +12,7 @@ from support import forking
 from support.planted import T, planted, randomized, save
 
 from analysis.forward import untrained
-from core.text import tokenizer
+from core.text import byte_pairs, tokenizer
 from core.text.write_dataset import write_dataset
 from model import GPT, GPTConfig
 
@@ -106,7 +106,7 @@ def test_a_sweep_shows_when_heads_form(tmp_path):
 
 
 def test_sequences_begin_with_the_end_token_of_a_learned_encoding(tmp_path):
-    pieces = tokenizer.learn_bpe(['some words, more words'], 260)
+    pieces = byte_pairs.learn_bpe(['some words, more words'], 260)
     meta = dict(tokenizer='bpe', vocab_size=260, pieces=pieces)
     folder, out = save(tmp_path / 'out-pairs', trained(260), tokenizer=meta), tmp_path / 'found'
     done = find(f'--models={folder}', f'--out_dir={out}', '--ablate=False')
