@@ -197,6 +197,7 @@ print(int((x * 0.5 != 0).sum()), int((torch.full((10,), 1e-37) * 0.5 != 0).sum()
 """
 
 
+@pytest.mark.slow
 def test_denormal_numbers_are_zero_in_every_thread():
     done = forking.run('-c', [DENORMALS])
     assert done.stdout == '0 10\n', done.stderr

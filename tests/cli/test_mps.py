@@ -56,6 +56,7 @@ def test_training(runs):
         assert [row['iter'] for row in rows] == list('0123456') and rows[-1]['val_loss']
 
 
+@pytest.mark.slow
 def test_compiling_is_refused(tmp_path):
     done = forking.run(PROGRAM, ['sample.py', f'--out_dir={tmp_path}', '--compile=True', '--device=mps'])
     assert done.returncode == 2 and 'compile=True is for a CPU or an NVIDIA GPU' in done.stderr

@@ -312,6 +312,7 @@ def test_mingpt_activations(sorter, shared_data):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_mingpt_sorts_2000_of_2000(sorter):
     digits = torch.randint(3, (2000, 6), generator=torch.Generator().manual_seed(0))
     for use_cache in (True, False):

@@ -94,6 +94,7 @@ def test_dropout_acts_in_training_alone_and_where_the_model_says(flash):
 
 
 @pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.slow
 def test_dropped_attention_has_the_mean_of_the_whole(grad):
     q, k, v = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64, requires_grad=grad)
     mean = torch.stack([fast_attention(q, k, v, 0.3, 0.2).detach() for _ in range(4000)]).mean(0)
@@ -101,7 +102,7 @@ def test_dropped_attention_has_the_mean_of_the_whole(grad):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('vocab_size', [11, 40000])
+@pytest.mark.parametrize('vocab_size', [11, pytest.param(40000, marks=pytest.mark.slow)])
 def test_the_loss_without_logits_is_the_loss(dtype, vocab_size):
     """40,000 tokens make two pieces."""
     config = GPTConfig(block_size=60, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8)
@@ -122,6 +123,7 @@ def test_the_loss_without_logits_is_the_loss(dtype, vocab_size):
         assert (a - b).norm() <= tolerance * a.norm()
 
 
+@pytest.mark.slow
 def test_the_loss_without_logits_needs_a_fraction_of_the_memory():
     def peak(logits):
         model = GPT(GPTConfig(block_size=256, vocab_size=20000, n_layer=1, n_head=1, n_embd=8))

@@ -202,6 +202,7 @@ def older(path, **config):
 
 
 @pytest.mark.parametrize('script', ['train.py', 'train_mla.py'])
+@pytest.mark.slow
 def test_an_older_run_goes_on_at_the_whole_rate(script, data_dir, tmp_path):
     """Of before there was a share, and of before parameters had names in the optimizer's state."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
@@ -232,6 +233,7 @@ def test_an_older_slowed_run_keeps_the_rows_that_it_slowed(data_dir, tmp_path):
     assert torch.load(whole / 'ckpt.pt')['learning']['slow_rows'] != rows
 
 
+@pytest.mark.slow
 def test_an_older_run_of_muon_goes_on_undivided(data_dir, tmp_path):
     assert run('train.py', data_dir, tmp_path, **MUON, max_iters=10).returncode == 0
     saved = torch.load(tmp_path / 'ckpt.pt')

@@ -10,6 +10,7 @@ KEYS = {'mha': dict(bias=True), 'mla': dict(bias=True, pos='rope', n_latent_q=12
 
 
 @pytest.mark.parametrize('attention', SCRIPTS)
+@pytest.mark.slow
 def test_bfloat16_learns_as_float32_does(attention, data_dir, tmp_path):
     for dtype in ('float32', 'bfloat16'):
         done = run(SCRIPTS[attention], data_dir, tmp_path / dtype, dtype=dtype, **KEYS[attention])

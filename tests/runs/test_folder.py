@@ -65,6 +65,7 @@ def test_a_dead_owner_does_not_block(holder, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_of_many_that_start_at_once_one_wins_again_and_again(tmp_path):
     def contend(queue):
         folder, end, wins = RunFolder(str(tmp_path)), time.monotonic() + 1, 0

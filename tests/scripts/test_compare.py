@@ -61,6 +61,7 @@ def test_other_windows_are_not_subtracted(runs):
     assert [result['minus_first'] for result in results.values()] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_run_that_still_trains_is_shown_as_it_is(runs, data_dir):
     folder = runs / 'training'
     assert run('train.py', data_dir, folder, max_iters=4).returncode == 0
@@ -110,6 +111,7 @@ def test_every_training_key_that_differs_is_named_whatever_the_attention(runs):
     assert [run.label for run in older] == ['MHA, optimizer=adamw', 'MHA, optimizer=muon']
 
 
+@pytest.mark.slow
 def test_following_ends_when_all_are_finished(runs):
     done = compare(runs, ['mha', 'mla'], '--follow=1')
     assert done.returncode == 0 and done.stdout.count('val loss: mean') == 1

@@ -125,6 +125,7 @@ def test_weights_alone_need_no_text(monkeypatch, tmp_path, capsys):
     assert 'loss' not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sweep(monkeypatch, tmp_path, capsys):
     folder = convert(monkeypatch, tmp_path, '--sweep=16,8,4', f'--json={tmp_path / "out.json"}')
     assert sorted(path.name for path in folder.iterdir()) == ['conversion.png']

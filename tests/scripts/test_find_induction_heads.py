@@ -87,6 +87,7 @@ def test_models_without_training_are_refused(tmp_path):
     assert find(f'--out_dir={tmp_path / "found"}').returncode == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_when_heads_form(tmp_path):
     folder = save(tmp_path / 'run', planted('mla'))
     (folder / 'ckpt.pt').rename(folder / 'ckpt_000040.pt')
@@ -175,6 +176,7 @@ def test_a_table_is_sorted_by_a_score_with_a_call_of_its_own(sort, first, called
         assert 'out: 0 of 4 heads are duplicate-token heads, 0 of them with twice' in done.stdout
 
 
+@pytest.mark.slow
 def test_heads_are_scored_and_drawn_on_a_text_of_ones_own(tmp_path):
     (tmp_path / 'in.txt').write_text('abcdef' * 40 + 'fedcba')
     letters = 'abcdefghijklmnopqrstuvwxyz'

@@ -37,6 +37,7 @@ def encoded(indices):
     return [i for index in indices for i in [*tokenizer.encode(DOCUMENTS[index]), 50256]]
 
 
+@pytest.mark.slow
 def test_web_pages(prepare, pages, gpt2_cache, tmp_path):
     import datasets
 
@@ -84,6 +85,7 @@ def test_web_pages_resume_after_kill_9(prepare, pages, gpt2_cache, tmp_path, mon
     assert killed == whole and len(whole) > 5
 
 
+@pytest.mark.slow
 def test_web_pages_with_other_settings_start_a_new_run(prepare, pages, gpt2_cache, tmp_path):
     for journal, message in (
         ('{"of": {"documents": 5}, "documents": 5, "bytes": 0}', 'other documents or settings'),  # of version 0.1.0
@@ -97,6 +99,7 @@ def test_web_pages_with_other_settings_start_a_new_run(prepare, pages, gpt2_cach
         assert set(files_of(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json'}
 
 
+@pytest.mark.slow
 def test_web_pages_that_are_not_available(prepare, pages, gpt2_cache, tmp_path, monkeypatch):
     import huggingface_hub
     import pyarrow

@@ -71,6 +71,7 @@ def gpt2_documents(documents, cut):
 
 
 @pytest.mark.parametrize('workers', [1, 3])
+@pytest.mark.slow
 def test_own_text_in_gpt2_tokens(workers, prepare, texts, tmp_path, gpt2_cache):
     folder, parts = texts
     parts.insert(3, "It's   late;\n\n\n  isn't it? Stra\u00dfe \n" * 40_000)  # several blocks, and many pieces

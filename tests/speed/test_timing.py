@@ -90,6 +90,7 @@ def test_a_profile_is_a_trace_and_names_the_longest_operation_first(tmp_path):
     assert '"traceEvents"' in (tmp_path / 'trace.json').read_text()
 
 
+@pytest.mark.slow
 def test_the_machine_is_named_and_its_rate_is_plausible():
     assert timing.describe_machine('cpu', 'float32')['device'] == timing.cpu_name() != ''
     assert 1e8 < timing.cpu_flops('float32') < 1e15
