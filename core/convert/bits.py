@@ -14,7 +14,7 @@ in ops/packed.py.) BASES are
 An RMSNorm on the latent commutes with orthogonal maps only, once its gain has moved into W_U.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 
 import torch
@@ -52,18 +52,24 @@ def for_few_bits(model: GPT, kind: str) -> GPT:
 
 
 @torch.no_grad()
-def rotate(model: MLAGPT, basis: str, statistics: Sequence[Statistics] = (), signs: Tensor | None = None) -> MLAGPT:
+def rotate(
+    model: MLAGPT, basis: str, statistics: list[Statistics] | None = None, signs: Tensor | None = None
+) -> MLAGPT:
     """
     A copy of `model` with its latents in another of BASES; the same function to rounding.
 
     statistics: from `latent_statistics`, for all but 'hadamard'. signs: 1 or -1 for each of a latent's numbers (r,),
-    which are multiplied by them before they are mixed. ValueError for an unknown basis, and under a latent norm for
-    one that isn't orthogonal.
+    which are multiplied by them before they are mixed. ValueError for an unknown basis or a model without a
+    latent, without statistics, and under a latent norm where the basis isn't orthogonal.
     """
     if basis not in BASES:
         raise ValueError(f"basis is '{basis}'; it must be {', '.join(BASES)}")
+    if not isinstance(model, MLAGPT):
+        raise ValueError('only MLA has a latent, whose basis can be chosen')
     if basis != 'hadamard' and model.config.latent_norm:
         raise ValueError(f"under a latent norm only basis='hadamard' leaves the model as it is, not '{basis}'")
+    if basis != 'hadamard' and statistics is None:
+        raise ValueError(f"basis='{basis}' needs statistics of the latents on some text")
     new = deepcopy(model)
     for layer, block in enumerate(layers(new)):
         attn, r = block.attn, model.config.n_latent
@@ -71,7 +77,7 @@ def rotate(model: MLAGPT, basis: str, statistics: Sequence[Statistics] = (), sig
         if model.config.latent_norm:
             up = up * to_float64(attn.kv_norm.weight).cpu()
             attn.kv_norm.weight.fill_(1.0)
-        if basis != 'hadamard':
+        if statistics and basis != 'hadamard':
             _, second = statistics[layer].moments(centred=False)
             half = root(second + RIDGE * second.trace() / r * down)
             down, up, _ = factorize(up[:keys], up[keys:], torch.zeros_like(second[0]), half, r)

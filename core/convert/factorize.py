@@ -215,7 +215,7 @@ def to_mla(model: GPT, n_latent: int = 0, statistics: list[Statistics] | None = 
     decompressed and rotated whole (shared_rope=False), which can't be absorbed; factorize_rope.py makes a model that
     can. ValueError for an MLA model, for RoPE on a part of each head, and for an n_latent out of range.
     """
-    check_convertible(model)
+    check_convertible(model, statistics)
     config = model.config
     if config.n_kv_head and not n_latent:
         n_latent = min(2 * config.kv_heads * config.head_size, config.n_embd)
@@ -258,10 +258,12 @@ def check_mha(model: Any) -> None:
         raise ValueError(f'only a GPT with multi-head attention can be converted, not {type(model).__name__}')
 
 
-def check_convertible(model: GPT) -> None:
-    """ValueError unless `model` can become MLA."""
+def check_convertible(model: GPT, statistics: list[Statistics] | None) -> None:
+    """ValueError unless `model` can become MLA, by these statistics."""
     check_mha(model)
     config = model.config
+    if statistics is not None and len(statistics) != config.n_layer:
+        raise ValueError(f'{len(statistics)} layers of statistics for a model of {config.n_layer}')
     if config.pos == 'rope' and config.rope_size != config.head_size:
         raise ValueError(
             f'this model rotates {config.rope_size} of the {config.head_size} dimensions of each head; only a model '

@@ -55,8 +55,11 @@ RIDGE = 1e-3  # of the least squares, relative to each factor's own energy
 
 
 def collect_inputs(model: GPT, batches: Iterable[Tensor]) -> list[Tensor]:
-    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C) on the CPU."""
-    windows = torch.cat(list(batches))
+    """What each layer's attention gets on FIT_TOKENS of text, evenly spaced: (N, T, C) on the CPU. ValueError: none."""
+    texts = list(batches)
+    if not texts:
+        raise ValueError('there is no text on which scores could be measured')
+    windows = torch.cat(texts)
     windows = windows[:: max(1, windows.numel() // FIT_TOKENS)]
     found: list[Tensor] = []
     watch(model, [windows], lambda block: block.ln_1, lambda layer, x: found.append(x.cpu()))
@@ -197,7 +200,7 @@ def to_published_mla(
     half of n_embd. n_rope: even and at most the head size; 0: half of it. The cache has n_latent + n_rope numbers per
     token and layer. ValueError for another kind of model, and for sizes out of range.
     """
-    check_convertible(model)
+    check_convertible(model, statistics)
     if model.config.pos != 'rope':
         raise ValueError(f"this model has pos='{model.config.pos}' and no rotations to keep; leave out n_rope")
     d = model.config.head_size

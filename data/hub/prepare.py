@@ -234,6 +234,10 @@ def earlier():
     try:
         progress = json.loads(journal.read_text(encoding='utf-8'))
         if progress['of'] == identity():
+            parts = {'commit': str, 'encoder': dict, 'documents': int, 'tokens': dict}
+            counts = [progress['tokens'][each] for each in SPLITS]
+            if any(type(progress[key]) is not form for key, form in parts.items()) or min(counts) < 0:
+                raise ValueError('an entry of another type')
             return progress
         notice(f'note: discarding what a stopped run left in {folder}: it has other documents or settings')
     except FileNotFoundError:

@@ -69,7 +69,11 @@ def test_a_cache_in_few_bits_keeps_latents_with_one_large_number(already, most):
     assert (round_as(mixed, 'int4')(idx, idx)[0] - exact).square().mean() < most * plain
 
 
-def test_an_unknown_basis_is_refused():
+def test_what_can_not_be_rotated():
+    with pytest.raises(ValueError, match='only MLA'):
+        rotate(make('mha'), 'hadamard')
+    with pytest.raises(ValueError, match='needs statistics'):
+        rotate(make('mla'), 'balanced')
     with pytest.raises(ValueError, match='hadamard, components, balanced'):
         rotate(make('mla'), 'fourier')
 

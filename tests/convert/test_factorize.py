@@ -203,3 +203,6 @@ def test_what_cannot_be_converted_says_so():
         to_mla(MLAGPT(MLAConfig(**SIZES)), 8)
     with pytest.raises(ValueError, match='outside 1 to n_embd=24'):
         to_mla(trained_like(), C + 1)
+    model = trained_like()
+    with pytest.raises(ValueError, match='1 layers of statistics'):
+        to_mla(model, 8, collect_statistics(model, batches())[:1])

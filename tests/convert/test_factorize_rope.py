@@ -290,6 +290,8 @@ def pattern_error(model, mla, x):
 def test_text_says_how_far_back_heads_look_and_what_is_left_to_each(trained):
     """Content keys turned by the mean of what is attended to lose less than others; fitted patterns are closer."""
     model, text, windows = trained
+    first, own, x = model.transformer.h[0], collect_statistics(model, text)[0], collect_inputs(model, text)[0]
+    assert (RotatedLayer(first, own, Scores(first.attn, x, model.rope).mean_turn()).saved > 0).all()
     converted = [turned(model, lambda turn, power=power: turn**power, 64, 8, text) for power in (0, 1)]
     assert 0 < rise(model, converted[1], windows) < 0.9 * rise(model, converted[0], windows)
     with torch.no_grad():
@@ -325,11 +327,14 @@ def test_what_cannot_be_converted_is_refused_in_one_line():
         (lambda: to_mla(rotated('mha', n_rope=4)), 'rotates 4 of the 8 dimensions of each head'),
         (lambda: to_mla(to_mla(rotated('mha'))), 'only a GPT with multi-head attention'),
         (lambda: to_mla(rotated('mha'), C + 1), 'n_latent=33 is outside 1 to n_embd=32'),
+        (lambda: to_mla(rotated('mha'), 8, statistics[:1]), '1 layers of statistics for a model of 2'),
         (lambda: to_published_mla(to_mla(rotated('mha')), statistics, inputs), 'only a GPT with multi-head attention'),
         (lambda: to_published_mla(rotated('mha', n_rope=4), statistics, inputs), 'rotates 4 of the 8 dimensions'),
         (lambda: to_published_mla(trained_like(), statistics, inputs), "pos='learned' and no rotations to keep"),
+        (lambda: to_published_mla(rotated('mha'), statistics[:1], inputs), '1 layers of statistics'),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=3), 'n_rope=3 must be an even number'),
         (lambda: to_published_mla(rotated('mha'), statistics, inputs, n_rope=10), 'from 2 to the head size, 8'),
+        (lambda: collect_inputs(rotated('mha'), []), 'there is no text'),
     ]
     for convert, message in refused:
         with pytest.raises(ValueError, match=message) as error:
