@@ -8,7 +8,7 @@ $ python sample.py --start=FILE:prompt.txt --max_new_tokens=200 --temperature=0 
 From a model whose tokens stand for no text, ids (this one comes with the repository):
 $ python sample.py --out_dir=models/repeats-mla --start='5 9 5 9 5' --num_samples=1
 
-One long text on a CPU, fastest: weights in int8, and a compiled step, which the first token waits up to a minute for:
+One long text on a CPU, fastest: weights in int8 and a compiled step (compiling takes up to a minute):
 $ python sample.py --out_dir=out-shakespeare-char --num_samples=1 --weights=int8 --compile=True
 
 From OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), a Hugging Face folder or a GGUF file:
