@@ -1,12 +1,12 @@
 """Encode text on all cores, as a stream in bounded memory, and write a data set to disk: all of it, or nothing."""
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,13 +154,16 @@ def write_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob('unfinished-tokens-*'):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix='unfinished-tokens-', dir=folder) as beside:
+        beside = folder / f'unfinished-tokens-{os.getpid()}'
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, beside, ignore_errors=True)  # first: a signal may come right after mkdir
+            beside.mkdir()
             new: dict[str, Path] = {}  # {name: the file that becomes it}
             for split in SPLITS:
                 parts = splits[split] if isinstance(splits[split], tuple) else (splits[split],)
                 counts = []
                 for name, part in zip(token_files(split, len(parts)), parts, strict=True):
-                    new[name] = part if isinstance(part, Path) else Path(beside, name)
+                    new[name] = part if isinstance(part, Path) else beside / name
                     count, meta['sha256'][name] = write_tokens(new[name], part, dtype, n_vocab)
                     counts.append(count)
                 total = meta['tokens'][split] = sum(counts)
@@ -172,11 +175,11 @@ def write_dataset(
                     raise UserError(f'train.bin would have {total} tokens, {why}')
                 if masks:
                     name = f'{split}.mask.bin'
-                    new[name] = Path(beside, name)
+                    new[name] = beside / name
                     count, meta['sha256'][name] = write_tokens(new[name], masks[split], np.dtype('u1'), 2)
                     if count != total:
                         raise ValueError(f'{name} has {count} entries for {total} tokens')
-            new['meta.json'] = Path(beside, 'meta.json')
+            new['meta.json'] = beside / 'meta.json'
             files.write_json(new['meta.json'], meta)
             notice_replaced(folder, meta)
             publish(folder, new)

@@ -171,3 +171,17 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     (tmp_path / 'notes').write_text('mine')
     write_dataset(tmp_path, CharTokenizer('abc'), {'train': np.array([0, 1, 2]), 'val': np.array([0])}, source='a test')
     assert {path.name for path in tmp_path.iterdir()} == {'train.bin', 'val.bin', 'meta.json', 'notes'}
+
+
+def test_a_signal_right_after_the_folder_was_made_leaves_none(monkeypatch, tmp_path):
+    def mkdir(path, *mode):
+        made(path, *mode)
+        if 'unfinished' in str(path):
+            raise SystemExit(130)
+
+    made = os.mkdir
+    monkeypatch.setattr(os, 'mkdir', mkdir)
+    (tmp_path / 'train.bin').write_bytes(b'old')
+    with pytest.raises(SystemExit):
+        write_dataset(tmp_path, ByteTokenizer(), {'train': np.zeros(9), 'val': np.zeros(9)}, source='a test')
+    assert files_of(tmp_path) == {'train.bin': b'old'}
