@@ -84,15 +84,3 @@ def induction_columns(x: np.ndarray, y: np.ndarray, corpus: Pairs, vocab_size: i
     of_columns = (n_seen, n_valid), (n_right, n_seen), (n_expected, n_seen), (n_right - n_expected, n_valid)
     means, errors = zip(*(ratio(*parts) for parts in of_columns), strict=True)
     return Columns(*means), Columns(*errors)
-
-
-def with_copies(tokens: np.ndarray, share: float) -> np.ndarray:
-    """A copy of ids (N,) of which a share, in spans of 16 to 48, repeats what stood up to 200 tokens earlier."""
-    tokens, rng, (low, high), distance = tokens.copy(), np.random.default_rng(0), (16, 48), 200
-    slot = round((low + high) / 2 / share) if share else len(tokens)  # one span in so many tokens
-    for start in range(distance, len(tokens) - slot, slot):
-        length = int(rng.integers(low, high + 1))
-        at = start + int(rng.integers(0, max(1, slot - length)))
-        back = int(rng.integers(length, distance + 1))
-        tokens[at : at + length] = tokens[at - back : at - back + length]
-    return tokens

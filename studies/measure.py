@@ -1,20 +1,81 @@
-"""What studies share: measuring heads by find_induction_heads.py, reading earlier numbers, writing what was found."""
+"""
+What studies share: tuning and training by train.py, measuring heads by find_induction_heads.py, reading earlier numbers
+and writing what was found.
+"""
 
 import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import scipy.stats
 from matplotlib.figure import Figure
 
-from analysis import report
+from analysis import report, stats
 from analysis.induction import Repeats, layouts, repeated_sequences
 from core.cli import arguments, errors, subprocesses
 from core.cli.errors import UserError
+from core.runs import checkpoint as checkpoints
 from core.text.tokenizer import tokenizer_of
 from model import GPT
+
+
+def run_of(out_dir: str, label: str, rate: float, seed: int) -> dict[str, Any]:
+    """A training of the model with this label, as subprocesses.run_all takes it."""
+    slug = ''.join(letter if letter.isalnum() else '-' for letter in label.lower())
+    name = f'{slug}_lr{rate:g}_s{seed}'
+    return dict(name=name, folder=os.path.join(out_dir, name), label=label, rate=rate, seed=seed)
+
+
+def trained(run: dict[str, Any], command: list[str], keys: dict, snapshots: Sequence[int], data_dir: str) -> float:
+    """
+    The validation loss at the end of a run (see `run_of`), which is trained unless that is done; inf if it diverged.
+
+    command: a script and its config file. keys: what makes the run; UserError where the folder holds one with others.
+    snapshots: the iterations whose checkpoints are kept, the last of them the end.
+    """
+    last = os.path.join(run['folder'], f'ckpt_{snapshots[-1]:06}.pt')
+    keys = keys | dict(learning_rate=run['rate'], min_lr=run['rate'] / 10, seed=run['seed'])
+    keys |= dict(max_iters=snapshots[-1], lr_decay_iters=snapshots[-1])
+    if os.path.exists(last):
+        found = checkpoints.load(last, mapped=True)['config']
+        if wrong := [key for key, value in keys.items() if found.get(key) != value]:
+            raise UserError(f'{run["folder"]} holds a run with another {", ".join(wrong)}; choose another --out_dir')
+    else:
+        keys |= dict(eval_interval=snapshots[-1], eval_iters=64, keep_checkpoints=','.join(map(str, snapshots)))
+        keys |= dict(out_dir=run['folder'], data_dir=data_dir, resume='auto', checkpoint_interval=500, threads=1)
+        if not subprocesses.converges(command[0], [*command[1:], keys], run['folder']):
+            return float('inf')
+    return float(checkpoints.load(last, mapped=True)['val_loss'])
+
+
+def tune(
+    labels: Sequence[str], rates: Sequence[float], losses: Callable[[list[tuple[str, float]]], dict]
+) -> dict[str, dict[float, float]]:
+    """
+    {label: {learning rate: loss}}, grids in which every model's best rate has a worse one on either side.
+
+    rates: the grid that all begin with, and that grows by factors of 2. losses: of [(label, rate)], as a dict by these.
+    """
+    grids: dict[str, dict] = {label: {} for label in labels}
+    wanted = [(label, rate) for label in labels for rate in rates]
+    while wanted:
+        for (label, rate), loss in losses(wanted).items():
+            grids[label][rate] = loss
+        wanted = []
+        for label, grid in grids.items():
+            best = best_rate(grid)
+            if best in (min(grid), max(grid)):
+                wanted.append((label, best / 2 if best == min(grid) else best * 2))
+    return {label: dict(sorted(grid.items())) for label, grid in grids.items()}
+
+
+def best_rate(grid: dict[float, float]) -> float:
+    """The learning rate of the lowest loss; the lowest of those that are equal, as where all diverged."""
+    return min(sorted(grid), key=lambda rate: grid[rate])
 
 
 def measure(folder: str, **keys: object) -> dict:
@@ -52,6 +113,24 @@ def best_heads(found: dict) -> dict:
 def formed(curve: list[tuple[int, float]], threshold: float) -> int | None:
     """When the best induction score of a run first exceeded a threshold; None if it never did."""
     return next((time for time, score in curve if score > threshold), None)
+
+
+def log_rank(groups: dict[str, list[dict]], end: int) -> dict[str, float]:
+    """
+    Do other models form heads at other times than the first? p by the log-rank test, after Holm's correction.
+
+    groups: {label: its runs, each with its time 'formed', None if it had formed none at `end`}. Pairs without any time
+    are left out.
+    """
+
+    def times(group: list[dict]) -> scipy.stats.CensoredData:
+        known = [r['formed'] for r in group if r['formed']]
+        return scipy.stats.CensoredData(uncensored=known, right=[end] * (len(group) - len(known)))
+
+    (_, first), *others = groups.items()
+    able = {label: group for label, group in others if any(r['formed'] for r in [*group, *first])}
+    ps = [scipy.stats.logrank(times(group), times(first)).pvalue for group in able.values()]
+    return dict(zip(able, stats.holm(ps), strict=True))
 
 
 def repeated(model: GPT, tokenizer: dict, count: int, length: int, seed: int) -> Repeats:

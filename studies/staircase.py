@@ -32,11 +32,10 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 import numpy as np
-import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-from analysis import report, stats, style
+from analysis import report, style
 from analysis.induction import head_scores, repeated_sequences
 from analysis.rotation import PARTS, REPLACEMENTS, replace_logits
 from core.cli import files, subprocesses
@@ -44,8 +43,7 @@ from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
 from core.runs import models
 from core.speed import timing
-from studies import variants
-from studies.measure import commit, formed, outputs, read_json, reading, save
+from studies import measure, variants
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-staircase'
@@ -108,46 +106,23 @@ steps = sorted({*range(100, min(iterations, 1000), 50), *range(0, iterations, 25
 
 
 def train(item):
-    """Train a run, unless that is done: it with the mean val_loss of its end; inf where training diverged."""
-    arm, rate, seed = item['arm'], item['rate'], item['seed']
-    folder, last = item['folder'], os.path.join(item['folder'], f'ckpt_{iterations:06}.pt')
-    keys = dict(pos='rope', kv_rms=0.5, **arm.keys, learning_rate=rate, min_lr=rate / 10, seed=seed)
-    keys |= dict(max_iters=iterations, lr_decay_iters=iterations, dtype=dtype, compile=compile)
-    if os.path.exists(last):
-        found = checkpoints.load(last, mapped=True)['config']
-        if wrong := [key for key, value in keys.items() if found.get(key) != value]:
-            raise UserError(f'{folder} holds a run with another {", ".join(wrong)}; choose another --out_dir')
-    else:
-        keys |= dict(eval_interval=iterations, eval_iters=64)
-        keys |= dict(keep_checkpoints=','.join(map(str, steps if seed >= SEED else [iterations])), out_dir=folder)
-        command = ['train.py', 'config/train_repeats.py', dict(keys, data_dir=data_dir, resume='auto', threads=1)]
-        if not subprocesses.converges('studies/with_variants.py', command, folder):
-            return dict(item, loss=float('inf'))
-    return dict(item, loss=float(checkpoints.load(last, mapped=True)['val_loss']))
+    """A run with its validation loss; it is trained unless that is done."""
+    command = ['studies/with_variants.py', 'train.py', 'config/train_repeats.py']
+    keys = dict(pos='rope', kv_rms=0.5, **item['arm'].keys, dtype=dtype, compile=compile)
+    snapshots = steps if item['seed'] >= SEED else [iterations]
+    return dict(item, loss=measure.trained(item, command, keys, snapshots, data_dir))
 
 
-def run_of(arm, rate, seed):
+def planned(arm, rate, seed):
     """A training as subprocesses.run_all takes it."""
-    slug = ''.join(letter if letter.isalnum() else '-' for letter in arm.label.lower())
-    name = f'{slug}_lr{rate:g}_s{seed}'
-    return dict(name=name, folder=os.path.join(out_dir, f'{iterations}', name), arm=arm, rate=rate, seed=seed)
+    return dict(measure.run_of(os.path.join(out_dir, f'{iterations}'), arm.label, rate, seed), arm=arm)
 
 
-def tune(arms):
-    """{arm: {rate: mean loss}} of grids in which every arm's best rate has a worse one on either side."""
-    grids, wanted = {arm: {} for arm in arms}, [(arm, rate) for arm in arms for rate in RATES]
-    while wanted:
-        items = [run_of(arm, rate, TUNING_SEED + n) for arm, rate in wanted for n in range(n_tuning)]
-        done = report.grouped(subprocesses.run_all(train, items, jobs), lambda r: (r['arm'], r['rate']))
-        for (arm, rate), runs in done.items():
-            grids[arm][rate] = mean(r['loss'] for r in runs)
-        wanted = []
-        for arm, grid in grids.items():
-            low, *_, high = rates = sorted(grid)
-            best = min(rates, key=grid.get)  # the lowest of those that are equal, as where all diverged
-            if best in (low, high):
-                wanted.append((arm, best / 2 if best == low else best * 2))
-    return {arm: dict(sorted(grid.items())) for arm, grid in grids.items()}
+def losses(wanted):
+    """{(label, rate): mean loss of the tuning seeds}."""
+    items = [planned(by_label[label], rate, TUNING_SEED + n) for label, rate in wanted for n in range(n_tuning)]
+    done = report.grouped(subprocesses.run_all(train, items, jobs), lambda r: (r['label'], r['rate']))
+    return {key: mean(r['loss'] for r in runs) for key, runs in done.items()}
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -160,7 +135,7 @@ def train_and_measure(item):
         raise UserError(f'{item["name"]} diverged; its rate is too near the edge, delete its folder and tune again')
     if not subprocesses.is_current(path, os.path.join(item['folder'], f'ckpt_{iterations:06}.pt')):
         files.write_json(path, report.plain(measured(item['folder'])))
-    return dict(label=item['arm'].label, rate=item['rate'], seed=item['seed'], **read_json(path))
+    return dict(label=item['label'], rate=item['rate'], seed=item['seed'], **measure.read_json(path))
 
 
 def measured(folder):
@@ -171,7 +146,7 @@ def measured(folder):
         repeats = sequences(model.config.block_size, model.config.vocab_size)
         scores = {name: values.mean(0) for name, values in head_scores(model, repeats).items()}
         curve.append((step, float(scores['induction'].max())))
-    out = dict(curve=curve, score=curve[-1][1], formed=formed(curve, FORMED), heads={})
+    out = dict(curve=curve, score=curve[-1][1], formed=measure.formed(curve, FORMED), heads={})
     out |= dict(loss=float(scores['repeat_loss']), longer={})
     for name in ('induction', 'previous_token'):
         layer, head = np.unravel_index(scores[name].argmax(), scores[name].shape)
@@ -194,23 +169,12 @@ def sequences(room, n_ids, copies=1):
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def formation_times(group):
-    """The times at which a group's runs formed heads, for the log-rank test; those that never did are censored."""
-    ended = [numbers['setting']['iterations'] for r in group if not r['formed']]
-    return scipy.stats.CensoredData(uncensored=[r['formed'] for r in group if r['formed']], right=ended)
-
-
 def formation_table(groups):
     """When heads form, how strong they are, and losses, of {label: its runs}."""
     heading = ['model', 'learning rate', f'iteration of best score > {FORMED}', 'formed']
     heading += ['log-rank p against the first (Holm)', 'best induction score', 'loss on repeats']
     heading += ['at twice the length', 'at four times']
-    rows, ps = [], {}
-    first, *others = groups
-    for label in others:
-        if any(r['formed'] for r in groups[label] + groups[first]):
-            ps[label] = scipy.stats.logrank(*(formation_times(groups[one]) for one in (label, first))).pvalue
-    ps = dict(zip(ps, stats.holm(list(ps.values())), strict=True))
+    rows, ps = [], measure.log_rank(groups, numbers['setting']['iterations'])
     for label, group in groups.items():
         times = [r['formed'] for r in group]
         p = f'{ps[label]:.4f}' if label in ps else ''
@@ -258,10 +222,10 @@ def draw(groups):
 
 # ---- train, measure, report ------------------------------------------------------------------------------------------
 
-paths = outputs(config, 'latents' if latents else 'staircase')
-with reading(reuse):
+paths = measure.outputs(config, 'latents' if latents else 'staircase')
+with measure.reading(reuse):
     if reuse:
-        numbers = read_json(reuse)
+        numbers = measure.read_json(reuse)
     else:
         variants.register()
         torch.set_num_threads(1)
@@ -269,15 +233,16 @@ with reading(reuse):
             to = dict(folder=os.path.join(data_dir, 'repeats'))
             subprocesses.run_script('data/repeats/prepare.py', [to], out_dir)
         arms = LATENTS if latents else STAIRCASE
-        grids = tune(arms)
-        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
-        plans = [run_of(arm, best[arm], SEED + n) for n in range(n_seeds) for arm in arms]
+        by_label = {arm.label: arm for arm in arms}
+        grids = measure.tune(list(by_label), RATES, losses)
+        best = {label: measure.best_rate(grid) for label, grid in grids.items()}
+        plans = [planned(arm, best[arm.label], SEED + n) for n in range(n_seeds) for arm in arms]
         runs = subprocesses.run_all(train_and_measure, plans, jobs)
         setting = dict(iterations=iterations, seeds=n_seeds, tuning_seeds=n_tuning, snapshots=steps, dtype=dtype)
         numbers = dict(
-            setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=commit()),
-            rates={arm.label: rate for arm, rate in best.items()},
-            tuning={arm.label: {f'{rate:g}': loss for rate, loss in grid.items()} for arm, grid in grids.items()},
+            setting=dict(setting, compile=compile, cpu=timing.cpu_name(), commit=measure.commit()),
+            rates=best,
+            tuning={label: {f'{rate:g}': loss for rate, loss in grid.items()} for label, grid in grids.items()},
             runs=runs,
         )
     groups = report.grouped(numbers['runs'], lambda r: r['label'])
@@ -291,4 +256,4 @@ with reading(reuse):
         f'{carrier_table(groups, "induction")}'
     )
     picture = draw(groups)
-save(paths, text, picture, None if reuse else numbers)
+measure.save(paths, text, picture, None if reuse else numbers)

@@ -137,14 +137,3 @@ def test_pairs_that_occurred_before_in_the_window():
         pairs = list(zip(x[row], y[row], strict=True))
         assert found[row].tolist() == [pair[1] >= 0 and pair in pairs[:i] for i, pair in enumerate(pairs)]
     assert found.any() and not found.all()
-
-
-@pytest.mark.parametrize('share', [0.01, 0.1, 0.5])
-def test_copied_spans_have_their_share_and_their_source_before_them(share):
-    plain = np.arange(200_000)
-    mixed = bigrams.with_copies(plain, share)
-    changed = mixed != plain
-    assert changed.mean() == pytest.approx(share, rel=0.1) and (plain == np.arange(200_000)).all()
-    back = np.arange(len(plain)) - mixed  # how far back a token was taken from; more where that was a copy itself
-    assert back[changed].min() >= 16 and (share > 0.1 or back[changed].max() <= 2 * 200)
-    assert (bigrams.with_copies(plain, share) == mixed).all() and (bigrams.with_copies(plain, 0.0) == plain).all()

@@ -1,15 +1,19 @@
-"""studies/induction_text.py: tables show the numbers of the runs."""
+"""studies/induction_text.py: tables show the numbers of the runs, and finished runs are kept."""
 
 import json
 import string
 
 import pytest
-from support import ROOT, forking
+import torch
+from support import forking
 from support.training import write_characters
+
+from core.runs import models
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
-PUBLISHED = 'assets/induction_text.json'
+LABELS = ('MHA', 'MQA', 'MLA, cache of MQA')
 
 
 def study(*keys):
@@ -17,95 +21,83 @@ def study(*keys):
 
 
 def row_of(text, title, name):
-    """The cells of the row of an arm in the table with this title."""
+    """The cells of the row of a model in the table with this title."""
     part = text[text.index(f'**{title}') :]
     line = next(line for line in part.splitlines() if line.startswith(f'| {name} |'))
     return [cell.strip() for cell in line.split('|')[2:-1]]
 
 
+def run(label, seed, score, formed, repeated, previous=0.7):
+    """Made-up numbers of a run."""
+    rises = dict(repeated=dict(mean=score), others=dict(mean=0.1), control_repeated=0.01, control_others=0.02)
+    curve = [dict(tokens=n * 10**6, induction=score, previous=previous, gain=dict(mean=1.0)) for n in (1, 5)]
+    return dict(
+        label=label, rate=4e-3, seed=seed, score=score, formed=formed, repeated=repeated, previous=previous,
+        curve=curve, best=[3, seed % 4], best_previous=[1, 2], copying=0.5, previous_formed=10**6,
+        repeated_share=0.36, others=3.0, heads=2, ablation=dict.fromkeys('124', rises),
+        parameters=1000, random_null=0.01,
+    )  # fmt: skip
+
+
 def test_tables_pair_runs_by_seed_and_say_which_formed_heads(tmp_path):
-    runs = json.loads((ROOT / PUBLISHED).read_text())['runs']
-    one = next(run for run in runs if run['arm'] == 'MHA' and run['share'] is None)
-    made_up = []
-    for arm, seed, score, formed, repeated in (
-        ('MHA', 1337, 0.6, 2_000_000, 1.0),
-        ('MHA', 1338, 0.8, 4_000_000, 1.2),
-        ('MLA, r=C/2', 1338, 0.1, None, 2.0),
-        ('MLA, r=C/2', 1337, 0.5, 3_000_000, 1.5),
-    ):
-        made_up.append(
-            dict(one, arm=arm, seed=seed, score=score, formed=formed, repeated=repeated, best=[3, seed - 1336])
-        )
-    (tmp_path / 'a.json').write_text(json.dumps(dict(runs=made_up)))
+    runs = [run('MHA', 6000, 0.6, 2_000_000, 1.0), run('MHA', 6001, 0.8, 4_000_000, 1.2)]
+    runs += [run('MLA, cache of MQA', 6000, 0.1, None, 2.0, 0.9), run('MLA, cache of MQA', 6001, 0.5, 3_000_000, 1.5)]
+    rates = dict.fromkeys(LABELS, 4e-3)
+    setting = dict(iterations=5000, seeds=2)
+    numbers = dict(setting=setting, rates=rates, tuning={'MHA': {'0.004': 1.5, '0.008': 1.25}}, runs=runs)
+    (tmp_path / 'a.json').write_text(json.dumps(numbers))
     done = study(f'--reuse={tmp_path}/a.json', f'--out_dir={tmp_path}/out')
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert row_of(text, 'Formation', 'MHA')[1:4] == ['3.00 [2.00, 4.00]', '0.700 [0.600, 0.800]', '3.1, 3.2']
-    assert row_of(text, 'Formation', 'MLA, r=C/2')[1] == '3.00 (1 of 2)'
-    assert row_of(text, 'Paired', 'MLA, r=C/2')[:2] == ['-0.400 [-0.700, -0.100]', '+0.650 [+0.500, +0.800]']
-    assert 'MHA on prose' not in text
+    assert row_of(text, 'Formation', 'MHA')[1:5] == ['3.00 [2.00, 4.00]', '', '0.600, 0.800', '3.0, 3.1']
+    found = row_of(text, 'Formation', 'MLA, cache of MQA')
+    # times 2 and 4 against 3 and never: two events where 1/2 + 1/3 + 1/2 are expected, variance 1/4 + 2/9 + 1/4
+    assert found[1:4] == ['3.00 (1 of 2)', '0.4328', '0.100, 0.500']
+    assert row_of(text, 'Paired', 'MLA, cache of MQA')[:2] == ['+0.100 [+0.000, +0.200]', '+0.650 [+0.300, +1.000]']
+    # what the heads are worth is told of runs that have them
+    assert row_of(text, 'The best', 'MLA, cache of MQA')[:2] == ['1', '+0.500, +0.100']
+    assert row_of(text, 'Tuning', 'MHA') == ['1.5000', '1.2500']
 
 
 def test_a_study_in_miniature_trains_and_measures(tmp_path):
     text = f'the cat sat on the mat. {string.printable[:90]} ' * 500
     write_characters(tmp_path / 'data' / 'code', 40_000, 49_000, text)
-    keys = (f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--arms=MHA', '--jobs=1')
-    done = study('--max_iters=3', *keys)
+    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=1, n_embd=8))
+    for slug, more in (
+        ('mha', {}),
+        ('mqa', dict(n_kv_head=1)),
+        ('mla--cache-of-mqa', dict(attention='mla', n_latent=48, n_nope=32, n_rope=16, latent_norm=True)),
+    ):
+        best = 4e-3 if slug == 'mha' else 2e-3
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+            folder = tmp_path / 'out' / '3' / f'{slug}_lr{rate:g}_s5000'
+            folder.mkdir(parents=True)
+            keys = dict(learning_rate=rate, min_lr=rate / 10, seed=5000, max_iters=3, lr_decay_iters=3, device='cpu')
+            keys |= dict(norm='rms', mlp='swiglu', dtype='float32', compile=False, dataset='code', **more)
+            torch.save(models.contents(model, keys, val_loss=1 + abs(rate - best)), folder / 'ckpt_000003.pt')
+    keys = (f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--max_iters=3', '--jobs=1')
+    done = study(*keys)
     assert done.returncode == 0, done.stderr
-    (run,) = json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']
-    assert [step['tokens'] for step in run['curve']] == [3 * 1024] and run['rate'] == 4e-3 and run['formed'] is None
-    assert abs(run['curve'][0]['repeated'] - run['repeated']) < 0.2  # the sweep's and the final measurement
-    assert row_of(done.stdout, 'Formation', 'MHA')[1:3] == ['never (0 of 1)', f'{run["score"]:.3f}']
-
-
-def test_runs_of_an_earlier_study_are_not_repeated(tmp_path):
-    """With every run recorded nothing is trained; an earlier study of other iterations or data is refused."""
-    write_characters(tmp_path / 'data' / 'code', 4000, 4300)
-    keys = ('--arms=MHA', '--seeds=1', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out')
-    runs = json.loads((ROOT / PUBLISHED).read_text())['runs']
-    one = next(run for run in runs if run['name'] == 'code-mha-s1337')
-    at = [dict(step, tokens=1024 * 300) for step in one['curve'][:1]]
-    made_up = [dict(one, score=0.3, curve=at), dict(one, name='x', seed=2, score=0.7, curve=at)]
-    (tmp_path / 'a.json').write_text(json.dumps(dict(runs=made_up, config=dict(dataset='code', prose=''))))
-    done = study(f'--reuse={tmp_path}/a.json', *keys)
-    assert done.returncode == 0, done.stderr
-    assert row_of(done.stdout, 'Formation', 'MHA')[2] == '0.500 [0.300, 0.700]'
-    assert len(json.loads((tmp_path / 'out' / 'text.json').read_text())['runs']) == 2
-    assert not list((tmp_path / 'out').glob('*/code-*'))
-    other = study(f'--reuse={tmp_path}/a.json', '--max_iters=301', *keys)
-    assert other.returncode == 2 and 'has 300 iterations on code, not 301 on code' in other.stderr
-
-
-def test_each_arm_is_shown_at_its_best_learning_rate(tmp_path):
-    runs = json.loads((ROOT / PUBLISHED).read_text())['runs']
-    one = dict(next(run for run in runs if run['name'] == 'code-mha-s1337'), others=3.0)
-    runs = [
-        dict(one, rate=4e-3, score=0.5, repeated=1.0),
-        dict(one, rate=8e-3, score=0.3, repeated=1.1),
-        dict(one, arm='MQA', rate=4e-3, score=0.1, repeated=2.0),
-        dict(one, arm='MQA', rate=8e-3, score=0.2, repeated=1.5),
-        dict(one, seed=1338, arm='MQA', rate=4e-3, score=0.9, repeated=0.5),
-        dict(one, seed=1338, arm='MQA', rate=8e-3, score=0.4, repeated=1.7),
-    ]
-    (tmp_path / 'a.json').write_text(json.dumps(dict(runs=runs)))
-    text = study(f'--reuse={tmp_path}/a.json', f'--out_dir={tmp_path}/out').stdout
-    assert row_of(text, 'Formation', 'MHA')[0:3:2] == ['0.004', '0.500']
-    assert row_of(text, 'Formation', 'MQA')[0:3:2] == ['0.008', '0.300 [0.200, 0.400]']
-    rows = [line for line in text[text.index('**Every learning') :].splitlines() if line.startswith('| MQA')][:2]
-    assert [[cell.strip() for cell in row.split('|')[2:5:2]] for row in rows] == [
-        ['0.004', '0.100'],
-        ['0.008', '0.200'],
-    ]
+    numbers = json.loads((tmp_path / 'out' / 'text.json').read_text())
+    assert numbers['rates'] == {'MHA': 4e-3, 'MQA': 2e-3, 'MLA, cache of MQA': 2e-3}
+    assert list(numbers['tuning']['MHA']) == ['0.002', '0.004', '0.008']
+    assert list(numbers['tuning']['MQA']) == ['0.001', '0.002', '0.004', '0.008']
+    assert [(r['label'], r['seed'], r['formed']) for r in numbers['runs']] == [(label, 6000, None) for label in LABELS]
+    assert len({r['parameters'] for r in numbers['runs']}) == 3
+    for r in numbers['runs']:
+        assert [step['tokens'] for step in r['curve']] == [3 * 1024]
+    first = numbers['runs'][0]
+    assert row_of(done.stdout, 'Formation', 'MHA')[1:4:2] == ['never (0 of 1)', f'{first["score"]:.3f}']
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
+    assert study(*keys).stdout == done.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
+    other = study(*keys, '--dtype=bfloat16')
+    assert other.returncode == 2 and 'holds a run with another dtype; choose another --out_dir' in other.stderr
 
 
 def test_wrong_names_are_errors_before_anything_is_trained(tmp_path):
     (tmp_path / 'broken.json').write_text('{"runs": [{}]}')
-    cases = (
-        ('--arms=MHA;GQA-9', 'GQA-9'),
-        ('--dataset=nowhere', 'nowhere'),
-        (f'--reuse={tmp_path}/broken.json', 'study'),
-    )
-    for key, complaint in cases:
+    for key, complaint in (('--dataset=nowhere', 'nowhere'), (f'--reuse={tmp_path}/broken.json', 'study')):
         done = study(key, f'--out_dir={tmp_path}/out')
         assert done.returncode == 2 and complaint in done.stderr and 'Traceback' not in done.stderr, done.stderr
         assert not (tmp_path / 'out').exists()

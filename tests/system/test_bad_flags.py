@@ -148,7 +148,6 @@ FLAGS = [
     Case(CONTEST, '--blocks=llama', "blocks is 'llama'", 'must be modern or gpt2'),
     Case(CONTEST, '--device=cuda:77', 'cuda:77', 'auto'),
     Case(CONTEST, '--tuning_seeds=-1', 'tuning_seeds', 'negative|at least'),
-    Case(STUDY_TEXT, '--rates=4e-3,high', "rates is '4e-3,high'", 'such as'),
     Case(STUDY_TEXT, '--seeds=-1', 'seeds', 'negative|at least'),
     Case(CONTEST, '--reuse={place}/prompt.txt', "can't be read as a study", 'name the .json of another'),
     Case(TEXT, '--input=', 'say what to prepare', '--input=FILE'),
