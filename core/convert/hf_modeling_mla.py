@@ -97,8 +97,7 @@ class MLAGPTConfig(PretrainedConfig):
         self.n_nope, self.n_value = n_nope or head_size - self.n_rope, n_value or head_size
         self.rope_theta, self.initializer_range, self.use_cache = rope_theta, initializer_range, use_cache
         kwargs |= dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-        kwargs |= dict(tie_word_embeddings=tie_word_embeddings)
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -291,10 +290,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Any, visible: Tensor | None, S: int, cache: Any) -> Any:
         """x (B, T, C), the last T of S tokens -> (B, T, C), and the weights (B, H, T, S) where they are computed."""
         q, latent, k_rope = self.project(x, rope)
-        attend = self.decompressed
         if cache is not None:
             latent, k_rope = (part[:, :, :S] for part in cache.update(latent, k_rope, self.layer))
-            attend = self.absorbed if self.absorbs(q.size(2), visible) else self.decompressed
+        attend = self.absorbed if cache is not None and self.absorbs(q.size(2), visible) else self.decompressed
         y, weights = attend(q, latent, k_rope, visible)
         return self.resid_dropout(self.c_proj(y.flatten(2))), weights
 
@@ -382,8 +380,7 @@ class MLAGPTModel(MLAGPTPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and not eager:
             raise ValueError("output_attentions requires attn_implementation='eager'")
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass either input_ids or inputs_embeds')
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -487,9 +484,7 @@ class MLAGPTForCausalLM(MLAGPTPreTrainedModel, GenerationMixin):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """NotImplementedError: the pages of continuous batching hold every head's keys and values, not latents."""
-        raise NotImplementedError(
-            'continuous batching is not possible with a cache of latents; use generate() with left-padded prompts'
-        )
+        raise NotImplementedError('a cache of latents has no continuous batching: use generate() with left padding')
 
 
 class MLAGPTForSequenceClassification(GenericForSequenceClassification, MLAGPTPreTrainedModel):

@@ -318,7 +318,7 @@ def test_a_cache_is_not_kept_where_blocks_are_computed_again():
 def test_continuous_batching_and_prefix_tuning_are_refused():
     model = random_model('learned')
     assert not hasattr(model, 'init_continuous_batching')  # `transformers serve` asks, and does without it
-    with pytest.raises(NotImplementedError, match='continuous batching is not possible with a cache of latents'):
+    with pytest.raises(NotImplementedError, match='a cache of latents has no continuous batching'):
         model.generate_batch([[1, 2]])
     prefix = DynamicCache()
     for layer in range(2):

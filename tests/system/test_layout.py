@@ -23,9 +23,8 @@ PROJECT = set(MAY_IMPORT) | {
     path.stem for path in FILES if len(path.parts) == 1
 }  # names of the root's folders and files
 SCRIPTS = MAY_IMPORT.keys() - {'studies'}
-MOST_LINES = {'model.py': 400, 'model_mla.py': 280, 'train.py': 370, 'core/convert/hf_modeling_mla.py': 650}
-
-# what isn't so yet
+MOST_LINES = {'model.py': 400, 'model_mla.py': 280, 'train.py': 370}
+MOST_IN_ALL = 18_500
 
 
 def place(file):
@@ -97,3 +96,10 @@ def test_no_file_is_too_long(file):
     lines = len((ROOT / file).read_text(encoding='utf-8').splitlines())
     most = MOST_LINES.get(str(file), 500)
     assert lines <= most, f'{file} has {lines} lines, {most} at most'
+
+
+def test_the_whole_grows_no_further():
+    files = [*FILES, *(ROOT / 'config').glob('*.py')]
+    lines = sum(len((ROOT / file).read_text(encoding='utf-8').splitlines()) for file in files)
+    most = f'{lines:,} lines outside tests, {MOST_IN_ALL:,} at most: take out what has become superfluous'
+    assert lines <= MOST_IN_ALL, most
