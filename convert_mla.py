@@ -11,7 +11,7 @@ $ python convert_mla.py --source=out-gqa --out_dir=out-gqa-mla
 
 A model with RoPE keeps it: keys are decompressed and rotated whole. In DeepSeek's shape, one rotated key for all heads
 beside content keys, it decodes absorbed, but it loses more and has to be fine-tuned:
-$ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-mla --n_latent=128
+$ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-converted --n_latent=128
 $ python convert_mla.py --source=out-modern-cpu --out_dir=out-modern-published --n_latent=128 --n_rope=32
 
 For a cache in few bits the latent may get another basis, in which the model is the same function; the source may then
@@ -23,13 +23,13 @@ Loss against cache size for every method, as a table and a picture (out_dir/conv
 $ python convert_mla.py --source=out-shakespeare-cpu --sweep=96,64,48,32,16 --json=out-converted/conversion.json
 
 OpenAI's GPT-2, by name or from a Hugging Face folder, measured on a data set in GPT-2's tokens:
-$ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-mla --n_latent=384
+$ python convert_mla.py --source=gpt2 --dataset=openwebtext --out_dir=out-gpt2-converted --n_latent=384
 
 A published model, prepared by data/smollm2/prepare.py, on text in its own tokens and in windows of 256 of them:
 $ python convert_mla.py --source=data/smollm2 --dataset=smollm2-python --context=256 --n_latent=160 --n_rope=32
 
 The algebra is in core/convert/factorize.py and factorize_rope.py. Fine-tuning recovers most of the loss:
-$ python train_mla.py --init_from=out-converted
+$ python train_mla.py config/finetune_shakespeare_cpu_mla.py --init_from=out-converted --n_latent=64
 """
 
 from core.cli.keys import begin

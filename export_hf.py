@@ -2,7 +2,7 @@
 Write a model as a folder that the `transformers` library loads, or as a GGUF file that llama.cpp runs.
 
 $ python export_hf.py --source=out-shakespeare-cpu --out_dir=hf-shakespeare
-$ python export_hf.py --source=out-modern --out_dir=gguf-modern --format=gguf
+$ python export_hf.py --source=out-modern-cpu --out_dir=gguf-modern --format=gguf
 
 Wherever a class of transformers' own can express the model, it becomes that class, which other engines serve too
 (docs/serving.md):

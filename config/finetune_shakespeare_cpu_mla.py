@@ -4,7 +4,8 @@
 # $ python sample.py --out_dir=out-shakespeare-cpu-converted
 #
 # The conversion (core/convert/factorize.py) is made on the fly; the 200 iterations are a tenth of the training.
-# convert_mla.py makes the same conversion, says what it costs, and writes a checkpoint that --init_from takes as well.
+# convert_mla.py makes the same conversion, says what it costs, and writes a checkpoint, which --init_from takes as well
+# with its size (--init_from=out-converted --n_latent=64).
 
 out_dir = 'out-shakespeare-cpu-converted'
 init_from = 'out-shakespeare-cpu'

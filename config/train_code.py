@@ -1,5 +1,5 @@
 # Trains a model of 26 million parameters with multi-head attention on Python source, for one GPU: 330 million tokens.
-# config/train_code_mla.py differs in the attention alone. This pair has not been run: no GPU was at hand.
+# config/train_code_mla.py differs in the attention alone. This pair has not been run.
 #
 # $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
 # $ python train.py config/train_code.py

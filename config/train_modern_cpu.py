@@ -1,9 +1,9 @@
 # Trains a small model of today's shape on Python source, on a CPU: multi-head attention with RoPE, RMSNorm, SwiGLU, no
 # biases. It is a Llama in all but name. config/train_modern_cpu_mla.py differs in the attention alone.
 #
-# For either model an iteration takes 1.2 seconds of one core with AMX (in bfloat16) or 2.0 in float32: 25 to 40 minutes
-# in all on two cores. The pair was trained for 450 iterations, exported and served, but never to its end, so there is
-# no loss to compare with.
+# In bfloat16 on two cores with AMX an iteration takes 0.45 seconds, and 0.55 with MLA (BENCHMARKS.md): some 20 minutes
+# in all. The pair was trained for 450 iterations, exported and served, but never to its end, so there is no loss to
+# compare with.
 #
 # $ python data/code/prepare.py --tokenizer=bpe --vocab_size=2048
 # $ python train.py config/train_modern_cpu.py

@@ -2,7 +2,7 @@
 # Train a GPT-2 (124M) with multi-head latent attention on one node of 8 GPUs. From the repository's folder:
 #
 # $ sbatch slurm_scripts/train_mla_1node.sh
-# $ sbatch --gpus-per-node=4 --time=08:00:00 slurm_scripts/train_mla_1node.sh --max_iters=100000
+# $ sbatch --gpus-per-node=4 --time=08:00:00 slurm_scripts/train_mla_1node.sh --max_iters=100000 --lr_decay_iters=100000
 #
 #SBATCH --partition=gpu  # 1. edit: a partition with GPUs (sinfo lists them)
 #SBATCH --account=my_account  # 2. edit: whose hours these are; delete the line where there are no accounts

@@ -118,7 +118,7 @@ def join_processes(device: str, backend: str = 'nccl') -> tuple[Processes, str]:
         store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # On one node the store survives a restart by torchrun, and holds addresses of processes that died.
-            # (On several nodes, each counts its own restarts: see --max-restarts in the README.)
+            # (On several nodes, each counts its own restarts: see docs/cluster.md.)
             attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
             store = torch.distributed.PrefixStore(f'attempt {attempt}', store)
         torch.distributed.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
