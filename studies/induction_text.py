@@ -6,8 +6,8 @@ $ python studies/induction_text.py                 # a short form: one seed, few
 $ python studies/induction_text.py --full=True --dtype=bfloat16 --compile=True    # two hours on two cores
 $ python studies/induction_text.py --reuse=assets/induction_text.json    # tables and picture again, in seconds
 
-Each model is trained with config/train_code_cpu.py, RMSNorm and SwiGLU, at its best learning rate (a grid in steps of 2
-that grows until the best rate is inside it), chosen on a seed that isn't reported. The others are measured at many
+Each model is trained with config/train_code_cpu.py (RMSNorm, SwiGLU, RoPE) at its best learning rate (a grid in steps
+of 2 that grows until the best rate is inside it), chosen on a seed that isn't reported. The others are measured at many
 iterations: scores of heads on repeated random tokens, and losses on validation text where a bigram occurred before in
 the window, and elsewhere. All models of one seed see the same batches.
 
@@ -77,8 +77,7 @@ def planned(label, rate, seed):
 
 def train(run):
     """A run with its validation loss; it is trained unless that is done."""
-    keys = dict(norm='rms', mlp='swiglu', **ARMS[run['label']], dataset=dataset, dtype=dtype, compile=compile)
-    keys |= dict(device='cpu')
+    keys = dict(ARMS[run['label']], dataset=dataset, device='cpu', dtype=dtype, compile=compile)
     snapshots = steps if run['seed'] >= SEED else [iterations]
     return dict(run, loss=measure.trained(run, ['train.py', 'config/train_code_cpu.py'], keys, snapshots, data_dir))
 

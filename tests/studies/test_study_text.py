@@ -73,7 +73,7 @@ def test_a_study_in_miniature_trains_and_measures(tmp_path):
             folder = tmp_path / 'out' / '3' / f'{slug}_lr{rate:g}_s5000'
             folder.mkdir(parents=True)
             keys = dict(learning_rate=rate, min_lr=rate / 10, seed=5000, max_iters=3, lr_decay_iters=3, device='cpu')
-            keys |= dict(norm='rms', mlp='swiglu', dtype='float32', compile=False, dataset='code', **more)
+            keys |= dict(dtype='float32', compile=False, dataset='code', **more)
             torch.save(models.contents(model, keys, val_loss=1 + abs(rate - best)), folder / 'ckpt_000003.pt')
     keys = (f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--max_iters=3', '--jobs=1')
     done = study(*keys)
