@@ -9,7 +9,5 @@ exec(open('config/train_code_cpu.py').read())
 out_dir = 'out-code-cpu-mla'
 wandb_run_name = 'code-mla'
 attention = 'mla'
-n_latent = 48
-n_nope = 32  # a whole head of MHA
-n_rope = 16  # beside it
+n_latent = 48  # and 16 rotated numbers
 latent_norm = True

@@ -52,11 +52,11 @@ compile = False
 exec(open(Path(__file__).resolve().parents[1] / 'configurator.py', encoding='utf-8').read())
 # ----------------------------------------------------------------------------------------------------------------------
 
-# every model and its keys of train.py; MLA caches as many numbers as MQA
+# every model and its keys of train.py; MLA caches 48 latents and 16 rotated numbers, as many as MQA
 ARMS = {
     'MHA': {},
     'MQA': dict(n_kv_head=1),
-    'MLA, cache of MQA': dict(attention='mla', n_latent=48, n_nope=32, n_rope=16, latent_norm=True),
+    'MLA, cache of MQA': dict(attention='mla', n_latent=48, latent_norm=True),
 }
 RATES = (2e-3, 4e-3, 8e-3)  # the grid that grows
 TUNING_SEED, SEED = 5000, 6000

@@ -66,7 +66,7 @@ def test_a_study_in_miniature_trains_and_measures(tmp_path):
     for slug, more in (
         ('mha', {}),
         ('mqa', dict(n_kv_head=1)),
-        ('mla--cache-of-mqa', dict(attention='mla', n_latent=48, n_nope=32, n_rope=16, latent_norm=True)),
+        ('mla--cache-of-mqa', dict(attention='mla', n_latent=48, latent_norm=True)),
     ):
         best = 4e-3 if slug == 'mha' else 2e-3
         for rate in (1e-3, 2e-3, 4e-3, 8e-3):
