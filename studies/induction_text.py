@@ -58,6 +58,7 @@ ARMS = {
     'MQA': dict(n_kv_head=1),
     'MLA, cache of MQA': dict(attention='mla', n_latent=48, latent_norm=True),
 }
+PAIRED = ('previous', 'repeated', 'others')  # what is compared run by run
 RATES = (2e-3, 4e-3, 8e-3)  # the grid that grows
 TUNING_SEED, SEED = 5000, 6000
 FORMED = report.CUSTOMARY  # an induction head has formed when the best induction score exceeds this
@@ -137,7 +138,7 @@ def formation_table(groups):
 
 
 def each(group, key):
-    """A number of every run: some form heads and others don't, so that their mean would be no run's."""
+    """A number of every run: where some form heads and others don't, their mean would be no run's."""
     return ', '.join(f'{o[key]:.3f}' for o in group)
 
 
@@ -148,13 +149,12 @@ def when(group, key):
 
 def paired_table(groups):
     """Every model minus the first of the same seed, which saw the same batches."""
-    keys, rows = ('previous', 'repeated', 'others'), []
     (first, base), *others = groups.items()
+    heading, rows = [f'minus {first}', 'best previous-token score', 'loss at repeated bigrams', 'elsewhere'], []
     for label, group in others:
-        pairs = list(zip(group, base, strict=True))
-        rows.append((label, *(report.spread((o[key] - of[key] for o, of in pairs), '+.3f') for key in keys)))
-    heading = (f'minus {first}', 'best previous-token score', 'loss at repeated bigrams')
-    return report.markdown_table((*heading, 'elsewhere'), rows)
+        differences = [{key: o[key] - of[key] for key in PAIRED} for o, of in zip(group, base, strict=True)]
+        rows.append([label, *cells(differences, *PAIRED, form='+.3f')])
+    return report.markdown_table(heading, rows)
 
 
 def ablation_table(groups):

@@ -123,13 +123,12 @@ def log_rank(groups: dict[str, list[dict]], end: int) -> dict[str, float]:
     are left out.
     """
 
-    def times(group: list[dict]) -> scipy.stats.CensoredData:
-        known = [r['formed'] for r in group if r['formed']]
-        return scipy.stats.CensoredData(uncensored=known, right=[end] * (len(group) - len(known)))
-
-    (_, first), *others = groups.items()
-    able = {label: group for label, group in others if any(r['formed'] for r in [*group, *first])}
-    ps = [scipy.stats.logrank(times(group), times(first)).pvalue for group in able.values()]
+    known = {label: [r['formed'] for r in group if r['formed']] for label, group in groups.items()}
+    ends = {label: [end] * (len(group) - len(known[label])) for label, group in groups.items()}
+    times = {label: scipy.stats.CensoredData(uncensored=known[label], right=ends[label]) for label in groups}
+    first, *others = groups
+    able = [label for label in others if known[label] or known[first]]
+    ps = [scipy.stats.logrank(times[label], times[first]).pvalue for label in able]
     return dict(zip(able, stats.holm(ps), strict=True))
 
 
