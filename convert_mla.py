@@ -88,7 +88,7 @@ if n_rope and method == 'weights':
     raise UserError('n_rope needs text, which says how far back the heads look; leave out method=weights')
 target = os.path.join(out_dir, 'ckpt.pt')
 arguments.check_folder(out_dir)
-if json:
+if json and os.path.dirname(json) != os.path.normpath(out_dir):  # which is made when the numbers are there
     arguments.check_file(json, 'json')
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
@@ -207,10 +207,10 @@ for size in sizes:
             raise UserError(str(error)) from error
         rows.append(measured(name, converted))
         print(shown(rows[-1]), flush=True)
+os.makedirs(out_dir, exist_ok=True)
 if json:
     settings = dict(source=source, corpus=data and data.corpus, dtype=dtype, settings=config)
     files.write_json(json, dict(settings, rows=rows))
-os.makedirs(out_dir, exist_ok=True)
 
 # ---- one size: a checkpoint ------------------------------------------------------------------------------------------
 if not sweep:
@@ -218,8 +218,8 @@ if not sweep:
         raise UserError(f'the conversion gave weights that are not finite: {bad}; check the model, nothing was written')
     tokenizer = saved.get('tokenizer') or (data.meta if data else {})
     corpus = saved.get('corpus') or source
-    keys = {**saved.get('config', {}), **config, 'dataset': dataset}
-    facts = dict(val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)
+    keys = saved.get('config', {}) | dict(dataset=dataset, data_dir=data_dir)
+    facts = dict(converted_from=source, val_loss=rows[-1].get('val_loss'), tokenizer=tokenizer, corpus=corpus)
     checkpoints.save(target, models.contents(converted, keys, **facts))
     errors.output(f'checkpoint: {target}')
     raise SystemExit

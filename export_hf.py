@@ -110,12 +110,16 @@ CODE_CLIENTS = """\
 def model_card():
     """README.md of the folder, in the form that the Hugging Face hub reads: what the model is and how it was made."""
     config, keys = model.config, keys_of('train.py')
-    script = 'train_mla.py' if is_mla else 'train.py'
+    origin = saved.get('converted_from')
+    script = 'train_mla.py' if is_mla and not origin else 'train.py'
     here = ('attention', 'resume', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads')  # says nothing elsewhere
     changed = {k: v for k, v in saved.get('config', {}).items() if k in keys and v != keys[k] and k not in here}
     made_with = ' '.join(f'--{key}={shlex.quote(str(value))}' for key, value in changed.items())
     loss = f', validation loss {float(saved["val_loss"]):.4f} nats per token' if saved.get('val_loss') else ''
-    trained = f'{saved.get("iter_num") or 0:,} iterations on {saved.get("corpus") or "a corpus that it does not name"}'
+    corpus = saved.get('corpus') or 'a corpus that it does not name'
+    made = f'Trained for {saved.get("iter_num") or 0:,} iterations on {corpus}{loss}'
+    if origin:
+        made = f'Converted by convert_mla.py from {origin}, which was trained on {corpus}{loss}'
     trust = ', trust_remote_code=True' if code else ''
     size = f'{config.n_layer} layers, {config.n_head} heads, n_embd = {config.n_embd}, {parameters:,} parameters'
     return f"""---
@@ -128,7 +132,7 @@ pipeline_tag: text-generation
 {size}, up to {config.block_size:,} tokens.
 Its cache takes {cache:,} bytes per token in {dtype}.
 
-Trained for {trained}{loss}.
+{made}.
 Exported by nanoGPT-MLA's export_hf.py.
 
 ```python
@@ -142,7 +146,7 @@ What to know before using it with other libraries:
 - Prompt and new tokens together are at most {config.block_size:,}. `generate()` stops there unless it is told a length,
   and lm_eval by `--gen_kwargs max_gen_toks=N`, where N leaves room for the prompt.
 
-The training's settings, as a command line:
+The training's settings{' before the conversion' * bool(origin)}, as a command line:
 
 ```sh
 python {script} {made_with}

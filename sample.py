@@ -36,7 +36,7 @@ from core.runs import evaluation, models
 from core.text.dataset import TokenData
 from core.text.meta import meta_of_dataset
 from core.text.prompt import prompt_ids, prompt_text
-from core.text.tokenizer import NO_TEXT, GPT2Tokenizer, IdTokenizer, load_tokenizer
+from core.text.tokenizer import NO_TEXT, GPT2Tokenizer, IdTokenizer, load_tokenizer, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), 'gpt2-xl', a Hugging Face folder or a GGUF file
@@ -83,15 +83,17 @@ if compiled:
 if init_from == 'resume':
     checkpoint = checkpoints.load(out_dir)
     model = models.build_model(checkpoint)
-    # nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
-    named = (checkpoint.get('config') or {}).get('dataset')
-    meta = checkpoint.get('tokenizer') or meta_of_dataset(data_dir, named)
-    if not meta:
-        meta = GPT2Tokenizer().meta()
-        errors.notice(f"the checkpoint records no tokenizer, and there is no {data_dir}/{named}: using GPT-2's")
 else:
     model, checkpoint = models.pretrained(init_from)
-    meta = checkpoint['tokenizer']
+# nanoGPT records only the data set's name, and its folders without a meta file hold GPT-2's tokens
+named = (checkpoint.get('config') or {}).get('dataset')
+meta = checkpoint.get('tokenizer') or meta_of_dataset(data_dir, named)
+if not meta and 'model' not in checkpoint:  # a published model without a tokenizer
+    guess = tokenizer_of({}, model.config.vocab_size)
+    meta = guess.meta() if guess else {'tokenizer': NO_TEXT}
+elif not meta:
+    meta = GPT2Tokenizer().meta()
+    errors.notice(f"the checkpoint records no tokenizer, and there is no {data_dir}/{named}: using GPT-2's")
 if context:
     try:
         model.set_context(context)

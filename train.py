@@ -134,6 +134,8 @@ def all_keys():
 processes, place, cores, compiles = start(device, backend, threads, compile)
 kind, micro_steps = place.split(':')[0], processes.share_of(gradient_accumulation_steps, 'gradient_accumulation_steps')
 rows_per_iter = gradient_accumulation_steps * batch_size
+if not processes.agree(-1 if resumed is None else resumed.get('iter_num') or 0):
+    raise UserError(f'the processes find different checkpoints in {out_dir}; it must be one folder that all nodes see')
 
 # ---- data and model --------------------------------------------------------------------------------------------------
 try:
@@ -159,7 +161,7 @@ if sharded:
 raw_model.to(place)
 model = torch.compile(raw_model) if compiles and not sharded else raw_model
 if processes.world_size > 1 and not sharded:
-    model = DistributedDataParallel(model, device_ids=[processes.local_rank] if kind == 'cuda' else None)
+    model = DistributedDataParallel(model, device_ids=[torch.device(place).index] if kind == 'cuda' else None)
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 # matrices decay, biases and norm gains don't; the weights of keys and values may have a learning rate of their own
@@ -362,5 +364,5 @@ if stops:
     notice(f'stopped by {reason} at iteration {iter_num}; {folder.ckpt} is saved. {hint}')
 if log:
     log.finish()
-    folder.release()
+    folder.lock.release()
 processes.exit(signals.STOPPED if stops else 0)

@@ -93,7 +93,7 @@ def train_and_measure(run):
         keys = {key: run[key] for key in ('attention', 'n_latent', 'pos', 'n_layer', 'seed')}
         keys |= dict(latent_norm=run['pos'] == 'rope') if run['n_latent'] else {}
         keys |= dict(max_iters=steps[-1], keep_checkpoints=','.join(map(str, steps)))
-        keys |= dict(out_dir=folder, data_dir=data_dir, resume='auto', threads=1)
+        keys |= dict(out_dir=folder, data_dir=data_dir, resume='auto', device='cpu', threads=1)
         subprocesses.run_script('train.py', ['config/train_repeats.py', keys], folder)
     found = measure(folder, sweep=folder, data_dir=data_dir)
     return dict(run, **outcome(found, sweep(folder)))
@@ -102,7 +102,7 @@ def train_and_measure(run):
 def convert_and_measure(run):
     """Convert an MHA model, measure the result, fine-tune it briefly and measure again; returns the run's numbers."""
     folder = os.path.join(runs_dir, run['name'])
-    tuned, keys = folder + '-tuned', dict(n_latent=run['n_latent'], data_dir=data_dir, threads=1)
+    tuned, keys = folder + '-tuned', dict(n_latent=run['n_latent'], data_dir=data_dir, device='cpu', threads=1)
     if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
         to = dict(keys, source=run['source'], out_dir=folder, dataset='repeats')
         subprocesses.run_script('convert_mla.py', [to], folder)

@@ -78,7 +78,7 @@ def planned(label, rate, seed):
 
 def train(run):
     """A run with its validation loss; it is trained unless that is done."""
-    keys = dict(ARMS[run['label']], dataset=dataset, device='cpu', dtype=dtype, compile=compile)
+    keys = dict(ARMS[run['label']], dataset=dataset, dtype=dtype, compile=compile)
     snapshots = steps if run['seed'] >= SEED else [iterations]
     return dict(run, loss=measure.trained(run, ['train.py', 'config/train_code_cpu.py'], keys, snapshots, data_dir))
 

@@ -40,14 +40,15 @@ def trained(run: dict[str, Any], command: list[str], keys: dict, snapshots: Sequ
     last = os.path.join(run['folder'], f'ckpt_{snapshots[-1]:06}.pt')
     keys = keys | dict(learning_rate=run['rate'], min_lr=run['rate'] / 10, seed=run['seed'])
     keys |= dict(max_iters=snapshots[-1], lr_decay_iters=snapshots[-1])
-    if os.path.exists(last):
-        found = checkpoints.load(last, mapped=True)['config']
-        if wrong := [key for key, value in keys.items() if found.get(key) != value]:
+    done = [path for path in (last, os.path.join(run['folder'], 'ckpt.pt')) if os.path.exists(path)]
+    if done:
+        found = checkpoints.load(done[0], mapped=True)['config']
+        if wrong := [key for key, value in keys.items() if value not in ('auto', found.get(key))]:
             raise UserError(f'{run["folder"]} holds a run with another {", ".join(wrong)}; choose another --out_dir')
-    else:
+    if last not in done:
         keys |= dict(eval_interval=snapshots[-1], eval_iters=64, keep_checkpoints=','.join(map(str, snapshots)))
-        keys |= dict(out_dir=run['folder'], data_dir=data_dir, resume='auto', checkpoint_interval=500, threads=1)
-        if not subprocesses.converges(command[0], [*command[1:], keys], run['folder']):
+        keys |= dict(out_dir=run['folder'], data_dir=data_dir, resume='auto', checkpoint_interval=500)
+        if not subprocesses.converges(command[0], [*command[1:], keys | dict(device='cpu', threads=1)], run['folder']):
             return float('inf')
     return float(checkpoints.load(last, mapped=True)['val_loss'])
 

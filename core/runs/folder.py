@@ -10,39 +10,29 @@ The folder of a training run: which files are the run's, who owns it, and where 
 Any of the first four means that the folder holds a run.
 """
 
-import atexit
 import contextlib
-import datetime
-import errno
 import itertools
 import os
 import re
-import socket
-from typing import IO
 
 from core.cli.errors import UserError, notice
+from core.cli.locks import FolderLock
 from core.runs import checkpoint as checkpoints
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 RUN_FILES = re.compile(r'(ckpt(_best|_\d{6,})?\.pt|log(\.\d+)?\.csv)(\.writing)?')
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunFolder:
     """The folder out_dir of a run. Making this object touches nothing; `acquire` creates the folder and locks it."""
 
     def __init__(self, path: str):
-        self.lock: IO[str] | None = None
+        self.lock = FolderLock(path)
         self.handle: int | None = None  # of the folder, which still points to it when it is renamed
         self.name_files(path)
 
     def name_files(self, path: str) -> None:
         """Set the names of the run's files, for the folder at `path`."""
-        self.path = path
+        self.path, self.lock.path = path, os.path.join(path, '.lock')
         self.ckpt, self.best = os.path.join(path, 'ckpt.pt'), os.path.join(path, 'ckpt_best.pt')
         self.log = os.path.join(path, 'log.csv')
 
@@ -93,44 +83,24 @@ class RunFolder:
         return best
 
     def acquire(self) -> None:
-        """
-        Create the folder, and lock it until this process ends. UserError where another trainer holds it.
-
-        The lock is the kernel's (POSIX record lock, which NFS has too), so it ends with its owner, kill -9 included. A
-        notice says where the file system has none. Windows has none.
-        """
-        os.makedirs(self.path, exist_ok=True)
-        if self.lock is not None or fcntl is None:
-            return
-        path = os.path.join(self.path, '.lock')
-        while True:
-            lock = open(path, 'a+', encoding='utf-8')
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in UNSUPPORTED:
-                    notice(f'{self.path} is on a file system without locks: run only one trainer in it')
-                    return
-                lock.seek(0)
-                owner = ' '.join(lock.read(200).split()) or 'another process'
-                raise UserError(f'{self.path} is in use by {owner}; wait for it, stop it, or choose another --out_dir'
-                                ) from error  # fmt: skip
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                    break  # otherwise its owner removed the file in the meantime: take the new one
-            lock.close()
-        lock.truncate(0)
-        now = datetime.datetime.now().isoformat(' ', 'seconds')
-        lock.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
-        lock.flush()
-        self.lock = lock
-        if hasattr(os, 'O_DIRECTORY'):
+        """Create the folder, and lock it until this process ends. UserError where another trainer holds it."""
+        self.lock.acquire()
+        if hasattr(os, 'O_DIRECTORY') and self.handle is None:
             self.handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        atexit.register(self.release)
+
+    def taken(self) -> UserError:
+        """The error for a new run where the folder holds another."""
+        hint = 'resume it with --resume=yes, choose another --out_dir, or discard it with --overwrite=True'
+        return UserError(f'{self.path} holds another run; {hint}')
 
     def begin(self, resumes: bool, overwrite: bool) -> None:
-        """Own the folder; a new run that overwrites removes the files of another, and any sets a lone log aside."""
+        """
+        Own the folder; a new run that overwrites removes the files of another, and any sets a lone log aside. UserError
+        where another run began since this one looked: before its model was ready it may not have had the folder.
+        """
         self.acquire()
+        if not resumes and not overwrite and any(path.endswith('.pt') for path in self.files()):
+            raise self.taken()
         if overwrite and not resumes:
             for path in self.files():
                 os.remove(path)
@@ -139,11 +109,3 @@ class RunFolder:
             aside = next(name for name in names if not os.path.exists(name))
             os.rename(self.log, aside)
             notice(f'{self.log} has no checkpoint beside it; it is kept as {aside}')
-
-    def release(self) -> None:
-        """Give the lock back and remove its file."""
-        if self.lock is not None:
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(self.path, '.lock'))
-            self.lock.close()
-            self.lock = None

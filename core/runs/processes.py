@@ -54,10 +54,13 @@ class Processes:
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor)
 
+    def agree(self, number: int) -> bool:
+        """True, in every process, where all have the same number."""
+        return self.min(number) == -self.min(-number)
+
     def agreed_dtype(self, dtype: str) -> str:
         """`dtype` where all processes picked it, otherwise 'float32': GPUs and CPUs may differ between nodes."""
-        number = list(DTYPES).index(dtype)
-        return dtype if self.min(number) == -self.min(-number) else 'float32'
+        return dtype if self.agree(list(DTYPES).index(dtype)) else 'float32'
 
     def exit(self, code: int = 0) -> NoReturn:
         """

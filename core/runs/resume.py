@@ -61,8 +61,7 @@ def resolve(keys: dict, given: Set[str], folder: RunFolder) -> tuple[dict, str |
         if keys['resume'] == 'yes':
             raise UserError(f'there is no checkpoint in {folder.path} to resume; start the run without resume=yes')
         if folder.files() and keys['resume'] == 'no' and not keys['overwrite'] and not keys['eval_only']:
-            hint = 'resume it with --resume=yes, choose another --out_dir, or discard it with --overwrite=True'
-            raise UserError(f'{folder.path} holds another run; {hint}')
+            raise folder.taken()
         return keys, None, None
     return resumed_keys(keys, given, saved, path), path, saved
 

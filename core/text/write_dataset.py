@@ -16,6 +16,7 @@ import numpy as np
 
 from core.cli import files
 from core.cli.errors import UserError, notice
+from core.cli.locks import FolderLock
 from core.cli.machine import available_cores
 from core.text.meta import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
 from core.text.tokenizer import NO_TEXT, Meta, Tokenizer
@@ -139,7 +140,8 @@ def write_dataset(
     splits, 1 where a token is never a target. least: tokens that the training split must have.
 
     A failed run changes nothing. One killed between two renames leaves a meta.json that says so. UserError if a split
-    is empty or too short or the disk is full, ValueError if an id exceeds the vocabulary.
+    is empty or too short, the disk is full, another process writes there, or meta.json is a file of the user's;
+    ValueError if an id exceeds the vocabulary.
     """
     folder = Path(folder)
     described: Meta = tokenizer.meta() if tokenizer else {'tokenizer': NO_TEXT, 'vocab_size': vocab_size}
@@ -151,11 +153,11 @@ def write_dataset(
     meta |= {'masked': True} if masks else {}
     meta['sha256'] = {'input': input_sha256} if input_sha256 else {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob('unfinished-tokens-*'):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        beside = folder / f'unfinished-tokens-{os.getpid()}'
-        with contextlib.ExitStack() as stack:
+        check_meta(folder)
+        with FolderLock(folder), contextlib.ExitStack() as stack:
+            for left in folder.glob('unfinished-tokens-*'):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            beside = folder / f'unfinished-tokens-{os.getpid()}'
             stack.callback(shutil.rmtree, beside, ignore_errors=True)  # first: a signal may come right after mkdir
             beside.mkdir()
             new: dict[str, Path] = {}  # {name: the file that becomes it}
@@ -274,6 +276,13 @@ def publish(folder: Path, new: dict[str, Path]) -> None:
             path.unlink()
     for name in sorted(new, key=lambda name: name == 'meta.json'):
         os.replace(new[name], folder / name)
+
+
+def check_meta(folder: Path) -> None:
+    """UserError where a folder without tokens has a meta.json that no data set has left there."""
+    path = folder / 'meta.json'
+    if path.exists() and not has_tokens(folder) and b'"format"' not in path.read_bytes():
+        raise UserError(f"{path} is no data set's and would be overwritten; choose another --name or --out_dir")
 
 
 def notice_replaced(folder: Path, meta: Meta) -> None:

@@ -1,5 +1,6 @@
 """core/runs/folder.py: what belongs to a run, who owns its folder, and which checkpoint is resumed."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,9 +11,10 @@ import pytest
 import torch
 from support import ROOT, forking
 
+from core.cli import locks
 from core.cli.errors import UserError
 from core.runs import checkpoint as checkpoints
-from core.runs import folder, models
+from core.runs import models
 from core.runs.folder import RunFolder
 from model import GPT, GPTConfig
 
@@ -61,7 +63,7 @@ def test_a_dead_owner_does_not_block(holder, tmp_path):
     folder = RunFolder(str(tmp_path))
     folder.acquire()
     assert f'process {os.getpid()} on ' in (tmp_path / '.lock').read_text()
-    folder.release()
+    folder.lock.release()
     assert os.listdir(tmp_path) == []
 
 
@@ -78,7 +80,7 @@ def test_of_many_that_start_at_once_one_wins_again_and_again(tmp_path):
             with open(inside, 'x'):  # fails if another is in
                 pass
             inside.unlink()
-            folder.release()
+            folder.lock.release()
             wins += 1
         queue.put(wins)
 
@@ -93,16 +95,16 @@ def test_of_many_that_start_at_once_one_wins_again_and_again(tmp_path):
 
 def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise OSError(folder.errno.ENOLCK, 'No locks available')
+        raise OSError(errno.ENOLCK, 'No locks available')
 
-    monkeypatch.setattr(folder.fcntl, 'lockf', refuse)
+    monkeypatch.setattr(locks.fcntl, 'lockf', refuse)
     RunFolder(str(tmp_path)).acquire()
     assert 'file system without locks' in capsys.readouterr().err
 
 
 def test_a_system_without_locks_makes_the_folder_too(tmp_path, monkeypatch):
     """As Windows does, which has no fcntl."""
-    monkeypatch.setattr(folder, 'fcntl', None)
+    monkeypatch.setattr(locks, 'fcntl', None)
     RunFolder(str(tmp_path / 'new')).acquire()
     assert (tmp_path / 'new').is_dir()
 
@@ -118,7 +120,7 @@ def test_any_file_of_a_run_makes_the_folder_taken_and_others_do_not(tmp_path):
         (tmp_path / name).touch()
     assert [os.path.basename(path) for path in folder.files()] == run
     folder.begin(resumes=False, overwrite=True)
-    folder.release()
+    folder.lock.release()
     assert folder.files() == [] and len(os.listdir(tmp_path)) == 6
 
 
@@ -147,7 +149,7 @@ def test_a_log_without_a_checkpoint_is_kept(tmp_path):
     for text in ('first', 'second'):
         (tmp_path / 'log.csv').write_text(text)
         folder.begin(resumes=False, overwrite=False)
-    folder.release()
+    folder.lock.release()
     assert (tmp_path / 'log.1.csv').read_text() == 'first' and (tmp_path / 'log.2.csv').read_text() == 'second'
 
 
@@ -183,7 +185,7 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, capsys):
     folder.follow()
     assert folder.ckpt == str(tmp_path / 'new' / 'ckpt.pt')
     assert capsys.readouterr().err == f'{tmp_path / "old"} was renamed; the run goes on in {tmp_path / "new"}\n'
-    folder.release()
+    folder.lock.release()
     assert not (tmp_path / 'new' / '.lock').exists()
 
 
