@@ -192,3 +192,37 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, capsys):
 def test_a_folder_that_is_gone_is_said_to_be(tmp_path):
     with pytest.raises(UserError, match='was moved or removed during the run'):
         checkpoints.save(str(tmp_path / 'gone' / 'ckpt.pt'), {'model': {}})
+
+
+def test_a_run_that_began_meanwhile_is_not_overwritten(tmp_path):
+    """A new run looks at the folder before its model is ready, and may not have the folder, which isn't there yet."""
+    late = RunFolder(str(tmp_path / 'out'))
+    assert late.files() == []
+    other = RunFolder(late.path)
+    other.begin(resumes=False, overwrite=False)
+    (tmp_path / 'out' / 'log.csv').write_text('its log')
+    write(tmp_path / 'out' / 'ckpt.pt', 3)
+    other.lock.release()
+    with pytest.raises(UserError, match='holds another run; resume it'):
+        late.begin(resumes=False, overwrite=False)
+    late.lock.release()
+    assert sorted(os.listdir(late.path)) == ['ckpt.pt', 'log.csv']
+
+
+def test_the_lock_of_a_folder_that_took_the_name_stays(tmp_path):
+    """A trains in out, which is renamed; B starts in a new out; A ends without a save in between."""
+    a = RunFolder(str(tmp_path / 'out'))
+    a.acquire()
+    (tmp_path / 'out').rename(tmp_path / 'old')
+    process = subprocess.Popen(
+        [forking.interpreter(), '-c', HOLDER, tmp_path / 'out'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        number = int(process.stdout.readline())
+        a.lock.release()
+        assert f'process {number} on' in (tmp_path / 'out' / '.lock').read_text()
+        with pytest.raises(UserError, match=f'in use by process {number} '):
+            RunFolder(str(tmp_path / 'out')).acquire()
+    finally:
+        process.kill()
+        process.wait()

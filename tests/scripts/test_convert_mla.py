@@ -233,3 +233,19 @@ def test_a_copy_of_an_exported_folder_keeps_its_tokenizer(monkeypatch, tmp_path)
     flags = [f'--source={tmp_path / "hf"}', '--dataset=letters', '--method=weights', '--n_latent=16']
     saved = checkpoints.load(str(convert(monkeypatch, tmp_path, *flags)))
     assert saved['tokenizer'] == {'tokenizer': 'char', 'chars': CHARS, 'vocab_size': 10}
+
+
+def test_a_conversion_keeps_the_training_s_settings_and_its_export_says_what_it_is(monkeypatch, tmp_path):
+    saved = checkpoints.load(str(tmp_path / 'mha'))
+    training = {'dataset': 'letters', 'batch_size': 8, 'max_iters': 2000, 'dtype': 'bfloat16'}
+    checkpoints.save(str(tmp_path / 'mha' / 'ckpt.pt'), saved | {'config': training})
+    report = tmp_path / 'mla' / 'out.json'  # in a folder that isn't there yet
+    folder = convert(monkeypatch, tmp_path, '--n_latent=6', '--batch_size=3', f'--json={report}')
+    assert len(json.loads(report.read_text())['rows']) == 2
+    assert checkpoints.load(str(folder))['config'] == training | {'data_dir': str(tmp_path / 'data')}
+    monkeypatch.setattr(sys, 'argv', ['export_hf.py', f'--source={folder}', f'--out_dir={tmp_path / "hf"}'])
+    runpy.run_path('export_hf.py', run_name='__main__')
+    card = ' '.join((tmp_path / 'hf' / 'README.md').read_text().split())
+    assert f'Converted by convert_mla.py from {tmp_path / "mha"}, which was trained on random letters' in card
+    assert 'settings before the conversion, as a command line' in card and 'Trained for' not in card
+    assert 'python train.py' in card and '--batch_size=8' in card and '--dtype=bfloat16' in card

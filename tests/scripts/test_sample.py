@@ -323,6 +323,23 @@ def test_nanogpt_checkpoint(sample, tmp_path):
     assert out.startswith('hello') and 'MHA' in err
 
 
+def test_a_nanogpt_checkpoint_is_the_same_by_its_file(sample, tmp_path):
+    nanogpt_checkpoint(tmp_path)
+    (tmp_path / 'letters').mkdir()
+    meta = {'vocab_size': len(CHARS), 'itos': dict(enumerate(CHARS)), 'stoi': {c: i for i, c in enumerate(CHARS)}}
+    (tmp_path / 'letters' / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    flags = (f'--data_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=5', '--start=hello')
+    assert sample(f'--init_from={tmp_path}/ckpt.pt', *flags)[0] == sample(f'--out_dir={tmp_path}', *flags)[0]
+
+
+def test_a_published_model_without_a_tokenizer_is_sampled_as_ids(sample, tmp_path):
+    save(tmp_path, GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=1, n_embd=8)))
+    sample(f'--source={tmp_path}', f'--out_dir={tmp_path}/hf', script='export_hf.py')
+    flags = ('--start=5 9 5', '--num_samples=1', '--max_new_tokens=4')
+    out, err = sample(f'--init_from={tmp_path}/hf', *flags)
+    assert out.startswith('5 9 5 ') and len(out.split()) == 8 and 'stand for no text here' in err
+
+
 class Anything:
     """A meta.pkl may hold no such thing."""
 

@@ -91,6 +91,7 @@ def test_a_study_in_miniature_trains_and_measures(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
     assert study(*keys).stdout == done.stdout
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
+    (tmp_path / 'out/3/mha_lr0.004_s6000/ckpt_000003.pt').unlink()  # as if it had been stopped on the way
     other = study(*keys, '--dtype=bfloat16')
     assert other.returncode == 2 and 'holds a run with another dtype; choose another --out_dir' in other.stderr
 

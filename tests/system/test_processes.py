@@ -202,3 +202,25 @@ def test_torchrun_picks_a_job_up_from_its_checkpoint(data_dir, tmp_path):
     first = [int(line.split()[1].rstrip(':')) for line in rest if line.startswith('iter ')]
     assert min(first) >= 5 and first[-1] == 59
     assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
+
+
+EACH_ITS_OWN = """
+import os, runpy, sys
+place = sys.argv.pop()
+sys.argv = ['train.py', *sys.argv[1:], f'--out_dir={place}{os.environ["RANK"]}']
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_processes_that_find_different_checkpoints_are_refused(one, data_dir, tmp_path):
+    """As on nodes without a common folder, of which one has the checkpoint of an earlier attempt."""
+    shutil.copytree(one, tmp_path / 'out0')
+    (tmp_path / 'out1').mkdir()
+    more = dict(EXTRA, resume='auto', max_iters=30, attention='mla')
+    keys = command('train_mla.py', data_dir, tmp_path / 'out', **more)[2:]
+    keys.remove(f'--out_dir={tmp_path}/out')
+    before = tensors_of(tmp_path / 'out0')
+    done = forking.run('-c', [EACH_ITS_OWN, *keys, tmp_path / 'out'], 120, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert 'error: the processes find different checkpoints in' in done.stderr and 'Traceback' not in done.stderr
+    assert all(torch.equal(before[name], after) for name, after in tensors_of(tmp_path / 'out0').items())

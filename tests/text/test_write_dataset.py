@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
+import subprocess
 import time
 
 import numpy as np
 import pytest
+from support import ROOT, forking
 from support.preparing import files_of
 
 from core.cli.errors import UserError
@@ -185,3 +188,41 @@ def test_a_signal_right_after_the_folder_was_made_leaves_none(monkeypatch, tmp_p
     with pytest.raises(SystemExit):
         write_dataset(tmp_path, ByteTokenizer(), {'train': np.zeros(9), 'val': np.zeros(9)}, source='a test')
     assert files_of(tmp_path) == {'train.bin': b'old'}
+
+
+HOLDER = """
+import os, sys, time
+from core.cli.locks import FolderLock
+with FolderLock(sys.argv[1]):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    process = subprocess.Popen(
+        [forking.interpreter(), '-c', HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    number = int(process.stdout.readline())
+    try:
+        (tmp_path / 'unfinished-tokens-1').mkdir()
+        (tmp_path / 'unfinished-tokens-1' / 'train.bin').write_bytes(b'half')
+        splits = {'train': np.zeros(9, int), 'val': np.zeros(9, int)}
+        with pytest.raises(UserError, match='is in use by process .*; wait for it'):
+            write_dataset(tmp_path, ByteTokenizer(), splits, source='a test')
+        assert (tmp_path / 'unfinished-tokens-1' / 'train.bin').read_bytes() == b'half'
+    finally:
+        os.kill(number, signal.SIGKILL)
+        process.wait()
+    write_dataset(tmp_path, ByteTokenizer(), splits, source='a test')
+    assert sorted(files_of(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_a_meta_json_of_the_users_is_not_overwritten(tmp_path):
+    (tmp_path / 'meta.json').write_text('{"title": "my notes"}')
+    splits = {'train': np.zeros(9, int), 'val': np.zeros(9, int)}
+    with pytest.raises(UserError, match="meta.json is no data set's and would be overwritten; choose another --name"):
+        write_dataset(tmp_path, ByteTokenizer(), splits, source='a test')
+    assert files_of(tmp_path) == {'meta.json': b'{"title": "my notes"}'}
+    (tmp_path / 'meta.json').write_text('{"format": 1, "replacing": true}')  # of a run that was killed
+    write_dataset(tmp_path, ByteTokenizer(), splits, source='a test')
