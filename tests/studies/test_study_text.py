@@ -2,14 +2,17 @@
 
 import json
 import string
+from pathlib import Path
 
 import pytest
 import torch
 from support import forking
 from support.training import write_characters
 
+from core.cli.errors import UserError
 from core.runs import models
 from model import GPT, GPTConfig
+from studies import measure
 
 pytestmark = pytest.mark.slow
 
@@ -91,9 +94,21 @@ def test_a_study_in_miniature_trains_and_measures(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
     assert study(*keys).stdout == done.stdout
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('ckpt*.pt')}
-    (tmp_path / 'out/3/mha_lr0.004_s6000/ckpt_000003.pt').unlink()  # as if it had been stopped on the way
     other = study(*keys, '--dtype=bfloat16')
     assert other.returncode == 2 and 'holds a run with another dtype; choose another --out_dir' in other.stderr
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'ckpt_000003.pt'])  # stopped on the way, and finished
+def test_a_run_with_other_keys_is_not_continued(name, tmp_path):
+    run = measure.run_of(tmp_path, 'MHA', 4e-3, 6000)
+    Path(run['folder']).mkdir()
+    keys = dict(learning_rate=4e-3, min_lr=4e-4, seed=6000, max_iters=3, lr_decay_iters=3, dtype='float32')
+    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=1, n_embd=8))
+    torch.save(models.contents(model, keys, val_loss=1.5), Path(run['folder'], name))
+    with pytest.raises(UserError, match='holds a run with another dtype; choose another --out_dir'):
+        measure.trained(run, ['train.py'], dict(dtype='bfloat16'), [3], 'data')
+    if name == 'ckpt_000003.pt':
+        assert measure.trained(run, ['train.py'], dict(dtype='auto'), [3], 'data') == 1.5
 
 
 def test_wrong_names_are_errors_before_anything_is_trained(tmp_path):
