@@ -97,7 +97,7 @@ class MLAGPTConfig(PretrainedConfig):
         self.n_nope, self.n_value = n_nope or head_size - self.n_rope, n_value or head_size
         self.rope_theta, self.initializer_range, self.use_cache = rope_theta, initializer_range, use_cache
         kwargs |= dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs | dict(tie_word_embeddings=tie_word_embeddings))
 
 
 def upcast(x: Tensor) -> Tensor:
