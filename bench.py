@@ -321,7 +321,7 @@ def measure_texts(models, hf_model, prompt):
 def bench_sample():
     """Time decoding steps, then whole texts, and print a table of each. Returns the numbers as a dict."""
     lengths, sizes = whole_numbers(contexts, 'contexts'), whole_numbers(batch_sizes, 'batch_sizes')
-    longest = max(*lengths, prompt_tokens + new_tokens)
+    longest = max([*lengths, prompt_tokens + new_tokens])
     all_models = build_all((2, 4, 8), block_size=longest, bias=True)  # with biases, as GPT-2
     models = {name: model.eval() for name, model in all_models.items()}
     for kind in ('int8', 'int4'):

@@ -369,7 +369,10 @@ def sweep_files(folder):
     if not found:
         raise UserError(f'{folder} has no ckpt*.pt; name the folder of a run that was trained with --keep_checkpoints')
     by_iteration = {checkpoints.load(file, mapped=True).get('iter_num', 0): file for file in found}
-    return sorted((iteration, file) for iteration, file in by_iteration.items() if iteration)
+    trained = sorted((iteration, file) for iteration, file in by_iteration.items() if iteration)
+    if not trained:
+        raise UserError(f'no ckpt*.pt in {folder} is of a training that has begun; measure a conversion by --models')
+    return trained
 
 
 def formation(folder):

@@ -202,5 +202,7 @@ def composition(model: Model) -> dict[str, np.ndarray]:
                 middle = product.view(H, -1, H, product.size(1) // H).permute(2, 0, 3, 1)
                 # |A^T M B|^2 from M and the Gram matrices A A^T and B B^T
                 squared = (earlier_grams['v'][:, None] @ middle @ grams[other][None] * middle).sum((-2, -1))
-                lift[kind][first, :, second] = (C * squared / (ov1[:, None] * norm[None]).clamp_min(1e-30)).cpu()
+                lift[kind][first, :, second] = (
+                    (C * squared / (ov1[:, None] * norm[None]).clamp_min(1e-30)).float().cpu()
+                )
     return lift

@@ -120,7 +120,9 @@ def token_losses(model: Model, hidden: Tensor, targets: Tensor, max_logits: int 
     """Cross-entropy in nats of targets (...), given ln_f's output, hidden (..., C). max_logits: in memory at a time."""
     step = max(1, max_logits // model.config.vocab_size)
     rows = zip(hidden.flatten(0, -2).split(step), targets.flatten().split(step), strict=True)
-    return torch.cat([F.cross_entropy(logits(model, x), y, reduction='none') for x, y in rows]).view(targets.shape)
+    exact = torch.promote_types(hidden.dtype, torch.float32)  # also of a model in bfloat16
+    losses = [F.cross_entropy(logits(model, x).to(exact), y, reduction='none') for x, y in rows]
+    return torch.cat(losses).view(targets.shape)
 
 
 @torch.no_grad()

@@ -274,7 +274,7 @@ def calls(measured: dict) -> dict[str, np.ndarray]:
 def is_untrained(model: Model) -> bool:
     """True if every norm gain and every bias is exactly 0 or exactly 1: the initial values, which training changes."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return all(bool((p == 0).all() or (p == 1).all()) for p in vectors)
+    return bool(vectors) and all(bool((p == 0).all() or (p == 1).all()) for p in vectors)
 
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def ablate_each_head(model: Model, repeats: Repeats, name: str = '') -> tuple[np
     for layer in tqdm(range(model.config.n_layer), desc=name, leave=False, disable=None):
         for head in range(model.config.n_head):
             hidden = forward.run(model, tokens, x, layer, edit=forward.replacing_heads([(layer, head)]))
-            ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).cpu()
+            ablated[layer, head] = repeat_losses(model, hidden, repeats).mean(1).float().cpu()
         x = forward.run(model, tokens, x, layer, layer + 1)  # after the last layer: the output of the last norm
     return repeat_losses(model, x, repeats).mean(1).float().cpu().numpy(), ablated
 

@@ -5,6 +5,7 @@ of a ratio.
 The mean and standard error over windows of a data set are core/runs/evaluation.py's `mean_and_stderr`.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -58,10 +59,14 @@ def welch(one: Sequence[float], other: Sequence[float], margin: float) -> dict[s
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for being read together, in their order (Holm, 1979): below .05 for a family error of 5 %."""
-    adjusted, highest = [0.0] * len(ps), 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+    """
+    p values adjusted for being read together, in their order (Holm, 1979): below .05 for a family error of 5 %. What is
+    nan, of a test without enough values, stays nan and counts for nothing.
+    """
+    adjusted, highest = [float('nan')] * len(ps), 0.0
+    known = [index for index, p in enumerate(ps) if not math.isnan(p)]
+    for rank, index in enumerate(sorted(known, key=ps.__getitem__)):
+        highest = max(highest, min(1.0, (len(known) - rank) * ps[index]))
         adjusted[index] = highest
     return adjusted
 

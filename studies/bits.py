@@ -86,10 +86,17 @@ def measure(item):
 def told_apart(runs):
     """The runs, labelled by folder where two of one attention differ in more than the seed that ends a name."""
     for run in runs:
-        alike = [other for other in runs if other['attention'] == run['attention']]
-        if len({re.sub(r'_s\d+$', '', os.path.normpath(other['name'])) for other in alike}) > 1:
-            run['label'] = f'{run["attention"]}: {os.path.basename(os.path.normpath(run["name"]))}'
+        alike = {folder_of(other['name']) for other in runs if other['attention'] == run['attention']}
+        if len(alike) > 1:
+            one_name = len({os.path.basename(folder) for folder in alike}) < len(alike)
+            folder = folder_of(run['name'])
+            run['label'] = f'{run["attention"]}: {folder if one_name else os.path.basename(folder)}'
     return runs
+
+
+def folder_of(source):
+    """A source's folder without the seed that ends its name: the runs that differ in the seed alone share it."""
+    return re.sub(r'_s\d+$', '', os.path.normpath(source).removesuffix('ckpt.pt').rstrip('/'))
 
 
 def measured(ckpt):

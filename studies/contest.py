@@ -161,6 +161,8 @@ def train_and_measure(item):
         files.write_json(result, trained(item))
     found = read_json(result)
     check(item, found['keys'])
+    if found.get('windows', WINDOWS) != WINDOWS:
+        raise UserError(f'{item["folder"]} has the losses of {found["windows"]} windows; choose another --out_dir')
     return item | found | dict(val_loss=math.inf if found['val_loss'] is None else found['val_loss'])
 
 
@@ -174,7 +176,7 @@ def trained(item):
     model = models.build_model(checkpoints.load(ckpt)).to(device)
     losses = window_losses(model, data, 'val', WINDOWS, batch_size=64).numpy()
     np.save(os.path.join(folder, 'losses.npy'), losses.astype(np.float32))
-    return dict(val_loss=losses.mean(), keys=item['keys'], commit=commit(), **comparison.sizes(model))
+    return dict(val_loss=losses.mean(), keys=item['keys'], commit=commit(), windows=WINDOWS, **comparison.sizes(model))
 
 
 def check(item, config):

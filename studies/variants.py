@@ -6,8 +6,8 @@ Forms of MLA that no user trains, for studies: where does the latent come from, 
     mla_frozen   a random projection that is never trained
     mla_shared   one trained projection for all layers
 
-They are trained, resumed and measured by the ordinary scripts through with_variants.py. Checkpoints name them, so that
-the scripts alone refuse them.
+They are trained and resumed by the ordinary scripts through with_variants.py, and measured by studies/staircase.py.
+Checkpoints name them, so that the scripts alone refuse them.
 """
 
 import math

@@ -48,6 +48,8 @@ def check_file(path: str, key: str) -> None:
         raise unusable(path, key, f'the folder {folder} does not exist')
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise unusable(path, key, 'it is a folder' if os.path.isdir(path) else f'{folder} is not a writable folder')
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise unusable(path, key, 'it is a pipe or a device, and a file would take its place')
 
 
 def nearest_existing(path: str, key: str) -> str:

@@ -17,6 +17,7 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
     A context manager that yields an open file, which replaces `path` when the block ends, unless the block or a write
     fails (OSError). Text is UTF-8 with '\\n' line ends.
     """
+    path = os.path.realpath(path)  # where a link points to, and not in its place
     temporary = f'{path}.writing'
     try:
         encoding, newline = (None, None) if 'b' in mode else ('utf-8', '\n')

@@ -17,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+HELD: set[tuple[int, str]] = set()  # process and path of every lock that this process has
 
 
 class FolderLock:
@@ -32,22 +33,33 @@ class FolderLock:
         self.file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Create the folder, and lock it until `release` or the end. UserError where another process holds it."""
+        """
+        Create the folder, and lock it until `release` or the end. UserError where another process holds it. Where this
+        process holds it already, by another object, nothing happens here and in `release`.
+        """
         folder = os.path.dirname(self.path)
         os.makedirs(folder, exist_ok=True)
-        if self.file is not None or fcntl is None:
+        self.own = (os.getpid(), os.path.realpath(self.path))
+        if self.file is not None or fcntl is None or self.own in HELD:
             return
         while True:
-            file = open(self.path, 'a+', encoding='utf-8')
+            try:
+                file = open(self.path, 'a+', encoding='utf-8')
+            except PermissionError as error:
+                hint = "another user's process has it or left it: delete it if none is running"
+                raise UserError(f"{self.path} can't be opened; {hint}") from error
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in UNSUPPORTED:
                     notice(f'{folder} is on a file system without locks: let only one process at a time write in it')
+                    file.close()
                     return
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{self.path} can't be locked: {error.strerror}; use another folder") from error
                 file.seek(0)
                 owner = ' '.join(file.read(200).split()) or 'another process'
-                hint = 'wait for it, stop it, or choose another --out_dir'
+                hint = 'wait for it, stop it, or choose another folder'
                 raise UserError(f'{folder} is in use by {owner}; {hint}') from error
             if self.is_current(file):
                 break  # otherwise its owner removed the file in the meantime: take the new one
@@ -57,6 +69,7 @@ class FolderLock:
         file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
         file.flush()
         self.file = file
+        HELD.add(self.own)
         atexit.register(self.release)
 
     def is_current(self, file: IO[str]) -> bool:
@@ -73,6 +86,7 @@ class FolderLock:
                     os.remove(self.path)
             self.file.close()
             self.file = None
+            HELD.discard(self.own)
 
     def __enter__(self) -> 'FolderLock':
         self.acquire()

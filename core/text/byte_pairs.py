@@ -18,6 +18,7 @@ Result = TypeVar('Result')
 # GPT-2's regular expression for splitting text into words; merges never cross words (Radford et al. 2019; encoder.py)
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONGEST_WORD = 256  # characters; longer words are learned from in pieces: the trainer's time grows with their square
+LONG = rf'\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}'  # of letters, or of white space
 DISTINCT = 1 << 23  # bytes of different words to learn from; the trainer takes about 100 times as much memory
 
 
@@ -36,7 +37,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
     letters = byte_letters()
     byte_of = {letter: chr(byte) for byte, letter in enumerate(letters)}
     fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    long_words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf'\S{{{LONGEST_WORD}}}'), 'isolated')
+    long_words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LONG), 'isolated')
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([long_words, words])
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=letters, show_progress=False)

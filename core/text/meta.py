@@ -61,6 +61,13 @@ def has_tokens(folder: Path) -> bool:
     return (folder / 'train.bin').exists() or any(folder.glob('train_?????.bin'))
 
 
+def check_meta(folder: Path) -> None:
+    """UserError where a folder without tokens has a meta.json that no data set has left there."""
+    path = folder / 'meta.json'
+    if path.exists() and not has_tokens(folder) and b'"format"' not in path.read_bytes():
+        raise UserError(f"{path} is no data set's and would be overwritten; choose another folder")
+
+
 def read_meta(folder: str | os.PathLike) -> Meta:
     """The meta of a data set: its meta.json, or the equivalent for a folder of nanoGPT's. UserError, or OSError."""
     folder = Path(folder)

@@ -80,8 +80,11 @@ class PublishedTokenizer(Tokenizer):
         try:
             import tokenizers
 
-            return tokenizers.Tokenizer.from_str(self.json)
+            fast = tokenizers.Tokenizer.from_str(self.json)
         except ImportError:
             raise UserError("a published model's tokenizer requires tokenizers: pip install tokenizers") from None
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the tokenizer of this model can't be read ({error}); prepare or copy it again") from error
+        fast.no_truncation()  # a file may say how a model's input is cut and filled up
+        fast.no_padding()
+        return fast

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from core.cli.arguments import check_folder
 from core.cli.errors import UserError, notice
 from core.cli.files import copy_of_pipe, read_bytes
+from core.text.meta import check_meta
 from core.text.tokenizer import Tokenizer
 from core.text.write_dataset import Piece, chunks, cut_point
 
@@ -34,6 +35,7 @@ def output_folder(data: Path, name: str, out_dir: str) -> Path:
         raise UserError(f"name is '{name}'; it must be a plain folder name")
     folder = Path(out_dir) if out_dir else data / name
     check_folder(str(folder))
+    check_meta(folder)
     return folder
 
 
@@ -80,9 +82,12 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], list[IO[bytes]]]
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
+    once = list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
+    if len(once) < len(files):
+        notice(f'note: {len(files) - len(once)} of the files that --input names are named twice, and read once')
     if ignored:
         notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
-    return files, copies
+    return once, copies
 
 
 def files_below(folder: Path, suffixes: str) -> tuple[list[Path], Counter[str]]:

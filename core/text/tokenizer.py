@@ -175,7 +175,11 @@ class BytePairTokenizer(Tokenizer):
         """The encoding itself. UserError if tiktoken is missing or can't get the vocabulary."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:
+            hint = 'a million blanks in a row, for example, are too many: take them out'
+            raise UserError(f"{self.name} can't encode this text ({error}); {hint}") from error
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         if special:

@@ -18,7 +18,7 @@ from core.cli import files
 from core.cli.errors import UserError, notice
 from core.cli.locks import FolderLock
 from core.cli.machine import available_cores
-from core.text.meta import FORMAT, SPLITS, has_tokens, read_meta, token_dtype, token_files
+from core.text.meta import FORMAT, SPLITS, check_meta, has_tokens, read_meta, token_dtype, token_files
 from core.text.tokenizer import NO_TEXT, Meta, Tokenizer
 
 Task = TypeVar('Task')
@@ -36,8 +36,8 @@ OF_A_SPLIT = re.compile(r'(train|val)(_\d{5}|\.mask)?\.bin')  # the names of a d
 def chunks(blocks: Iterable[str], size: int = CHUNK, longest: int = LONGEST_RUN) -> Iterator[str]:
     """Cut a stream into pieces of about `size` characters at a `cut_point`: byte pairs encode as in the whole."""
     rest = ''
-    for block in blocks:
-        rest += block
+    for part in (block[i : i + size] for block in blocks for i in range(0, len(block), size)):
+        rest += part
         if len(rest) >= size and (at := cut_point(rest, longest)):
             yield rest[:at]
             rest = rest[at:]
@@ -276,13 +276,6 @@ def publish(folder: Path, new: dict[str, Path]) -> None:
             path.unlink()
     for name in sorted(new, key=lambda name: name == 'meta.json'):
         os.replace(new[name], folder / name)
-
-
-def check_meta(folder: Path) -> None:
-    """UserError where a folder without tokens has a meta.json that no data set has left there."""
-    path = folder / 'meta.json'
-    if path.exists() and not has_tokens(folder) and b'"format"' not in path.read_bytes():
-        raise UserError(f"{path} is no data set's and would be overwritten; choose another --name or --out_dir")
 
 
 def notice_replaced(folder: Path, meta: Meta) -> None:

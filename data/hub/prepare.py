@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from core.cli.errors import UserError, notice, output
 from core.cli.files import write_json
+from core.cli.locks import FolderLock
 from core.convert.hf_tokenizer import kind_to_prepare
 from core.text import text_files
 from core.text.meta import SPLITS, token_dtype
@@ -82,8 +83,10 @@ def format_of(files):
 def failure(error):
     """The UserError for what `datasets` raised: the network, the Hub, a broken or an unknown file."""
     cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    hint = 'check the file' if input else 'check --hub, --subset, --split and the network'
-    return UserError(f"can't read {origin}: {cause}; {hint}, and run the command again to go on")
+    hint = 'check --hub, --subset, --split and the network, and run the command again to go on'
+    if input:
+        hint = 'check the file, and run the command again; it begins anew where a file has changed'
+    return UserError(f"can't read {origin}: {cause}; {hint}")
 
 
 def commit_of(revision):
@@ -104,6 +107,8 @@ def opened(files, commit):
         raise UserError('reading Parquet and the Hub requires Hugging Face datasets: pip install datasets') from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if pattern := [path for path in files if set(str(path)) & set('*?[')]:
+        raise UserError(f"{pattern[0]} would be read as a pattern, for its '*', '?' or '['; rename it")
     try:
         if input:
             of, more = format_of(files), {'data_files': [str(path) for path in files], 'split': 'train'}
@@ -233,6 +238,8 @@ def earlier():
     """The progress.json of a stopped run with this identity, a dict; {} if there is none."""
     try:
         progress = json.loads(journal.read_text(encoding='utf-8'))
+        if isinstance(progress, dict) and 'of' not in progress:
+            raise UserError(f"{journal} is no stopped run's and would be overwritten; choose another folder")
         if progress['of'] == identity():
             parts = {'commit': str, 'encoder': dict, 'documents': int, 'tokens': dict}
             counts = [progress['tokens'][each] for each in SPLITS]
@@ -275,7 +282,9 @@ if input:
     text_files.check_not_overwritten(files, folder)
 drawn = drawn_numbers()
 
-journal = folder / 'progress.json'
+lock, journal = FolderLock(folder), folder / 'progress.json'
+if folder.is_dir():
+    lock.acquire()  # before looking: what is in it must not change any more
 progress = earlier()
 commit = progress['commit'] if progress else '' if input else commit_of(revision)
 stream = opened(files, commit)
@@ -287,7 +296,7 @@ try:
         training = ((text, True) for text in learning_text(stream))
         encoder = text_files.learn(kind, '', training, 0, vocab_size)
     dtype = token_dtype(encoder.n_vocab)
-    folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
     growing = {'train': GrowingSplit(folder, 'train', dtype, shard_tokens), 'val': GrowingSplit(folder, 'val', dtype)}
     for each in SPLITS:
         growing[each].cut(progress['tokens'][each] if progress else 0)
@@ -341,4 +350,5 @@ splits = {each: growing[each].files for each in SPLITS}
 source = f'{documents:,} documents of {where}'
 meta = write_dataset(folder, encoder, splits, source=source, details=details, least=text_files.LEAST)
 journal.unlink()
+lock.release()
 output(summary(folder, meta, time.perf_counter() - start, already))

@@ -126,6 +126,10 @@ def test_scores_in_bfloat16_are_those_in_float32_to_its_precision():
     for name, values in got.items():
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, wanted[name], atol=0.1 if 'loss' in name else 0.01)
+    small = HFModel(made('llama', GROUPED).bfloat16())
+    base, alone = induction.ablate_each_head(small, these)
+    assert base.dtype == alone.dtype == np.float32 and len(np.unique(alone)) > alone.size // 2  # not on a coarse grid
+    assert all(np.isfinite(lift[0, :, 1]).all() for lift in circuits.composition(small).values())
 
 
 def test_initial_values_are_drawn_by_the_class_and_known_as_untrained():

@@ -135,6 +135,7 @@ def test_nothing_is_found_in_random_weights(kind):
     called = induction.verdict(stats.bootstrap(scores)[0], null, shuffled, np.ones((2, 2)))
     assert not called.any()
     assert induction.is_untrained(model) and not induction.is_untrained(planted(kind))
+    assert not induction.is_untrained(torch.nn.Linear(2, 2, bias=False))  # without gains and biases none can tell
 
 
 def test_a_head_that_attends_by_position_is_not_called_an_induction_head():

@@ -80,3 +80,8 @@ def test_two_equal_models_are_called_different_in_5_and_equal_ones_shown_so_wher
 def test_holm_multiplies_the_smallest_by_their_number_and_never_decreases():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.6, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+def test_a_p_that_is_not_known_counts_for_nothing():
+    found = stats.holm([float('nan'), 0.01, 0.03])
+    assert np.isnan(found[0]) and found[1:] == [0.02, 0.03]

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from core.cli import files
+from core.cli import arguments, files
+from core.cli.errors import UserError
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -40,3 +41,16 @@ def test_sha256(tmp_path):
     data = bytes(range(256)) * 10000
     (tmp_path / 'a').write_bytes(data)
     assert files.sha256(tmp_path / 'a') == hashlib.sha256(data).hexdigest()
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / 'real.json').write_text('old')
+    (tmp_path / 'link.json').symlink_to('real.json')
+    files.write_json(tmp_path / 'link.json', 1)
+    assert (tmp_path / 'link.json').is_symlink() and (tmp_path / 'real.json').read_text() == '1\n'
+
+
+def test_a_pipe_is_no_place_for_a_file(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='it is a pipe or a device, and a file would take its place'):
+        arguments.check_file(str(tmp_path / 'pipe'), 'json')

@@ -75,6 +75,16 @@ def test_one_that_encodes_otherwise_is_none_of_ours_and_encodes_as_its_file_says
         assert found.encode('<|im_end|>', special=True) == [OURS[name].n_vocab]
 
 
+def test_truncation_and_padding_in_a_file_cut_no_text(tmp_path):
+    fast = OURS['bpe'].fast_tokenizer()
+    lowered(fast)
+    fast.enable_truncation(5)
+    fast.enable_padding(length=40)
+    found = read_back(tmp_path, fast)
+    text = 'a cab and a bad cab ' * 20
+    assert isinstance(found, PublishedTokenizer) and found.decode(found.encode(text)) == text
+
+
 def test_merges_in_another_order_are_none_of_ours(tmp_path):
     hf_tokenizer.write(str(tmp_path), OURS['bpe'], 24)
     whole = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))

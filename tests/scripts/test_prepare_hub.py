@@ -285,3 +285,19 @@ def test_a_resumed_run_on_several_files_is_the_run(prepare, pages, tmp_path):
     prepare(HUB, input=pages, out_dir=tmp_path / 'data' / 'some', **{**KEYS, 'shard_tokens': 300_000, 'split_seed': 2})
     done = run('train.py', tmp_path / 'data', tmp_path / 'stopped', dataset='some', resume='yes', **shape)
     assert done.returncode == 2 and 'is not the data set that the run' in done.stderr
+
+
+def test_files_of_others_are_left_alone(prepare, tmp_path):
+    """A progress.json and a meta.json of the user's, a folder that another process writes, a name that is a pattern."""
+    (tmp_path / 'a.jsonl').write_text('{"text": "one"}\n' * 50)
+    keys = dict(input=tmp_path / 'a.jsonl', tokenizer='byte', out_dir=tmp_path / 'out')
+    (tmp_path / 'out').mkdir()
+    for name, complaint in (('progress.json', "no stopped run's"), ('meta.json', "no data set's")):
+        (tmp_path / 'out' / name).write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=complaint):
+            prepare(HUB, **keys)
+        assert (tmp_path / 'out' / name).read_text() == '{"mine": 1}'
+        (tmp_path / 'out' / name).unlink()
+    (tmp_path / 'b[1].jsonl').write_text('{"text": "one"}\n' * 50)
+    with pytest.raises(UserError, match='read as a pattern'):
+        prepare(HUB, **keys | dict(input=tmp_path / 'b[1].jsonl'))

@@ -24,7 +24,7 @@ PROJECT = set(MAY_IMPORT) | {
 }  # names of the root's folders and files
 SCRIPTS = MAY_IMPORT.keys() - {'studies'}
 MOST_LINES = {'model.py': 400, 'model_mla.py': 280, 'train.py': 370}
-MOST_IN_ALL = 18_600
+MOST_IN_ALL = 18_650
 
 
 def place(file):

@@ -54,3 +54,9 @@ def test_work_that_fails_raises_its_own_error():
     assert within(5, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         within(5, lambda: 1 / 0)
+
+
+def test_blanks_are_learned_from_in_pieces():
+    """One run of white space is a word too, and the trainer's time would grow with its square."""
+    pieces = learn_bpe(['some words' + ' ' * 200_000 + 'more'] * 2, 400)
+    assert ' ' * 64 in pieces and max(map(len, pieces)) <= LONGEST_WORD

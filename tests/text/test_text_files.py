@@ -10,7 +10,7 @@ import pytest
 from core.cli.errors import UserError
 from core.text import text_files
 from core.text.tokenizer import TOKENIZERS
-from core.text.write_dataset import encode_stream
+from core.text.write_dataset import CHUNK, chunks, encode_stream
 
 
 @pytest.fixture
@@ -125,3 +125,15 @@ def test_a_long_text_is_sampled_evenly():
         list(text_files.sample_evenly(texts, 5000, 5000)) == list(text_files.sample_evenly(texts, 5000, 10**6)) == texts
     )
     assert list(text_files.sample_evenly(texts, 5000, 500)) == texts[::10]
+
+
+def test_what_is_named_twice_is_read_once(files, tmp_path, capsys):
+    paths, _ = files
+    found, _ = text_files.input_files(f'{tmp_path / "d"},{tmp_path / "d" / "e.txt"},{paths[0]}', '.txt')
+    assert found == [paths[3], paths[0]] and '1 of the files that --input names' in capsys.readouterr().err
+
+
+def test_a_long_run_of_blanks_is_cut(tmp_path):
+    (tmp_path / 'a.txt').write_text('x' + ' ' * 3_000_000 + 'y')
+    pieces = list(chunks(text_files.blocks(tmp_path / 'a.txt', as_bytes=False)))
+    assert ''.join(pieces) == 'x' + ' ' * 3_000_000 + 'y' and max(map(len, pieces)) <= 3 * CHUNK

@@ -221,7 +221,7 @@ def test_what_another_process_is_writing_stays(tmp_path):
 def test_a_meta_json_of_the_users_is_not_overwritten(tmp_path):
     (tmp_path / 'meta.json').write_text('{"title": "my notes"}')
     splits = {'train': np.zeros(9, int), 'val': np.zeros(9, int)}
-    with pytest.raises(UserError, match="meta.json is no data set's and would be overwritten; choose another --name"):
+    with pytest.raises(UserError, match="meta.json is no data set's and would be overwritten; choose another folder"):
         write_dataset(tmp_path, ByteTokenizer(), splits, source='a test')
     assert files_of(tmp_path) == {'meta.json': b'{"title": "my notes"}'}
     (tmp_path / 'meta.json').write_text('{"format": 1, "replacing": true}')  # of a run that was killed
