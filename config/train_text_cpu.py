@@ -5,8 +5,8 @@
 # $ python train.py config/train_text_cpu.py
 #
 # The batches are small because induction heads form after fewer tokens by a rule, 10^5.7 sqrt(batch_size x block_size)
-# (Aoyama et al. 2025, arXiv:2511.16893). On film reviews they did not (results/LOG.md);
-# config/train_code_cpu.py forms them on code.
+# (Aoyama et al. 2025, arXiv:2511.16893). On film reviews and in models of this kind on
+# source code they did not (results/LOG.md, results/induction-text.md).
 
 out_dir = 'out-text'
 wandb_run_name = 'text-mha'
