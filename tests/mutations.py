@@ -169,6 +169,11 @@ MUTATIONS = [
      'weight.to(torch.float32).chunk(4, dim=-1)[:2] * 2], dim=-1)', 'compiled'),
     ('each piece of a cache in few bits is compiled', 'ops/packed.py', 'if torch.compiler.is_compiling():',
      'if False:', 'compiled'),
+    ('processes may resume different checkpoints', 'train.py',
+     "if not processes.agree(-1 if resumed is None else resumed.get('iter_num') or 0):",
+     'if False:', 'processes'),
+    ("the lock of another process's folder is removed", 'core/cli/locks.py', 'if self.is_current(self.file):',
+     'if True:', 'folder'),
 ]  # fmt: skip
 
 
