@@ -127,7 +127,7 @@ MUTATIONS = [
     ('resuming ignores what the run was made with', 'core/runs/resume.py',
      'keys = {**keys, **{key: then[key] for key in ours - given if same_type(then.get(key), keys[key])}}',
      'keys = dict(keys)', 'resume'),
-    ('two trainers share a folder', 'core/runs/folder.py', 'fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass',
+    ('two trainers share a folder', 'core/cli/locks.py', 'fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass',
      'folder'),
     ('a converted bias forgets the mean', 'core/convert/factorize.py',
      'both = torch.cat((up, (w @ mean - up @ (down @ mean))[:, None]), dim=1).split((len(w_k), len(w_v)))',
