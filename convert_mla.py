@@ -88,8 +88,8 @@ if n_rope and method == 'weights':
     raise UserError('n_rope needs text, which says how far back the heads look; leave out method=weights')
 target = os.path.join(out_dir, 'ckpt.pt')
 arguments.check_folder(out_dir)
-if json and os.path.dirname(json) != os.path.normpath(out_dir):  # which is made when the numbers are there
-    arguments.check_file(json, 'json')
+if json:
+    arguments.check_file(json, 'json', made=out_dir)
 if os.path.exists(target) and not sweep and not overwrite:
     raise UserError(f'{target} exists; choose another --out_dir, or replace it with --overwrite=True')
 

@@ -165,8 +165,8 @@ def ablation_table(groups):
         group = [o for o in group if o['formed']]
         parts = [[[o['ablation'][k][name]['mean'] for o in group] for name in ('repeated', 'others')] for k in '124']
         parts.append([[o['ablation']['2'][f'control_{name}'] for o in group] for name in ('repeated', 'others')])
-        cells = [', '.join(report.spread(values, '+.3f') for values in pair) for pair in parts]
-        rows.append((label, len(group), *(cells if group else [''] * len(cells))))
+        rises = [', '.join(report.spread(values, '+.3f') for values in pair) for pair in parts]
+        rows.append((label, len(group), *(rises if group else [''] * len(rises))))
     return report.markdown_table(('attention', 'runs', *heading), rows)
 
 

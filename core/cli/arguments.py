@@ -40,11 +40,16 @@ def check_folder(path: str, key: str = 'out_dir') -> None:
         raise unusable(path, key, f'{above} is not a writable folder')
 
 
-def check_file(path: str, key: str) -> None:
-    """UserError unless the file `path`, the value of a key, can be created or replaced. Creates nothing."""
-    folder = os.path.dirname(os.path.abspath(path))
+def check_file(path: str, key: str, made: str | None = None) -> None:
+    """
+    UserError unless the file `path`, the value of a key, can be created or replaced. Creates nothing. made: a folder
+    that the script makes before it writes, for which `check_folder` is asked.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
     nearest_existing(f'{path}.writing' if path else '', key)  # as core/cli/files.py names it while writing
     if not os.path.isdir(folder):
+        if made is not None and folder == os.path.realpath(made):
+            return
         raise unusable(path, key, f'the folder {folder} does not exist')
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise unusable(path, key, 'it is a folder' if os.path.isdir(path) else f'{folder} is not a writable folder')

@@ -64,7 +64,11 @@ def has_tokens(folder: Path) -> bool:
 def check_meta(folder: Path) -> None:
     """UserError where a folder without tokens has a meta.json that no data set has left there."""
     path = folder / 'meta.json'
-    if path.exists() and not has_tokens(folder) and b'"format"' not in path.read_bytes():
+    try:
+        foreign = path.exists() and not has_tokens(folder) and b'"format"' not in path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); choose another folder") from error
+    if foreign:
         raise UserError(f"{path} is no data set's and would be overwritten; choose another folder")
 
 

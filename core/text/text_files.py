@@ -82,12 +82,14 @@ def input_files(given: str, suffixes: str) -> tuple[list[Path], list[IO[bytes]]]
             files.append(path)
         else:
             raise UserError(f'{path} is neither a file nor a folder nor a pipe; check --input')
-    once = list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
-    if len(once) < len(files):
-        notice(f'note: {len(files) - len(once)} of the files that --input names are named twice, and read once')
+    once: dict[str, Path] = {}
+    for file in files:
+        once.setdefault(os.path.realpath(file), file)
+    if twice := len(files) - len(once):
+        notice(f'note: --input names some files again ({twice}); each is read once')
     if ignored:
         notice(f'note: ignoring {in_words(ignored)}; --suffixes={suffixes} selects the files of a folder')
-    return once, copies
+    return [*once.values()], copies
 
 
 def files_below(folder: Path, suffixes: str) -> tuple[list[Path], Counter[str]]:

@@ -175,16 +175,18 @@ class BytePairTokenizer(Tokenizer):
         """The encoding itself. UserError if tiktoken is missing or can't get the vocabulary."""
 
     def encode_array(self, text: str) -> np.ndarray:
+        return self._encoded(self.encoding.encode_to_numpy, text)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self._encoded(self.encoding.encode, text, allowed_special={END_OF_TEXT} if special else set())
+
+    def _encoded(self, encode: Any, text: str, **how: Any) -> Any:
+        """What tiktoken's method returns for a text. UserError where its regular expression gives up."""
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
+            return encode(text, disallowed_special=(), **how)
         except ValueError as error:
             hint = 'a million blanks in a row, for example, are too many: take them out'
             raise UserError(f"{self.name} can't encode this text ({error}); {hint}") from error
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        if special:
-            return self.encoding.encode(text, allowed_special={END_OF_TEXT})
-        return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes(checked_ids(ids, self.n_vocab))

@@ -29,7 +29,7 @@ def ids_of(folder, split):
 
 def files_of(folder):
     """The contents of the files in a folder: {name: bytes}."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != '.lock'}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def nanogpt_folder(folder, meta):
